@@ -1,0 +1,248 @@
+"""LoRA on the projections of a decoder: add, train, merge, and exchange adapters with PEFT.
+
+The layer wraps a projection in place, so the models know nothing of it. Adapters are saved under the names that an adapter
+of the *trunk* has in PEFT (``base_model.model.layers.0.self_attn.q_proj.lora_A.weight``, METHOD 9.2), in fp32.
+
+Source: Hu et al. 2021; METHOD 3.4 for targets and rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bivec.kernels import fold_seed, lora_linear
+from bivec.models.errors import CheckpointError
+from bivec.models.files import atomic_directory
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Hyper-parameters of an adapter; the defaults are the paper's."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = PROJECTIONS
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass
+class DropoutNoise:
+    """What all LoRA layers of an adapter draw their dropout from; no seed means no dropout (evaluation)."""
+
+    seed: int | Tensor | None = None
+    token_ids: Tensor | None = None  # [T] int64
+
+
+class LoraLinear(nn.Module):
+    """A frozen projection with a trainable low-rank update."""
+
+    def __init__(self, base: nn.Linear, config: LoraConfig, site: int, noise: DropoutNoise):
+        super().__init__()
+        self.base, self.config, self.site, self.noise = base, config, site, noise
+        device = base.weight.device
+        # fp32 whatever the base: METHOD 2.5
+        self.lora_a = nn.Parameter(torch.empty(config.rank, base.in_features, dtype=torch.float32, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = self.noise
+        dropout_p = self.config.dropout if noise.seed is not None else 0.0
+        return lora_linear(
+            x,
+            self.base.weight,
+            self.lora_a,
+            self.lora_b,
+            self.config.scaling,
+            bias=self.base.bias,
+            dropout_p=dropout_p,
+            seed=fold_seed(noise.seed, self.site) if dropout_p else None,
+            token_ids=noise.token_ids if dropout_p else None,
+        )
+
+
+class Adapter:
+    """The LoRA layers of a model, by the name of the projection that each wraps."""
+
+    def __init__(self, model: nn.Module, config: LoraConfig, layers: dict[str, LoraLinear], noise: DropoutNoise):
+        self.model, self.config, self.layers, self.noise = model, config, layers, noise
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable matrices under their PEFT names without the prefix."""
+        named = {}
+        for name, layer in self.layers.items():
+            named[f"{name}.lora_A.weight"] = layer.lora_a
+            named[f"{name}.lora_B.weight"] = layer.lora_b
+        return named
+
+    def set_noise(self, seed: int | Tensor | None, token_ids: Tensor | None = None) -> None:
+        """Keys the LoRA dropout of the coming forward and backward; ``None`` switches it off."""
+        self.noise.seed, self.noise.token_ids = seed, token_ids
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds ``scaling · B A`` to every wrapped weight and puts the plain projections back into the model."""
+        for name, layer in self.layers.items():
+            update = (layer.lora_b @ layer.lora_a).mul_(self.config.scaling)
+            layer.base.weight += update.to(layer.base.weight.dtype)
+        self.remove()
+
+    def remove(self) -> None:
+        """Puts the plain projections back without adding the updates."""
+        for name, layer in self.layers.items():
+            _set_submodule(self.model, name, layer.base)
+
+    def save(self, directory: str | Path, base_model_name: str) -> None:
+        """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT reads them.
+
+        Raises:
+            BivecError: the disk is full.
+        """
+        tensors = {
+            PEFT_PREFIX + name: p.detach().float().cpu().contiguous() for name, p in self.named_parameters().items()
+        }
+        fields = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": base_model_name,
+            "r": self.config.rank,
+            "lora_alpha": self.config.alpha,
+            "lora_dropout": self.config.dropout,
+            "bias": "none",
+            "target_modules": list(self.config.targets),
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }
+        with atomic_directory(directory) as temporary:
+            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+            (temporary / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> Adapter:
+    """Wraps every projection named in ``config.targets`` and freezes everything else.
+
+    A is drawn uniformly from ±1/√in by a generator of its own, B is zero: the model's output does not change at first.
+
+    Args:
+        model: a decoder; its projections are replaced in place.
+        config: rank, alpha, dropout, targets.
+        seed: of the initialisation.
+
+    Raises:
+        ValueError: no projection has a name in ``config.targets``, or the model already carries an adapter.
+    """
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise ValueError("the model already carries a LoRA adapter; merge or remove it first")
+    model.requires_grad_(False)
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
+    ]
+    if not found:
+        raise ValueError(f"no projection of the model is named {', '.join(config.targets)}")
+    noise, layers = DropoutNoise(), {}
+    for site, (name, base) in enumerate(found):
+        layer = LoraLinear(base, config, site, noise)
+        generator = torch.Generator().manual_seed(fold_seed(seed, site))
+        bound = 1 / math.sqrt(base.in_features)
+        initial = torch.empty(layer.lora_a.shape).uniform_(-bound, bound, generator=generator)
+        layer.lora_a.data.copy_(initial)
+        _set_submodule(model, name, layer)
+        layers[name] = layer
+    return Adapter(model, config, layers, noise)
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
+    """Adds the adapter of a directory in PEFT's format to the model.
+
+    Names with the trunk prefix and names with a CausalLM's extra ``model.`` level are both understood.
+
+    Raises:
+        CheckpointError: a missing or truncated file, an adapter of another kind, names or shapes that do not fit the model.
+    """
+    directory = Path(directory)
+    config = _read_adapter_config(directory / "adapter_config.json")
+    tensors = _read_adapter_tensors(directory / "adapter_model.safetensors")
+    targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = set(config.targets) - targets
+    if unknown:
+        raise CheckpointError(
+            f"{directory}: the adapter targets {', '.join(sorted(unknown))}, which the model does not have"
+        )
+    adapter = add_lora(model, config)
+    try:
+        parameters = adapter.named_parameters()
+        missing, unexpected = set(parameters) - set(tensors), set(tensors) - set(parameters)
+        if missing or unexpected:
+            raise CheckpointError(
+                f"{directory}: the adapter does not fit the model: {len(missing)} matrices missing "
+                f"(first: {min(missing, default='-')}), {len(unexpected)} unexpected (first: {min(unexpected, default='-')})"
+            )
+        for name, parameter in parameters.items():
+            if tensors[name].shape != parameter.shape:
+                raise CheckpointError(
+                    f"{directory}: {name} has shape {list(tensors[name].shape)}, the model needs {list(parameter.shape)}; "
+                    "the adapter belongs to another base model"
+                )
+    except CheckpointError:
+        adapter.remove()
+        raise
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[name])
+    return adapter
+
+
+def _read_adapter_config(file: Path) -> LoraConfig:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file}: no such file; an adapter directory holds it beside adapter_model.safetensors"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not a JSON file ({error})") from error
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{file}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
+    for field in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
+        if raw.get(field):
+            raise CheckpointError(f"{file}: {field}={raw[field]!r} is not supported")
+    if raw.get("bias", "none") != "none":
+        raise CheckpointError(f"{file}: bias={raw['bias']!r} is not supported, expected 'none'")
+    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
+    if not isinstance(rank, int) or rank <= 0 or not isinstance(alpha, (int, float)) or not isinstance(targets, list):
+        raise CheckpointError(f"{file}: r={rank!r}, lora_alpha={alpha!r}, target_modules={targets!r} are not usable")
+    return LoraConfig(rank=rank, alpha=alpha, dropout=raw.get("lora_dropout") or 0.0, targets=tuple(sorted(targets)))
+
+
+def _read_adapter_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file (adapters stored as .bin are pickles and are not read)")
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  (safe_open has no __iter__)
+                trunk = name.removeprefix(PEFT_PREFIX).removeprefix("model.").replace(".default.weight", ".weight")
+                tensors[trunk] = handle.get_tensor(name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); fetch or write it again") from error
+    return tensors
+
+
+def _set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent) if parent else model, child, module)

@@ -1,0 +1,189 @@
+"""The two unsupervised objectives of LLM2Vec on packed batches: MNTP and SimCSE.
+
+Each has a pure loss function and an objective that feeds it: given a step number, the objective yields the losses of the
+step's micro-batches, whose sum is the loss of the step. Data order, masks and dropout are functions of (seed, step) alone,
+so a resumed run repeats an uninterrupted one bit by bit.
+
+Sources: BehnamGhader et al. 2024 (LLM2Vec; METHOD 3 and 4); Gao et al. 2021 (SimCSE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bivec.engine.data import BlockDataset
+from bivec.engine.lora import Adapter
+from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
+from bivec.engine.packing import indices_for_step
+from bivec.kernels import fold_seed, info_nce, linear_cross_entropy, segment_pool
+from bivec.models import PackedBatch
+
+LORA_SITE, ATTENTION_SITE = 1, 2  # folded into the stage's seed: the two dropouts must not share bits
+
+
+@dataclass(frozen=True)
+class MicroLoss:
+    """The loss of one micro-batch, already weighted so that the step's loss is the sum."""
+
+    loss: Tensor  # 0-dim
+    tokens: int  # tokens that went through the model
+
+
+def mntp_loss(
+    model: nn.Module,
+    lm_head_weight: Tensor,
+    batch: MntpBatch,
+    *,
+    normalizer: Tensor | None = None,
+    attention_dropout: float = 0.0,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Masked next-token prediction: the label of a masked token is scored from the row before it (METHOD 3.3).
+
+    Args:
+        model: a decoder, run bidirectionally.
+        lm_head_weight: [V, D].
+        batch: masked tokens, rows to score, labels.
+        normalizer: number of labels of the whole step, under gradient accumulation; None = of this batch.
+        attention_dropout: the paper trains MNTP without.
+        seed: of the attention dropout.
+        backend: None, "torch" or "triton".
+
+    Returns:
+        0-dim loss, mean over the labels (or the sum over ``normalizer``).
+    """
+    hidden = model(batch.batch, attention_dropout=attention_dropout, seed=seed, backend=backend)
+    return linear_cross_entropy(
+        hidden, lm_head_weight, batch.targets, batch.index, normalizer=normalizer, backend=backend
+    )
+
+
+def simcse_loss(
+    model: nn.Module,
+    views: PackedBatch,
+    *,
+    scale: float = 20.0,
+    pooling: str = "mean",
+    skip_prefix: int = 0,
+    attention_dropout: float = 0.3,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Unsupervised SimCSE: two dropout views of every sentence, in-batch negatives, one direction (METHOD 4.4).
+
+    Args:
+        model: a decoder, run bidirectionally.
+        views: 2B sequences, sentence i at i and at B + i; distinct ``sample_ids`` give the two views distinct dropout.
+        scale: inverse temperature of the cosine.
+        pooling: mode of ``segment_pool``.
+        skip_prefix: tokens at the start of each sequence left out of the pooling (1 = without the BOS).
+        attention_dropout: on the attention probabilities; with the LoRA dropout the only noise between the views.
+        seed: of the attention dropout.
+        backend: None, "torch" or "triton".
+
+    Returns:
+        0-dim loss, mean over the B sentences.
+    """
+    hidden = model(views, attention_dropout=attention_dropout, seed=seed, backend=backend)
+    spans = views.cu_seqlens.long()
+    pooled = segment_pool(
+        hidden,
+        views.cu_seqlens,
+        mode=pooling,
+        span_starts=torch.minimum(spans[:-1] + skip_prefix, spans[1:]),
+        span_ends=spans[1:],
+        backend=backend,
+    )
+    first, second = pooled.chunk(2)
+    return info_nce(first, second, scale=scale, backend=backend)
+
+
+@dataclass(frozen=True)
+class MntpObjective:
+    """Feeds :func:`mntp_loss` with ``batch_size`` blocks a step, in micro-batches of at most ``micro_batch_tokens``."""
+
+    model: nn.Module
+    lm_head_weight: Tensor
+    adapter: Adapter | None  # its dropout is keyed here; None for full-weight training
+    blocks: BlockDataset
+    masking: MaskingConfig
+    batch_size: int
+    seed: int
+    micro_batch_tokens: int | None = None
+    attention_dropout: float = 0.0
+    backend: str | None = None
+
+    def micro_losses(self, step: int) -> Iterator[MicroLoss]:
+        device = self.lm_head_weight.device
+        rows = indices_for_step(len(self.blocks), self.batch_size, self.seed, step)
+        # one id per block ever drawn: a block met again in the next epoch gets other masks and other dropout
+        sample_ids = range(step * self.batch_size, (step + 1) * self.batch_size)
+        per_micro = max(1, (self.micro_batch_tokens or 1 << 62) // self.blocks.block_size)
+        micro_batches = [
+            mask_batch(
+                self.blocks.input_ids[rows[i : i + per_micro]],
+                self.blocks.special_mask[rows[i : i + per_micro]],
+                self.masking,
+                seed=self.seed,
+                sample_ids=sample_ids[i : i + per_micro],
+            )
+            for i in range(0, len(rows), per_micro)
+        ]
+        normalizer = torch.tensor(float(max(1, sum(len(micro.index) for micro in micro_batches))), device=device)
+        for micro in micro_batches:
+            micro = micro.to(device)
+            if self.adapter is not None:
+                self.adapter.set_noise(fold_seed(self.seed, LORA_SITE), micro.batch.token_ids())
+            loss = mntp_loss(
+                self.model,
+                self.lm_head_weight,
+                micro,
+                normalizer=normalizer,
+                attention_dropout=self.attention_dropout,
+                seed=fold_seed(self.seed, ATTENTION_SITE),
+                backend=self.backend,
+            )
+            yield MicroLoss(loss, micro.batch.num_tokens)
+
+
+@dataclass(frozen=True)
+class SimcseObjective:
+    """Feeds :func:`simcse_loss` with ``batch_size`` sentences a step, both views in one packed forward."""
+
+    model: nn.Module
+    adapter: Adapter | None
+    sentences: Sequence[Sequence[int]]  # token ids, special tokens included
+    batch_size: int
+    seed: int
+    device: torch.device | str = "cpu"
+    scale: float = 20.0
+    pooling: str = "mean"
+    skip_prefix: int = 0
+    attention_dropout: float = 0.3
+    backend: str | None = None
+
+    def micro_losses(self, step: int) -> Iterator[MicroLoss]:
+        rows = indices_for_step(len(self.sentences), self.batch_size, self.seed, step)
+        sentences = [self.sentences[row] for row in rows]
+        first_id = step * 2 * self.batch_size
+        views = PackedBatch.from_sequences(
+            sentences * 2, range(first_id, first_id + 2 * self.batch_size), device=self.device
+        )
+        if self.adapter is not None:
+            self.adapter.set_noise(fold_seed(self.seed, LORA_SITE), views.token_ids())
+        loss = simcse_loss(
+            self.model,
+            views,
+            scale=self.scale,
+            pooling=self.pooling,
+            skip_prefix=self.skip_prefix,
+            attention_dropout=self.attention_dropout,
+            seed=fold_seed(self.seed, ATTENTION_SITE),
+            backend=self.backend,
+        )
+        yield MicroLoss(loss, views.num_tokens)

@@ -1,0 +1,238 @@
+"""Fast tokenizers from every kind of checkpoint, all of which put a BOS in front of a text.
+
+A small decoder parks its attention on the first token. Where a checkpoint's tokenizer adds no BOS (SmolLM2), the first
+word would have to serve, so ours adds one through the post-processor: it is part of ``tokenizer.json`` and the exported
+tokenizer adds it by itself in plain transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bivec.engine.sentencepiece_bpe import read_sentencepiece, sentencepiece_backend
+from bivec.models.errors import CheckpointError, ConfigError
+from bivec.models.gguf import read_header
+from bivec.models.weights import TOKENIZER_PATTERNS, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+DOCUMENT_TOKEN = "<|endoftext|>"  # begins every document in the pretraining of GPT-2-style vocabularies
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4
+# Llama 3 splits contractions, words, up to three digits, punctuation and white space before its merges
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def load_tokenizer(path: str | Path, *, bos_token: str | None = None) -> PreTrainedTokenizerFast:
+    """Loads the tokenizer of a checkpoint as a fast tokenizer that prepends a BOS.
+
+    Args:
+        path: a directory with tokenizer.json or else a SentencePiece tokenizer.model; a .gguf file; or a hub id.
+        bos_token: the token to put in front where the checkpoint's tokenizer puts none; by default ``<|endoftext|>`` if
+            the vocabulary has it, else the tokenizer's own BOS, else its EOS.
+
+    Returns:
+        A ``PreTrainedTokenizerFast`` with a pad token (the EOS where the checkpoint names none). Saved with
+        ``save_pretrained`` it gives the same ids through ``AutoTokenizer``.
+
+    Raises:
+        CheckpointError: no tokenizer there, or one of a kind that is not supported (named).
+        ConfigError: ``bos_token`` is not in the vocabulary, or the tokenizer already puts another token in front.
+    """
+    path = resolve_checkpoint(path, TOKENIZER_PATTERNS)
+    if path.is_file():
+        backend, settings = _from_gguf(path)
+    elif (path / "tokenizer.json").is_file():
+        backend, settings = _from_fast_directory(path)
+    elif (path / "tokenizer.model").is_file():
+        backend, settings = _from_sentencepiece(path)
+    else:
+        others = [name for name in ("tekken.json", "vocab.json") if (path / name).is_file()]
+        hint = f"; {others[0]} is not supported, convert it to tokenizer.json" if others else ""
+        raise CheckpointError(f"{path}: neither tokenizer.json nor tokenizer.model is there{hint}")
+    settings["bos_token"] = _ensure_bos(backend, settings, bos_token, path)
+    settings["pad_token"] = settings.get("pad_token") or settings.get("eos_token") or settings["bos_token"]
+    return _wrap(backend, settings)
+
+
+def prefix_length(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The number of special tokens that the tokenizer puts in front of a text."""
+    return len(_prefix(tokenizer.backend_tokenizer))
+
+
+def mask_token_id(tokenizer: PreTrainedTokenizerFast, kind: str) -> int:
+    """The id that stands for a hidden token in MNTP (METHOD 3.2). A mask token of the tokenizer's own always wins.
+
+    Args:
+        tokenizer: from ``load_tokenizer``.
+        kind: "_" (the blank: the vocabulary entry of that string), "eos", or "mask" (only the tokenizer's own).
+
+    Raises:
+        ConfigError: the vocabulary has no such token, or ``kind`` is unknown.
+    """
+    if kind not in ("_", "eos", "mask"):
+        raise ConfigError(f"mask token {kind!r}: expected '_', 'eos' or 'mask'")
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id
+    if kind == "mask":
+        raise ConfigError("mask token 'mask': the tokenizer has no mask token of its own; use '_' or 'eos'")
+    token = tokenizer.eos_token if kind == "eos" else kind
+    token_id = None if token is None else tokenizer.backend_tokenizer.token_to_id(token)
+    if token_id is None:
+        missing = "the tokenizer has no eos token" if token is None else f"{token!r} is not one token of the vocabulary"
+        raise ConfigError(f"mask token {kind!r}: {missing}; use {'_' if kind == 'eos' else 'eos'!r}")
+    return token_id
+
+
+def _prefix(backend: Tokenizer) -> list[int]:
+    """The special ids in front of a text."""
+    encoding = backend.encode("a")
+    special = encoding.special_tokens_mask
+    return encoding.ids[: special.index(0) if 0 in special else len(special)]
+
+
+def _ensure_bos(backend: Tokenizer, settings: dict[str, Any], asked: str | None, path: Path) -> str:
+    """Makes the tokenizer prepend a BOS if it does not yet; returns the token in front."""
+    from tokenizers import AddedToken
+    from tokenizers.processors import Sequence, TemplateProcessing
+
+    if asked is not None and backend.token_to_id(asked) is None:
+        raise ConfigError(f"{path}: bos_token {asked!r} is not in the tokenizer's vocabulary")
+    prefix = _prefix(backend)
+    if prefix:
+        own = backend.id_to_token(prefix[0])
+        if asked not in (None, own):
+            raise ConfigError(
+                f"{path}: bos_token {asked!r} was asked for, but the tokenizer already puts {own!r} in front"
+            )
+        return own
+    document = DOCUMENT_TOKEN if backend.token_to_id(DOCUMENT_TOKEN) is not None else None
+    bos = asked or document or settings.get("bos_token") or settings.get("eos_token")
+    if bos is None:
+        raise ConfigError(f"{path}: the tokenizer has neither a BOS nor an EOS to put in front; give bos_token")
+    backend.add_special_tokens([AddedToken(bos, special=True, normalized=False)])  # keeps its id
+    template = TemplateProcessing(
+        single=[bos, "$A"],
+        pair=[bos, "$A", f"{bos}:1", "$B:1"],
+        special_tokens=[(bos, backend.token_to_id(bos))],
+    )
+    own = backend.post_processor
+    backend.post_processor = template if own is None else Sequence([own, template])
+    return bos
+
+
+def _wrap(backend: Tokenizer, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    # The generic class, whatever the checkpoint names: LlamaTokenizer and GPT2Tokenizer of transformers 5 rebuild
+    # normalisation and pre-tokenisation instead of reading them from tokenizer.json. `add_bos_token` stays out of the
+    # settings, since its presence would have the post-processor rebuilt on loading.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        **{name: value for name, value in settings.items() if value is not None},
+    )
+
+
+def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        loaded = PreTrainedTokenizerFast.from_pretrained(path)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
+        raise CheckpointError(f"{path}: tokenizer.json cannot be read ({error})") from error
+    settings = {name: getattr(loaded, name) for name in SPECIAL_NAMES}
+    settings |= {
+        "chat_template": loaded.chat_template,
+        "model_max_length": loaded.model_max_length,
+        "padding_side": loaded.padding_side,
+    }
+    return loaded.backend_tokenizer, settings
+
+
+def _from_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    model = read_sentencepiece(path / "tokenizer.model")
+    backend = sentencepiece_backend(model.pieces, dummy_prefix=model.dummy_prefix, byte_fallback=model.byte_fallback)
+    settings = model.special_tokens()
+    config_file = path / "tokenizer_config.json"
+    if config_file.is_file():
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{config_file}: not a JSON file ({error})") from None
+        settings["chat_template"] = config.get("chat_template")
+    model.check_same_ids(backend)
+    if settings.get("bos_token"):
+        # LLaMA and Mistral begin with <s>; the file itself only says which piece it is
+        _ensure_bos(backend, settings, settings["bos_token"], path)
+    return backend, settings
+
+
+def _from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    metadata = read_header(path).metadata
+
+    def field(name: str, default: Any = None) -> Any:
+        return metadata.get(f"tokenizer.ggml.{name}", default)
+
+    kind, pre_tokenizer, tokens = field("model"), field("pre"), field("tokens")
+    if not tokens:
+        raise CheckpointError(f"{path}: the GGUF file carries no tokenizer (tokenizer.ggml.tokens)")
+    types = field("token_type") or [1] * len(tokens)
+    if kind == "gpt2":
+        backend = _byte_level_backend(path, tokens, types, field("merges") or [], pre_tokenizer)
+        adds_bos = field("add_bos_token", pre_tokenizer == "llama-bpe")
+    elif kind == "llama":
+        pieces = list(zip(tokens, field("scores") or [0.0] * len(tokens), types, strict=True))
+        backend = sentencepiece_backend(pieces, dummy_prefix=field("add_space_prefix", True), byte_fallback=True)
+        adds_bos = field("add_bos_token", True)
+    else:
+        raise CheckpointError(f"{path}: GGUF tokenizer model {kind!r} is not supported; supported: 'gpt2', 'llama'")
+    ids = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding", "mask_token": "mask"}
+    settings: dict[str, Any] = {
+        name: tokens[field(f"{key}_token_id")] for name, key in ids.items() if field(f"{key}_token_id") is not None
+    }
+    settings["chat_template"] = metadata.get("tokenizer.chat_template")
+    settings["model_max_length"] = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if adds_bos and settings.get("bos_token"):
+        _ensure_bos(backend, settings, settings["bos_token"], path)
+    return backend, settings
+
+
+def _byte_level_backend(
+    path: Path, tokens: list[str], types: list[int], merges: list[str], pre: str | None
+) -> Tokenizer:
+    """A byte-level BPE tokenizer; ``pre`` is llama.cpp's name for how text is split before the merges."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    splits = {
+        "smollm": lambda: Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+        "gpt-2": lambda: ByteLevel(add_prefix_space=False),
+        "llama-bpe": lambda: Sequence(
+            [Split(Regex(LLAMA3_SPLIT), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+        ),
+    }
+    if pre not in splits:
+        raise CheckpointError(
+            f"{path}: GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(splits)}; "
+            "give a directory with tokenizer.json instead"
+        )
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
+    backend.pre_tokenizer = splits[pre]()
+    backend.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == GGUF_CONTROL:
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        elif kind == GGUF_USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False)])
+    return backend

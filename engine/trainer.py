@@ -1,0 +1,155 @@
+"""The training loop: one stage, from step ``state.step`` to the stop, with logging, evaluation, checkpoints and clipping."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from bivec.engine.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from bivec.engine.errors import RunError
+from bivec.engine.objectives import MicroLoss
+from bivec.engine.optim import OptimConfig, learning_rate_at, make_optimizer
+
+
+class Objective(Protocol):
+    """Anything that yields the losses of a step's micro-batches."""
+
+    def micro_losses(self, step: int) -> Iterator[MicroLoss]: ...
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Every how many steps something happens; 0 = never."""
+
+    log: int = 1
+    evaluate: int = 0
+    save: int = 200
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of ``metrics.jsonl``."""
+
+    stage: str
+    step: int  # counted from 1
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int  # of this step
+    tokens_per_s: float
+    peak_memory_bytes: int
+
+
+def peak_memory_bytes() -> int:
+    """Peak device memory where there is one, else the peak resident set of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
+
+
+def train(
+    stage: str,
+    objective: Objective,
+    parameters: dict[str, torch.nn.Parameter],
+    config: OptimConfig,
+    *,
+    intervals: Intervals = Intervals(),
+    checkpoints: Path | None = None,
+    log: Callable[[StepMetrics], None] | None = None,
+    evaluate: Callable[[int], None] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> TrainState:
+    """Runs a stage to ``config.steps``.
+
+    Args:
+        stage: its name in logs and checkpoints.
+        objective: yields the micro-batch losses of a step.
+        parameters: the trainable tensors by name.
+        config: optimiser and schedule.
+        intervals: of logging, evaluation and saving.
+        checkpoints: directory of the checkpoints; None = none are written.
+        log: receives the metrics of every logged step.
+        evaluate: called with the number of steps done, every ``intervals.evaluate`` steps.
+        resume: continue from the stage's last checkpoint, if there is one.
+        progress: show a bar with loss, tokens/s and time left.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        RunError: the loss is no longer finite; names the step and the last good checkpoint. Nothing is overwritten.
+    """
+    from tqdm import tqdm  # a user of the loss functions alone need not have it
+
+    state = TrainState(stage, 0, parameters, make_optimizer(parameters.values(), config))
+    saved = list_checkpoints(checkpoints, stage) if checkpoints is not None else []
+    if resume and saved:
+        state = load_checkpoint(saved[-1], state)
+    bar = tqdm(
+        total=config.steps, initial=state.step, desc=stage, unit="step", disable=not progress, dynamic_ncols=True
+    )
+    seconds = tokens = 0.0  # since the last logged step, evaluation and saving not counted
+    with bar:
+        while state.step < config.steps:
+            started = time.perf_counter()
+            metrics = _optimizer_step(state, objective, config, checkpoints)
+            state = replace(state, step=state.step + 1)
+            seconds, tokens = seconds + time.perf_counter() - started, tokens + metrics.tokens
+            metrics = replace(metrics, tokens_per_s=tokens / seconds)
+            bar.set_postfix(loss=f"{metrics.loss:.3f}", **{"tok/s": f"{metrics.tokens_per_s:.0f}"}, refresh=False)
+            bar.update()
+            done = state.step == config.steps
+            if log is not None and (done or _due(state.step, intervals.log)):
+                log(metrics)
+                seconds = tokens = 0.0
+            if evaluate is not None and _due(state.step, intervals.evaluate):
+                evaluate(state.step)
+            if checkpoints is not None and (done or _due(state.step, intervals.save)):
+                save_checkpoint(checkpoints, state)
+    return state
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _optimizer_step(
+    state: TrainState, objective: Objective, config: OptimConfig, checkpoints: Path | None
+) -> StepMetrics:
+    learning_rate = learning_rate_at(state.step, config)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.zero_grad(set_to_none=True)
+    loss, tokens = 0.0, 0
+    for micro in objective.micro_losses(state.step):
+        micro.loss.backward()
+        loss, tokens = loss + micro.loss.detach(), tokens + micro.tokens
+    norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
+    loss_value, norm_value = float(loss), float(norm)
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        saved = list_checkpoints(checkpoints, state.stage) if checkpoints is not None else []
+        raise RunError(
+            f"{state.stage}, step {state.step + 1}: the loss is {loss_value} (gradient norm {norm_value}). "
+            f"Last good checkpoint: {saved[-1] if saved else 'none'}. Lower the learning rate or check the data"
+        )
+    state.optimizer.step()
+    return StepMetrics(
+        stage=state.stage,
+        step=state.step + 1,
+        loss=loss_value,
+        lr=learning_rate,
+        grad_norm=norm_value,
+        tokens=tokens,
+        tokens_per_s=0.0,
+        peak_memory_bytes=peak_memory_bytes(),
+    )

@@ -1,0 +1,276 @@
+"""Attention over packed sequences: bidirectional, causal or windowed, grouped-query, with dropout on the probabilities.
+
+For row i of a sequence, over the keys j that it sees::
+
+    s_ij = softcap * tanh(scale * <q_i, k_j> / softcap)          (without softcap: scale * <q_i, k_j>)
+    p_ij = exp(s_ij - lse_i),   lse_i = log sum_j exp(s_ij)
+    o_i  = sum_j keep_ij / (1 - dropout_p) * p_ij * v_j          (keep: kernels/dropout.py)
+
+    d p_ij = keep_ij / (1 - dropout_p) * <do_i, v_j>,   d s_ij = p_ij * (d p_ij - sum_j p_ij d p_ij)
+
+A sequence of L tokens costs 2 L^2 H Dh multiply-adds forward and 4 backward, 5 where the scores are computed again.
+Saved for the backward: q, k, v, and either the output with its lse (fused kernel), or the probabilities of short
+sequences, or nothing more.
+
+The torch backend is in ``kernels/attention_torch.py``.
+
+Source: Vaswani et al., "Attention is all you need" (2017); Ainslie et al., "GQA" (2023); Dao et al., "FlashAttention"
+(2022).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from bivec.kernels.attention_torch import (
+    Layout,
+    LengthGroups,
+    Options,
+    build_layout,
+    explicit_attention,
+    fused_attention,
+    hidden_keys,
+    length_groups,
+    prefers_explicit,
+)
+from bivec.kernels.backend import resolve
+from bivec.kernels.dropout import attention_keep_mask, check_dropout
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """What the attention layers of one batch share; made by :func:`attention_plan`."""
+
+    cu_seqlens: Tensor  # [B+1] int32
+    max_seqlen: int  # the upper bound the caller gave
+    lengths: tuple[int, ...]  # [B]
+    groups: LengthGroups
+    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
+    _hidden: dict[tuple[bool, tuple[int, int] | None], dict[int, Tensor | None]] = field(
+        default_factory=dict, repr=False
+    )
+
+    @property
+    def total(self) -> int:
+        """T, the tokens of the batch."""
+        return sum(self.lengths)
+
+    def layout(self, heads: int, kv_heads: int) -> Layout:
+        """The row order of the explicit path, built at the first layer that asks."""
+        if (heads, kv_heads) not in self._layouts:
+            self._layouts[heads, kv_heads] = build_layout(self.groups, heads, kv_heads)
+        return self._layouts[heads, kv_heads]
+
+    def hidden(self, causal: bool, window: tuple[int, int] | None) -> dict[int, Tensor | None]:
+        """For every length of the batch, ``[L, L]`` bool, True where a row does not see the key; None = it sees all."""
+        if (causal, window) not in self._hidden:
+            device = self.cu_seqlens.device
+            lengths = [length for length, _ in self.groups.sizes]
+            self._hidden[causal, window] = {n: hidden_keys(n, causal, window, device) for n in lengths}
+        return self._hidden[causal, window]
+
+
+def attention_plan(cu_seqlens: Tensor, max_seqlen: int) -> AttentionPlan:
+    """Prepares a batch for :func:`flash_attention`: once a batch, shared by all layers.
+
+    Args:
+        cu_seqlens: ``[B+1]`` int32, starts at 0 and ends at T; sequence b is its tokens
+            ``cu_seqlens[b]:cu_seqlens[b+1]``. Read on the host.
+        max_seqlen: upper bound of the sequence lengths; nothing is allocated by it.
+
+    Returns:
+        The plan, on the device of ``cu_seqlens``.
+
+    Raises:
+        ValueError: ``cu_seqlens`` is not a non-decreasing int32 vector from 0, or a sequence is longer than
+            ``max_seqlen``.
+    """
+    op = "attention_plan"
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"{op}: cu_seqlens must be an int32 vector [B+1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
+        )
+    bounds = cu_seqlens.tolist()
+    lengths = tuple(end - start for start, end in pairwise(bounds))
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    if bounds[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens must start at 0, got {bounds[0]}")
+    if shortest < 0:
+        b = lengths.index(shortest)
+        raise ValueError(f"{op}: cu_seqlens must not decrease, but goes from {bounds[b]} to {bounds[b + 1]} at {b + 1}")
+    if longest > max_seqlen:
+        raise ValueError(f"{op}: max_seqlen={max_seqlen} is below the longest sequence, {longest} tokens in cu_seqlens")
+    return AttentionPlan(cu_seqlens, max_seqlen, lengths, length_groups(lengths, cu_seqlens.device))
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    plan: AttentionPlan | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every sequence of a packed batch to itself.
+
+    Args:
+        q: ``[T, H, Dh]`` queries of all sequences, one after the other.
+        k: ``[T, Hkv, Dh]`` keys; Hkv divides H, and query head h reads kv head ``h // (H // Hkv)``.
+        v: ``[T, Hkv, Dh]`` values.
+        cu_seqlens: ``[B+1]`` int32, starts at 0 and ends at T; sequence b is its tokens
+            ``cu_seqlens[b]:cu_seqlens[b+1]`` and may be empty.
+        max_seqlen: upper bound of the sequence lengths; nothing is allocated by it.
+        causal: row i sees the keys up to i only.
+        window: ``(left, right)``: row i sees the keys ``i-left … i+right`` inclusive; -1 = unbounded.
+        softmax_scale: factor of the scores; None = ``1 / sqrt(Dh)``.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; None = left alone.
+        dropout_p: probability of dropping an attention probability, at least 0 and below 1.
+        seed: an int, or an int64 tensor of one element on q's device; layer and site are folded in by the
+            caller (``fold_seed``).
+        sample_ids: ``[B]`` int64, what the dropout mask of a sequence is keyed by; None = 0 … B-1.
+        plan: ``attention_plan(cu_seqlens, max_seqlen)`` of this batch, shared by its layers; None = made here.
+        return_lse: return the log-sum-exp of the scores too.
+        backend: None, "torch" or "triton" (``kernels/backend.py``).
+
+    Returns:
+        ``[T, H, Dh]`` in q's dtype; with ``return_lse`` also ``[H, T]`` fp32, natural logarithm, not differentiable.
+        Every row sees at least its own key, so no row is without a sum; scores and statistics are fp32
+        (float64 for float64).
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype, device or value.
+        BackendError: the backend has no kernel for this op.
+
+    Source: Vaswani et al., "Attention is all you need" (2017); the packed form is that of
+        FlashAttention's varlen functions.
+
+    Example:
+        >>> cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
+        >>> q, k, v = torch.randn(8, 4, 16), torch.randn(8, 2, 16), torch.randn(8, 2, 16)
+        >>> flash_attention(q, k, v, cu_seqlens, max_seqlen=5).shape
+        torch.Size([8, 4, 16])
+    """
+    resolve(backend, "flash_attention")
+    _check_operands(q, k, v, cu_seqlens)
+    _check_options(window, softcap)
+    check_dropout(dropout_p, seed, "flash_attention")
+    if plan is None:
+        plan = attention_plan(cu_seqlens, max_seqlen)
+    _check_plan(plan, cu_seqlens, max_seqlen, q)
+    if sample_ids is None:
+        sample_ids = torch.arange(len(plan.lengths), device=q.device)
+    _check_keys(seed, sample_ids, len(plan.lengths), q.device)
+
+    scale = softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5
+    window = tuple(window) if window is not None else None
+    options = Options(scale, softcap, causal, window, dropout_p)
+    hidden = plan.hidden(causal, window)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    keep = prefers_explicit(plan.groups, heads, kv_heads, q.shape[2])
+    # The fused kernels of GPUs add up gradients in no fixed order; ours are bit-identical from run to run.
+    if q.device.type == "cpu" and dropout_p == 0.0 and softcap is None and not return_lse and not keep:
+        return fused_attention(q, k, v, plan.groups, options, hidden)
+    out, lse = explicit_attention(
+        q,
+        k,
+        v,
+        plan.layout(heads, kv_heads),
+        options,
+        hidden,
+        keep=keep,
+        want_lse=return_lse,
+        seed=seed,
+        sample_ids=sample_ids,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+    op = "flash_attention"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3 or 0 in x.shape[1:]:
+            raise ValueError(f"{op}: {name} must have shape [tokens, heads, head_dim], got {tuple(x.shape)}")
+        if not x.dtype.is_floating_point or x.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} must be floating point and of one dtype with q ({q.dtype}), got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}; move it")
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"{op}: the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
+    if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
+        raise ValueError(f"{op}: k must have q's tokens and head_dim, got k {tuple(k.shape)} and q {tuple(q.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: the heads of q must be a multiple of those of k, got {q.shape[1]} and {k.shape[1]}")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, q on {q.device}; move it")
+
+
+def _check_options(window: tuple[int, int] | None, softcap: float | None) -> None:
+    if window is not None and (len(window) != 2 or any(not isinstance(w, int) or w < -1 for w in window)):
+        raise ValueError(f"flash_attention: window must be (left, right), each an int >= -1, got {window}")
+    if softcap is not None and not softcap > 0.0:
+        raise ValueError(f"flash_attention: softcap must be above 0, or None for no cap, got {softcap}")
+
+
+def _check_plan(plan: AttentionPlan, cu_seqlens: Tensor, max_seqlen: int, q: Tensor) -> None:
+    op = "flash_attention"
+    if cu_seqlens is not plan.cu_seqlens:
+        same = cu_seqlens.shape == plan.cu_seqlens.shape and cu_seqlens.device == plan.cu_seqlens.device
+        if not same or (cu_seqlens.device.type == "cpu" and not torch.equal(cu_seqlens, plan.cu_seqlens)):
+            raise ValueError(f"{op}: plan was made from other cu_seqlens; make one with attention_plan for every batch")
+    if max(plan.lengths, default=0) > max_seqlen:
+        raise ValueError(f"{op}: max_seqlen={max_seqlen} is below the longest sequence, {max(plan.lengths)} tokens")
+    if plan.total != q.shape[0]:
+        raise ValueError(f"{op}: cu_seqlens must end at the number of tokens, q has {q.shape[0]}, got {plan.total}")
+
+
+def _check_keys(seed: int | Tensor | None, sample_ids: Tensor, sequences: int, device: torch.device) -> None:
+    op = "flash_attention"
+    if isinstance(seed, Tensor) and seed.device != device:
+        raise ValueError(f"{op}: seed is on {seed.device}, q on {device}; move it")
+    if sample_ids.dtype != torch.int64 or sample_ids.shape != (sequences,) or sample_ids.device != device:
+        raise ValueError(
+            f"{op}: sample_ids must be int64 of shape ({sequences},) on {device}, one id a sequence, "
+            f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)} on {sample_ids.device}"
+        )
+
+
+def attention_dropout_mask(
+    seed: int | Tensor, cu_seqlens: Tensor, num_heads: int, dropout_p: float, sample_ids: Tensor | None = None
+) -> list[Tensor]:
+    """The keep masks that :func:`flash_attention` draws: for tests, and for looking at them.
+
+    Args:
+        seed: as given to ``flash_attention``.
+        cu_seqlens: ``[B+1]`` int32.
+        num_heads: H, the query heads.
+        dropout_p: probability of dropping, at least 0 and below 1.
+        sample_ids: ``[B]`` int64; None = 0 … B-1.
+
+    Returns:
+        For every sequence ``[H, L, L]`` bool (head, row, column), True = kept, on the device of ``cu_seqlens``.
+
+    Raises:
+        ValueError: ``dropout_p`` out of range, or no usable seed.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    ids = sample_ids.tolist() if sample_ids is not None else range(len(lengths))
+    return [
+        attention_keep_mask(seed, sample_id, num_heads, length, dropout_p, cu_seqlens.device)
+        for sample_id, length in zip(ids, lengths, strict=True)
+    ]

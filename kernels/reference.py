@@ -1,0 +1,173 @@
+"""The plain statement of every op: shortest possible, any dtype up to float64. Tests use it as the oracle.
+
+Nothing here is fast or saves memory; gradients are autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    keep_masks: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every sequence by itself: ``q [T, H, Dh]``, ``k, v [T, Hkv, Dh]`` -> output as q and lse ``[H, T]``.
+
+    ``keep_masks`` holds one ``[H, L, L]`` bool per sequence (``attention_dropout_mask``).
+    A row without a visible key gives zeros and -inf.
+    """
+    group = q.shape[1] // k.shape[1]
+    scale = softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5
+    left, right = window if window is not None else (-1, -1)
+    outputs, lses = [q[:0]], [q.new_empty(q.shape[1], 0)]
+    bounds = cu_seqlens.tolist()
+    for b, (start, end) in enumerate(pairwise(bounds)):
+        q_b = q[start:end].transpose(0, 1)  # [H, L, Dh]
+        k_b = k[start:end].repeat_interleave(group, dim=1).transpose(0, 1)
+        v_b = v[start:end].repeat_interleave(group, dim=1).transpose(0, 1)
+        scores = scale * (q_b @ k_b.transpose(1, 2))  # [H, L, L]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        position = torch.arange(end - start, device=q.device)
+        distance = position[None, :] - position[:, None]  # key - row
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if causal:
+            seen &= distance <= 0
+        if left >= 0:
+            seen &= distance >= -left
+        if right >= 0:
+            seen &= distance <= right
+        lse = torch.logsumexp(scores.masked_fill(~seen, -torch.inf), dim=-1)  # [H, L]
+        probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]) * seen
+        if keep_masks is not None:
+            probabilities = probabilities * keep_masks[b] / (1.0 - dropout_p)
+        outputs.append((probabilities @ v_b).transpose(0, 1))
+        lses.append(lse)
+    return torch.cat(outputs), torch.cat(lses, dim=1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    index: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Cross-entropy of ``hidden[index] @ weight.T``, all logits at once."""
+    rows = hidden if index is None else hidden[index]
+    logits = rows @ weight.T  # [N, V]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+    if reduction == "none":
+        return losses
+    count = (targets != ignore_index).sum() if normalizer is None else torch.as_tensor(normalizer)
+    return losses.sum() if reduction == "sum" else losses.sum() / torch.where(count == 0, 1, count)
+
+
+def info_nce(
+    queries: Tensor,
+    candidates: Tensor,
+    targets: Tensor | None = None,
+    *,
+    scale: float | Tensor = 20.0,
+    normalize: bool = True,
+    symmetric: bool = False,
+    hard_negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    hard_negative_ids: Tensor | None = None,
+    margin: float | None = None,
+    include_query_query: bool = False,
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """InfoNCE over the whole similarity matrix: the columns side by side, -inf where masked, log(1 + e^gap)."""
+    if matryoshka_dims is not None:
+        weights = [1.0] * len(matryoshka_dims) if matryoshka_weights is None else matryoshka_weights
+        options = {"scale": scale, "normalize": normalize, "symmetric": symmetric, "query_ids": query_ids}
+        options |= {"candidate_ids": candidate_ids, "hard_negative_ids": hard_negative_ids, "margin": margin}
+        options |= {"include_query_query": include_query_query, "reduction": reduction}
+        parts = []
+        for dim, weight in zip(matryoshka_dims, weights, strict=True):
+            hard = None if hard_negatives is None else hard_negatives[..., :dim]
+            part = info_nce(queries[:, :dim], candidates[:, :dim], targets, hard_negatives=hard, **options)
+            parts.append(weight * part)
+        return sum(parts) / sum(weights)
+
+    def unit(x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x * torch.where(norm > 1e-12, 1 / norm.clamp_min(1e-12), 0.0) if normalize else x
+
+    q, c = unit(queries), unit(candidates)
+    target = torch.arange(q.shape[0]) if targets is None else targets
+    similarity, banned = [q @ c.T], [torch.zeros(q.shape[0], c.shape[0], dtype=torch.bool)]
+    if candidate_ids is not None:
+        banned[0] = query_ids[:, None] == candidate_ids
+    if hard_negatives is not None:
+        hard = unit(hard_negatives)
+        similarity.append(q @ hard.T if hard.dim() == 2 else torch.einsum("bd,bkd->bk", q, hard))
+        no_ids = hard_negative_ids is None
+        banned.append(torch.zeros_like(similarity[-1]).bool() if no_ids else query_ids[:, None] == hard_negative_ids)
+    if include_query_query:
+        similarity.append(q @ q.T)
+        same = torch.eye(q.shape[0], dtype=torch.bool)
+        banned.append(same if query_ids is None else same | (query_ids[:, None] == query_ids))
+    s, mask = torch.cat(similarity, 1), torch.cat(banned, 1)
+    positive = s.gather(1, target[:, None])
+    if margin is not None:
+        mask = mask | (s > positive + margin)
+    negatives = (s * scale).masked_fill(mask.scatter(1, target[:, None], True), -torch.inf)
+    gap = negatives.logsumexp(1) - positive[:, 0] * scale  # over the negatives only: even float64 would saturate
+    losses = torch.logaddexp(gap, torch.zeros_like(gap))
+    if symmetric:
+        swapped = {"query_ids": candidate_ids, "candidate_ids": query_ids} if candidate_ids is not None else {}
+        back = info_nce(
+            candidates, queries, scale=scale, normalize=normalize, margin=margin, reduction="none", **swapped
+        )
+        losses = (losses + back) / 2
+    return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / max(len(losses), 1)}[reduction]
+
+
+def segment_pool(
+    hidden: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    mode: str = "mean",
+    span_starts: Tensor | None = None,
+    span_ends: Tensor | None = None,
+) -> Tensor:
+    """Pools one span after the other."""
+    starts, ends = (cu_seqlens[:-1], cu_seqlens[1:]) if span_starts is None else (span_starts, span_ends)
+    rows = [hidden.new_zeros(0, hidden.shape[1])]
+    for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        span = hidden[start:end]  # [n, D]
+        ramp = torch.arange(1, end - start + 1, dtype=hidden.dtype)[:, None]
+        pooled = {
+            "mean": lambda span=span: span.mean(0),
+            "weighted_mean": lambda span=span, ramp=ramp: (span * ramp).sum(0) / ramp.sum(),
+            "first": lambda span=span: span[0],
+            "last": lambda span=span: span[-1],
+        }[mode]
+        rows.append((pooled() if end > start else hidden.new_zeros(hidden.shape[1]))[None])
+    return torch.cat(rows)

@@ -1,0 +1,90 @@
+"""RMSNorm, alone or fused with the residual addition in front of it.
+
+    rstd = 1 / sqrt(mean(x²) + eps)          y = x · rstd · (weight_offset + weight)
+
+Statistics are taken in fp32 (float64 for float64 inputs) whatever the operands. Saved for backward: x and one rstd per row.
+
+Backward, with n = x · rstd and g = dy · (weight_offset + weight):
+
+    dx = rstd · (g - n · mean(g · n))        dweight = Σ_rows dy · n
+
+Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019); the offset is Gemma's ``(1 + w)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bivec.kernels.backend import resolve
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
+        wide = x.to(_statistics_dtype(x))
+        # vecdot reads the row once and forms no x²
+        rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        scale = weight.to(wide.dtype) + weight_offset if weight_offset else weight.to(wide.dtype)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.weight_offset = weight_offset
+        return (wide * rstd).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, rstd = ctx.saved_tensors
+        wide_dy = dy.to(rstd.dtype)
+        normed = x.to(rstd.dtype) * rstd
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            dweight = (wide_dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            g = wide_dy * (weight.to(rstd.dtype) + ctx.weight_offset)
+            projection = torch.linalg.vecdot(g, normed).div_(x.shape[-1]).neg_().unsqueeze(-1)
+            dx = g.addcmul_(normed, projection).mul_(rstd).to(x.dtype)
+        return dx, dweight, None, None
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square layer normalisation over the last dimension.
+
+    Args:
+        x: [..., D], any float dtype.
+        weight: [D].
+        eps: added to the mean square.
+        residual: [..., D], added to ``x`` first.
+        weight_offset: 0 for LLaMA, 1 for Gemma's ``(1 + w)``.
+        backend: None, "torch" or "triton".
+
+    Returns:
+        y like ``x``; with ``residual`` the pair ``(norm(x + residual), x + residual)``.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: Zhang & Sennrich 2019.
+    """
+    resolve(backend, "rms_norm")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"rms_norm: weight has shape {tuple(weight.shape)}, expected [{x.shape[-1]}] for x {tuple(x.shape)}"
+        )
+    if residual is None:
+        return _RMSNorm.apply(x, weight, eps, weight_offset)
+    if residual.shape != x.shape:
+        raise ValueError(f"rms_norm: residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}")
+    total = x + residual
+    return _RMSNorm.apply(total, weight, eps, weight_offset), total

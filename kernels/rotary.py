@@ -1,0 +1,98 @@
+"""Rotary position embedding of q and k in one call (rotate-half convention of the Hugging Face checkpoints).
+
+With x = [x₁ | x₂] split at Dh/2 and the angles of the token's position:
+
+    y₁ = x₁ · cos - x₂ · sin        y₂ = x₂ · cos + x₁ · sin
+
+The backward is the inverse rotation (sin negated), so nothing is saved but the table rows and the position ids.
+
+Source: Su et al., "RoFormer" (2021).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bivec.kernels.backend import resolve
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """x [T, H, Dh]; cos, sin [T, 1, Dh/2] fp32; ``out`` may be x itself."""
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    if x.dtype != cos.dtype:
+        first, second = first.to(cos.dtype), second.to(cos.dtype)
+    rotated_first = (first * cos).addcmul_(second, sin, value=-1)
+    rotated_second = (second * cos).addcmul_(first, sin)
+    if out is None:
+        return torch.cat((rotated_first, rotated_second), dim=-1).to(x.dtype)
+    out[..., :half] = rotated_first
+    out[..., half:] = rotated_second
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    """One tensor at a time: autograd lets a function overwrite a view only if it returns nothing else."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        if inplace:
+            ctx.mark_dirty(x)
+        return _rotate(x, cos, sin, out=x if inplace else None)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin), None, None, None
+
+
+def apply_rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotates queries and keys by their positions.
+
+    Args:
+        q: [T, H, Dh].
+        k: [T, Hkv, Dh].
+        cos: [max_position, Dh/2] fp32.
+        sin: [max_position, Dh/2] fp32.
+        position_ids: [T] int64, rows of the tables.
+        inplace: overwrite q and k (their old values must not be needed by anybody's backward).
+        backend: None, "torch" or "triton".
+
+    Returns:
+        The rotated pair, shapes and dtypes as given.
+
+    Raises:
+        ValueError: shapes that do not fit; on CPU also a position outside the tables.
+
+    Source: Su et al. 2021.
+    """
+    resolve(backend, "apply_rotary")
+    half = q.shape[-1] // 2
+    if q.dim() != 3 or k.dim() != 3 or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[-1] % 2:
+        raise ValueError(
+            f"apply_rotary: q {tuple(q.shape)} and k {tuple(k.shape)} must be [T, heads, Dh] with one even Dh"
+        )
+    if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[1] != half:
+        raise ValueError(
+            f"apply_rotary: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [max_position, {half}]"
+        )
+    if position_ids.shape != q.shape[:1]:
+        raise ValueError(f"apply_rotary: position_ids has shape {tuple(position_ids.shape)}, expected [{q.shape[0]}]")
+    if position_ids.device.type == "cpu" and len(position_ids) and not 0 <= int(position_ids.max()) < len(cos):
+        raise ValueError(
+            f"apply_rotary: position {int(position_ids.max())} is outside the table of {len(cos)} positions"
+        )
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows_cos, rows_sin = cos[position_ids].to(dtype).unsqueeze(1), sin[position_ids].to(dtype).unsqueeze(1)
+    return _Rotary.apply(q, rows_cos, rows_sin, inplace), _Rotary.apply(k, rows_cos, rows_sin, inplace)

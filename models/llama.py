@@ -1,0 +1,180 @@
+"""The LLaMA decoder on packed sequences, causal or bidirectional.
+
+Module names are those of Hugging Face's trunk (``layers.0.self_attn.q_proj`` …), so that checkpoints and PEFT adapters fit
+by name. The hidden state is ``[T, D]``: all sequences of the batch one after the other, no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bivec.kernels import AttentionPlan, apply_rotary, attention_plan, flash_attention, fold_seed, rms_norm, swiglu
+from bivec.models.batch import PackedBatch
+from bivec.models.config import DecoderConfig
+from bivec.models.rope import rotary_table
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What the layers of one forward pass share."""
+
+    batch: PackedBatch
+    plan: AttentionPlan
+    cos: Tensor  # [max_position, Dh/2] fp32
+    sin: Tensor  # [max_position, Dh/2] fp32
+    causal: bool
+    window: tuple[int, int] | None
+    dropout_p: float
+    seed: int | Tensor | None
+    backend: str | None
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, backend: str | None = None):
+        return rms_norm(x, self.weight, self.eps, residual=residual, backend=backend)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        batch = context.batch
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, Dh]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
+        q, k = apply_rotary(q, k, context.cos, context.sin, batch.position_ids, inplace=True, backend=context.backend)
+        attended = flash_attention(
+            q,
+            k,
+            v,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            causal=context.causal,
+            window=context.window,
+            dropout_p=context.dropout_p,
+            seed=fold_seed(context.seed, self.layer) if context.dropout_p else None,
+            sample_ids=batch.sample_ids,
+            plan=context.plan,
+            backend=context.backend,
+        )
+        return self.o_proj(attended.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor, backend: str | None) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=backend))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, update: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Takes the residual stream and the update still to be added to it; returns the same pair.
+
+        Leaving the last addition to the next norm fuses every residual addition of the model with a norm.
+        """
+        if update is None:
+            normed = self.input_layernorm(x, backend=context.backend)
+        else:
+            normed, x = self.input_layernorm(update, x, backend=context.backend)
+        normed, x = self.post_attention_layernorm(self.self_attn(normed, context), x, backend=context.backend)
+        return x, self.mlp(normed, context.backend)
+
+
+class Llama(nn.Module):
+    """The trunk: token ids to hidden states after the final norm. The LM head lives outside (``Checkpoint``)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    def attention_window(self, causal: bool) -> tuple[int, int] | None:
+        """Keys that a query sees to its left and right; None = all. LLaMA has no window."""
+        return None
+
+    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The tables for at least ``length`` positions, grown by powers of two and kept."""
+        if self._rotary is None or len(self._rotary[0]) < length or self._rotary[0].device != device:
+            self._rotary = rotary_table(self.config, 1 << max(length - 1, 63).bit_length(), device)
+        return self._rotary
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        causal: bool = False,
+        attention_dropout: float = 0.0,
+        seed: int | Tensor | None = None,
+        output_hidden_states: bool = False,
+        backend: str | None = None,
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs the packed batch.
+
+        Args:
+            batch: T tokens in B sequences.
+            causal: the decoder's own mask; False lets every token see its whole sequence (LLM2Vec, step 1).
+            attention_dropout: on the attention probabilities (SimCSE, METHOD 4.2), in training and evaluation alike.
+            seed: keys the dropout; the layer number is folded in.
+            output_hidden_states: also return the residual stream: embedding, after each layer, and last the final norm.
+            backend: None, "torch" or "triton".
+
+        Returns:
+            hidden_states [T, D]; with ``output_hidden_states`` the pair (hidden_states, tuple of num_layers + 1 tensors).
+
+        Raises:
+            ValueError: a sequence longer than the model's positions, dropout without a seed.
+        """
+        if batch.max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(
+                f"a sequence of {batch.max_seqlen} tokens exceeds the model's {self.config.max_position_embeddings} positions "
+                "(max_position_embeddings); shorten it (max_length)"
+            )
+        cos, sin = self.rotary(batch.max_seqlen, batch.input_ids.device)
+        context = AttentionContext(
+            batch=batch,
+            plan=attention_plan(batch.cu_seqlens, batch.max_seqlen),
+            cos=cos,
+            sin=sin,
+            causal=causal,
+            window=self.attention_window(causal),
+            dropout_p=attention_dropout,
+            seed=seed,
+            backend=backend,
+        )
+        x, update, states = self.embed_tokens(batch.input_ids), None, []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(x if update is None else x + update)
+            x, update = layer(x, update, context)
+        hidden_states, _ = self.norm(update, x, backend=backend)
+        return (hidden_states, (*states, hidden_states)) if output_hidden_states else hidden_states

@@ -1,0 +1,400 @@
+"""Checkpoints in and out: safetensors directories, GGUF files and hub ids to packed models, and back to a directory.
+
+Loading streams: the model is made on the ``meta`` device and every tensor is read from the memory-mapped file, cast,
+moved to its device and put in place before the next one is touched, so the peak is the weights plus one shard. Nothing
+is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from bivec.models import gguf
+from bivec.models.config import DecoderConfig
+from bivec.models.errors import CheckpointError
+from bivec.models.llama import Llama
+from bivec.models.mistral import Mistral
+
+MODEL_CLASSES = {"llama": Llama, "mistral": Mistral}
+ARCHITECTURES = {"llama": ("LlamaModel", "LlamaForCausalLM"), "mistral": ("MistralModel", "MistralForCausalLM")}
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "embed_tokens.weight"
+TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+# by name, since some repositories carry the weights twice (consolidated.safetensors next to the shards)
+MODEL_PATTERNS = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+PICKLE_ADVICE = (
+    "those are pickles, which can run code when loaded, so bivec does not read them; convert them once in a place you "
+    "trust: transformers.AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), the tokenizer too"
+)
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What ``load_pretrained`` gives."""
+
+    model: Llama  # or its subclass Mistral; parameters on the device, in the dtype asked for
+    lm_head_weight: Tensor | None  # [vocab_size, hidden_size]; the embedding parameter itself when tied; None: no head
+    tokenizer_path: Path  # what engine.tokenizer.load_tokenizer takes: the directory or the .gguf file
+    config: DecoderConfig
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a safetensors checkpoint, before it is read."""
+
+    file: Path
+    key: str  # its name in the file
+    shape: tuple[int, ...]
+    dtype: str  # "float32", "bfloat16", "float16"
+
+
+def load_pretrained(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> Checkpoint:
+    """Loads a LLaMA or Mistral decoder.
+
+    Args:
+        path_or_hub_id: a directory with config.json and safetensors (one file or shards; CausalLM or trunk-only names),
+            a .gguf file, or a hub id such as ``"mistralai/Mistral-7B-Instruct-v0.2"``.
+        dtype: of the parameters; by default float32 on a CPU and the checkpoint's own elsewhere (bfloat16 for GGUF).
+        device: where the parameters go; the CPU by default.
+
+    Returns:
+        Checkpoint(model, lm_head_weight, tokenizer_path, config); the model is in evaluation mode.
+
+    Raises:
+        CheckpointError: nothing loadable is there, or a tensor is missing, unexpected, of another shape or cut off.
+        ConfigError: an architecture or a setting that our models do not support.
+    """
+    device = torch.device(device or "cpu")
+    path = resolve_checkpoint(path_or_hub_id)
+    if path.is_file():
+        header = gguf.read_header(path)
+        config = gguf.decoder_config(header)
+        model = _meta_model(config)
+        shapes = {name: tensor.shape for name, tensor in gguf.named_tensors(header).items()}
+        _check_tensors(model, config, shapes, {name: str(path) for name in shapes})
+        tensors, stored_dtype = gguf.read_tensors(header, config), "bfloat16"
+    else:
+        config = DecoderConfig.from_pretrained(path)
+        model = _meta_model(config)
+        entries = _safetensors_entries(path)
+        _check_tensors(
+            model,
+            config,
+            {name: entry.shape for name, entry in entries.items()},
+            {name: str(entry.file) for name, entry in entries.items()},
+        )
+        tensors, stored_dtype = _read_safetensors(entries), entries[EMBEDDING_NAME].dtype
+    target_dtype = _target_dtype(dtype, device, stored_dtype)
+    head = _fill(model, tensors, target_dtype, device, tied=config.tie_word_embeddings, source=path)
+    return Checkpoint(model.eval(), head, path, config)
+
+
+def resolve_checkpoint(
+    path_or_hub_id: str | Path, patterns: Sequence[str] = (*MODEL_PATTERNS, *TOKENIZER_PATTERNS)
+) -> Path:
+    """The local directory or .gguf file behind a path or a hub id; a hub id is downloaded (only files that match).
+
+    Args:
+        path_or_hub_id: a directory, a .gguf file, or ``owner/name`` on the Hugging Face hub.
+        patterns: the files to download of a hub repository.
+
+    Raises:
+        CheckpointError: nothing is there, and it is no hub id or the hub does not give it.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give the directory that holds config.json, or a .gguf file")
+    name = str(path_or_hub_id)
+    if name.startswith((".", "/", "~", "\\")) or name.count("/") != 1 or path.suffix == ".gguf":
+        raise CheckpointError(f"{name}: no such directory or .gguf file, and it is not a hub id of the form owner/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: no such directory, and a hub id needs the package huggingface_hub: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except Exception as error:  # hub, HTTP, proxy and cache errors share no base class
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{name}: there is no local directory of this name, and the hub does not give the repository "
+            f"({type(error).__name__}: {reason}); check the name and the network, accept the licence of a gated "
+            f"model and run `hf auth login`, or give a local directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        ) from error
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Skips ``torch.nn.init``: on meta tensors it would only import torch's decompositions (2.4 s and 150 MB)."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _meta_model(config: DecoderConfig) -> Llama:
+    with torch.device("meta"), _NoInitialisation():
+        return MODEL_CLASSES[config.model_type](config)
+
+
+def _safetensors_entries(folder: Path) -> dict[str, _Entry]:
+    """Every tensor of a directory's safetensors files by trunk name, from the files' headers alone."""
+    entries: dict[str, _Entry] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for key in reader.keys():  # noqa: SIM118 - a safe_open handle is no mapping
+                    if key.endswith("rotary_emb.inv_freq"):  # a buffer that early LLaMA checkpoints carry
+                        continue
+                    name = key.removeprefix("model.")
+                    if name in entries:
+                        raise CheckpointError(f"{file}: tensor {key} is also in {entries[name].file}")
+                    stored = reader.get_slice(key)
+                    if stored.get_dtype() not in STORED_DTYPES:
+                        raise CheckpointError(
+                            f"{file}: tensor {key} is stored as {stored.get_dtype()}; "
+                            f"supported: {', '.join(STORED_DTYPES.values())}"
+                        )
+                    shape = tuple(stored.get_shape())
+                    entries[name] = _Entry(file, key, shape, STORED_DTYPES[stored.get_dtype()])
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file}: not a complete safetensors file ({error}); truncated or damaged: copy or download it again"
+            ) from None
+    return entries
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index_file, single_file = folder / INDEX_FILE, folder / WEIGHTS_FILE
+    if index_file.is_file():
+        try:
+            weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index_file}: not a safetensors index ({type(error).__name__}: {error})") from None
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} of the {len(files)} shards that {INDEX_FILE} names are missing "
+                f"({_some(missing)}); copy or download them"
+            )
+        return files
+    if single_file.is_file():
+        return [single_file]
+    if any(folder.glob("pytorch_model*.bin")):
+        raise CheckpointError(f"{folder}: only pytorch_model.bin files; {PICKLE_ADVICE}")
+    raise CheckpointError(
+        f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; if there are only pytorch_model.bin files: "
+        + PICKLE_ADVICE
+    )
+
+
+def _check_tensors(
+    model: Llama, config: DecoderConfig, shapes: dict[str, tuple[int, ...]], files: dict[str, str]
+) -> None:
+    """Compares the checkpoint's tensors with the model's before anything is read."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    accepted = {**expected, HEAD_NAME: expected[EMBEDDING_NAME]}
+    source = ", ".join(sorted(set(files.values()))) or "the checkpoint"
+    missing = [name for name in expected if name not in shapes]
+    if missing:
+        raise CheckpointError(
+            f"{source}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}; the checkpoint is "
+            f"incomplete, or config.json describes another model ({config.model_type}, {config.num_layers} layers)"
+        )
+    unexpected = [name for name in shapes if name not in accepted]
+    if unexpected:
+        raise CheckpointError(
+            f"{files[unexpected[0]]}: {len(unexpected)} unexpected tensors: {_some(unexpected)}; the checkpoint is no "
+            f"plain {config.model_type} model of {config.num_layers} layers (an adapter must be merged first)"
+        )
+    for name, shape in shapes.items():
+        if tuple(shape) != accepted[name]:
+            raise CheckpointError(
+                f"{files[name]}: tensor {name} has shape {list(shape)}, config.json asks for {list(accepted[name])}"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _read_safetensors(entries: dict[str, _Entry]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors file by file; each is a view of the mapped file, which is unmapped before the next one is opened."""
+    for file in dict.fromkeys(entry.file for entry in entries.values()):
+        with safe_open(file, framework="pt") as reader:
+            for name, entry in entries.items():
+                if entry.file == file:
+                    yield name, reader.get_tensor(entry.key)
+
+
+def _target_dtype(asked: torch.dtype | str | None, device: torch.device, stored: str) -> torch.dtype:
+    if asked is None:
+        # bf16 matrix products on a CPU without AMX run at a hundredth of fp32's speed
+        asked = "float32" if device.type == "cpu" else stored
+    dtype = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(f"dtype {asked!r}: expected a floating-point torch dtype such as 'float32' or 'bfloat16'")
+    return dtype
+
+
+def _fill(
+    model: Llama,
+    tensors: Iterator[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    tied: bool,
+    source: Path,
+) -> Tensor | None:
+    """Puts every tensor in its place and returns the head."""
+    head: Tensor | None = None
+    for name, stored in tensors:
+        # copy: a view of the mapped file would die with it, and follow whatever is later written there
+        tensor = stored.to(device=device, dtype=dtype, copy=True)
+        if name == HEAD_NAME:
+            head = tensor
+        else:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+    embedding = model.get_parameter(EMBEDDING_NAME)
+    if not tied:
+        return head
+    if head is not None and not torch.equal(head, embedding):
+        raise CheckpointError(
+            f"{source}: config.json says tie_word_embeddings, but {HEAD_NAME} differs from the embedding; "
+            "set tie_word_embeddings to false there if the head is meant to be its own"
+        )
+    return embedding
+
+
+def save_pretrained(
+    model: Llama,
+    path: str | Path,
+    *,
+    is_causal: bool,
+    lm_head_weight: Tensor | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a directory that ``transformers.AutoModel`` loads with no custom code.
+
+    Everything is written under a temporary name beside ``path`` and renamed when complete. Where ``path`` already holds
+    files, those of ours replace their namesakes, weight files of an earlier save go, and all others stay.
+
+    Args:
+        model: a Llama or Mistral whose adapters, if any, are merged.
+        path: the directory to write.
+        is_causal: what config.json says; False makes transformers (5.2 and later) attend in both directions.
+        lm_head_weight: [vocab_size, hidden_size]; when given, the directory holds the whole causal language model
+            (``LlamaForCausalLM``), else the trunk (``LlamaModel``). The embedding parameter itself means tied.
+        max_shard_bytes: size above which the weights are split over several files with an index.
+
+    Raises:
+        CheckpointError: parameters that do not belong to the architecture (an adapter not merged), or the disk is full.
+    """
+    path = Path(path)
+    tensors, config = _tensors_to_save(model, is_causal, lm_head_weight)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        temporary.chmod(0o755)  # mkdtemp's 0700 would lock other users out of the finished directory
+        _write_weights(temporary, tensors, max_shard_bytes)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _move_into_place(temporary, path)
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the system error in its own text
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            raise CheckpointError(
+                f"{path}: the disk is full; the model takes {size / 1e9:.2f} GB and {path.parent} has "
+                f"{shutil.disk_usage(path.parent).free / 1e9:.2f} GB free; nothing was changed"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tensors_to_save(model: Llama, is_causal: bool, head: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors under the names that transformers expects, and the content of config.json."""
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    expected = {name for name, _ in _meta_model(model.config).named_parameters()}
+    foreign = sorted(expected.symmetric_difference(tensors))
+    if foreign:
+        raise CheckpointError(
+            f"cannot save: the model's parameters are not those of a plain {model.config.model_type} model "
+            f"({_some(foreign)}); merge the adapter first"
+        )
+    embedding = model.get_parameter(EMBEDDING_NAME)
+    tied = model.config.tie_word_embeddings if head is None else head is embedding
+    trunk_class, causal_class = ARCHITECTURES[model.config.model_type]
+    if head is not None:
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        if not tied:
+            tensors[HEAD_NAME] = head.detach()
+    config = replace(
+        model.config,
+        is_causal=is_causal,
+        tie_word_embeddings=tied,
+        dtype=str(embedding.dtype).removeprefix("torch."),
+    ).to_dict()
+    return tensors, {**config, "architectures": [trunk_class if head is None else causal_class]}
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += tensor.nbytes
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = WEIGHTS_FILE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensors[name].cpu().contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": weight_map,
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_into_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    new = {file.name for file in temporary.iterdir()}
+    for stale in {INDEX_FILE, *(file.name for file in path.glob("model*.safetensors"))} - new:
+        (path / stale).unlink(missing_ok=True)
+    for name in sorted(new, reverse=True):  # config.json last: without it the directory is no checkpoint
+        os.replace(temporary / name, path / name)

@@ -1,0 +1,48 @@
+"""Packaging: the repository root is the import package ``bivec`` (DESIGN: one import name, flat top-level folders)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+QUICKSTART = [
+    "transformers>=5.2",
+    "datasets>=3.0",
+    "sentencepiece>=0.2",
+    "gguf>=0.17",
+    "scipy>=1.11",
+    "tqdm>=4.66",
+    "matplotlib>=3.8",
+]
+HUB = [*QUICKSTART, "huggingface_hub>=1.0"]
+TEST = [
+    *QUICKSTART,
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "peft>=0.17",
+    "ruff>=0.9",
+]
+
+setup(
+    name="bivec",
+    version=VERSION,
+    description="A kernel-optimised training engine for LLM2Vec: decoder-only language models into text encoders",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["bivec", "bivec.kernels", "bivec.models", "bivec.engine"],
+    package_dir={"bivec": "."},
+    install_requires=["torch>=2.11", "safetensors>=0.4.3", "numpy>=1.26"],
+    extras_require={
+        "quickstart": QUICKSTART,
+        "hub": HUB,
+        "test": TEST,
+        "all": sorted({*HUB, *TEST, "triton>=3.6"}),
+    },
+)

@@ -1,0 +1,171 @@
+"""Masking for MNTP: which tokens, replaced by what, scored where, and from which draws (METHOD 14, tests 3 and 4)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bivec.engine.errors import DataError
+from bivec.engine.masking import MaskingConfig, find_mask_token, mask_batch
+
+VOCAB, MASK = 1000, 7
+few = settings(max_examples=25, deadline=None)
+
+
+def config(**changes) -> MaskingConfig:
+    return MaskingConfig(**{"mask_token_id": MASK, "vocab_size": VOCAB, **changes})
+
+
+def blocks(n: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids that are never the mask token, a special token in front of each row and anywhere with 10 %."""
+    generator = np.random.default_rng(seed)
+    special = generator.random((n, length)) < 0.1
+    special[:, 0] = True
+    return generator.integers(10, VOCAB, (n, length)), special
+
+
+def assert_within_binomial_error(count: int, trials: int, probability: float) -> None:
+    deviation = np.sqrt(trials * probability * (1 - probability))
+    assert abs(count - trials * probability) <= 4 * deviation, (count, trials, probability)
+
+
+@pytest.mark.parametrize("probability", [0.2, 0.8])
+@pytest.mark.parametrize("style", ["bert", "all_mask"])
+def test_statistics(style, probability):
+    ids, special = blocks(200, 128)
+    batch = mask_batch(ids, special, config(style=style, probability=probability), seed=1, sample_ids=range(200))
+    after = batch.batch.input_ids.numpy()
+    selected = batch.index.numpy() + 1  # position 0 is special here, so that every selected token is scored
+    assert_within_binomial_error(len(selected), int((~special).sum()), probability)
+    assert not special.reshape(-1)[selected].any()
+    before = ids.reshape(-1)
+    np.testing.assert_array_equal(batch.targets, before[selected])
+    rest = np.delete(np.arange(before.size), selected)
+    np.testing.assert_array_equal(after[rest], before[rest])
+    masked = int((after[selected] == MASK).sum())
+    kept = int((after[selected] == before[selected]).sum())
+    if style == "all_mask":
+        assert masked == len(selected)
+    else:
+        assert_within_binomial_error(masked, len(selected), 0.8 + 0.1 / VOCAB)
+        assert_within_binomial_error(kept, len(selected), 0.1 + 0.1 / VOCAB)
+        replaced = after[selected][(after[selected] != MASK) & (after[selected] != before[selected])]
+        assert_within_binomial_error(int((replaced < VOCAB // 2).sum()), len(replaced), 0.5)
+        assert replaced.min() >= 0 and replaced.max() < VOCAB
+
+
+def test_selection_is_independent_over_positions_and_samples():
+    ids, _ = blocks(300, 64)
+    special = np.zeros_like(ids, dtype=bool)
+    chosen = np.zeros(ids.size, dtype=bool)
+    batch = mask_batch(ids, special, config(style="all_mask", probability=0.5), seed=3, sample_ids=range(300))
+    chosen[batch.batch.input_ids.numpy() == MASK] = True
+    chosen = chosen.reshape(300, 64)
+    for pairs in (chosen[:, 1:] == chosen[:, :-1], chosen[1:] == chosen[:-1]):
+        assert_within_binomial_error(int(pairs.sum()), pairs.size, 0.5)
+
+
+def test_shift_by_hand():
+    """Everything is selected: token i is scored from row i - 1 of its own sequence, and position 0 has no label."""
+    sequences, special = [[11, 12, 13], [], [21], [31, 32, 33]], [[1, 0, 0], [], [0], [0, 0, 1]]
+    batch = mask_batch(sequences, special, config(style="all_mask", probability=1.0), seed=0, sample_ids=[0, 1, 2, 3])
+    assert batch.batch.input_ids.tolist() == [11, MASK, MASK, MASK, MASK, MASK, 33]  # 21 and 31 are hidden as well
+    assert batch.batch.cu_seqlens.tolist() == [0, 3, 3, 4, 7]
+    assert batch.batch.position_ids.tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert batch.index.tolist() == [0, 1, 4]
+    assert batch.targets.tolist() == [12, 13, 32]
+
+
+def test_loss_depends_on_the_row_before_alone():
+    """METHOD 14, test 3: logits by hand; only the row in front of a hidden token has a gradient."""
+    batch = mask_batch([[5, 6, 8]], [[1, 1, 0]], config(style="all_mask", probability=1.0), seed=0, sample_ids=[0])
+    logits = torch.zeros(3, VOCAB, requires_grad=True)
+    torch.nn.functional.cross_entropy(logits[batch.index], batch.targets).backward()
+    assert logits.grad.abs().sum(1).nonzero().flatten().tolist() == [1]
+    assert logits.grad[1].argmin() == 8
+
+
+@few
+@given(
+    data=st.data(),
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=8),
+    seed=st.integers(0, 2**64 - 1),
+    probability=st.floats(0.05, 1.0),
+)
+def test_draws_depend_on_seed_and_sample_alone(data, lengths, seed, probability):
+    """In any micro-batch and any order a sample meets the same mask."""
+    generator = np.random.default_rng(len(lengths))
+    sequences = [generator.integers(10, VOCAB, length).tolist() for length in lengths]
+    special = [[False] * length for length in lengths]
+    samples = data.draw(st.lists(st.integers(0, 2**38), min_size=len(lengths), max_size=len(lengths), unique=True))
+    order = data.draw(st.permutations(range(len(lengths))))
+    settings_ = config(probability=probability)
+    whole = mask_batch(sequences, special, settings_, seed=seed, sample_ids=samples)
+    bounds = whole.batch.cu_seqlens.tolist()
+    for i in order:
+        alone = mask_batch([sequences[i]], [special[i]], settings_, seed=seed, sample_ids=[samples[i]])
+        assert alone.batch.input_ids.tolist() == whole.batch.input_ids[bounds[i] : bounds[i + 1]].tolist()
+        inside = (whole.index >= bounds[i]) & (whole.index < bounds[i + 1])
+        assert (alone.index + bounds[i]).tolist() == whole.index[inside].tolist()
+        assert alone.targets.tolist() == whole.targets[inside].tolist()
+
+
+def test_other_seeds_and_samples_meet_other_masks():
+    ids, special = blocks(1, 64)
+    seen = {
+        tuple(mask_batch(ids, special, config(), seed=seed, sample_ids=[sample]).batch.input_ids.tolist())
+        for seed in range(4)
+        for sample in range(4)
+    }
+    assert len(seen) == 16
+
+
+def test_masks_are_the_same_on_every_machine():
+    batch = mask_batch([[10] * 16], [[False] * 16], config(probability=0.5), seed=42, sample_ids=[3])
+    assert batch.batch.input_ids.tolist() == [7, 10, 7, 10, 10, 10, 7, 10, 7, 7, 7, 10, 7, 7, 10, 7]
+
+
+def test_inputs_stay_as_they_are():
+    ids, special = blocks(4, 16)
+    copy = ids.copy()
+    mask_batch(ids, special, config(probability=1.0), seed=0, sample_ids=range(4))
+    np.testing.assert_array_equal(ids, copy)
+
+
+def test_nothing_to_hide():
+    batch = mask_batch([[1, 2], []], [[1, 1], []], config(), seed=0, sample_ids=[0, 1]).to("cpu")
+    assert batch.index.shape == batch.targets.shape == (0,)
+    assert batch.index.dtype == batch.targets.dtype == torch.int64
+    assert mask_batch([], [], config(), seed=0, sample_ids=[]).batch.num_tokens == 0
+
+
+def test_bad_inputs():
+    with pytest.raises(ValueError, match="2 sequences of 3 tokens, 2 masks of 4 and 2 sample ids"):
+        mask_batch([[1], [2, 3]], [[0, 0], [0, 0]], config(), seed=0, sample_ids=[0, 1])
+    with pytest.raises(ValueError, match="must not be negative"):
+        mask_batch([[1]], [[0]], config(), seed=0, sample_ids=[-1])
+    for changes in ({"probability": 0.0}, {"probability": 1.1}, {"style": "roberta"}, {"mask_token_id": VOCAB}):
+        with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
+            config(**changes)
+
+
+def fake_tokenizer(**fields):
+    values = {"mask_token_id": None, "eos_token_id": 2, "name_or_path": "fake", "get_vocab": lambda: {"_": 9}}
+    return SimpleNamespace(**{**values, **fields})
+
+
+def test_mask_token():
+    assert find_mask_token(fake_tokenizer()) == 9
+    assert find_mask_token(fake_tokenizer(), "eos") == 2
+    assert find_mask_token(fake_tokenizer(mask_token_id=5), "blank") == 5  # a mask token of its own wins
+    with pytest.raises(DataError, match="'fake' has no token for the mask choice 'mask'"):
+        find_mask_token(fake_tokenizer(), "mask")
+    with pytest.raises(DataError, match="choice 'blank'"):
+        find_mask_token(fake_tokenizer(get_vocab=dict))
+    with pytest.raises(ValueError, match="unknown mask token 'x'"):
+        find_mask_token(fake_tokenizer(), "x")

@@ -1,0 +1,304 @@
+"""info_nce against the whole-matrix float64 statement in kernels/reference.py; saturation, masks, memory bounds."""
+
+import itertools
+
+import pytest
+import torch
+
+from bivec.kernels import info_nce
+from bivec.kernels import reference as ref
+from bivec.kernels.backend import BackendError
+
+B, N, M, K, D = 11, 17, 5, 3, 24
+FLOOR = 2e-6  # fp32 rounding of logits up to 20, seen through exp, relative
+
+SHARED, OWN = {"hard": "shared"}, {"hard": "own"}
+IDS = {"query_ids": True, "candidate_ids": True}
+OPTIONS = {
+    "plain": {},
+    "dot products": {"normalize": False, "scale": 0.2},
+    "targets": {"targets": True},
+    "shared": SHARED,
+    "own": OWN,
+    "query-query": {"include_query_query": True},
+    "ids": IDS,
+    "ids everywhere, shared": IDS | SHARED | {"hard_negative_ids": True, "include_query_query": True},
+    "ids everywhere, own, targets": IDS | OWN | {"hard_negative_ids": True, "targets": True},
+    "ids of the queries only": {"query_ids": True, "include_query_query": True},
+    "margin": {"margin": -0.1} | OWN,
+    "margin, ids, shared, query-query": {"margin": 0.05, "include_query_query": True} | IDS | SHARED,
+    "symmetric": {"symmetric": True},
+    "symmetric with all": {"symmetric": True, "margin": 0.1, "include_query_query": True} | IDS | SHARED,
+    "matryoshka": {"matryoshka_dims": [8, 24, 3], "matryoshka_weights": [1.0, 2.0, 0.5]},
+    "matryoshka, prefixes only": {"matryoshka_dims": [5, 16]} | OWN,
+    "matryoshka with all": {"matryoshka_dims": [24, 12], "symmetric": True, "include_query_query": True} | IDS | SHARED,
+}
+
+
+def example(options, dtype=torch.float32, sizes=(B, N, M, K, D)):
+    """Returns (differentiable tensors, keyword arguments); the losses are neither solved nor hopeless."""
+    options, g = dict(options), torch.Generator().manual_seed(0)
+    B, N, M, K, D = sizes
+    num = B if options.get("symmetric") else N
+    hard = options.pop("hard", None)
+    tensors = {
+        "queries": torch.randn(B, D, generator=g) * 3,
+        "candidates": torch.randn(num, D, generator=g) / 2,
+        "scale": torch.tensor(options.pop("scale", 20.0)),
+    }
+    tensors["candidates"][:B] += 0.08 * tensors["queries"]
+    if hard is not None:
+        tensors["hard_negatives"] = torch.randn(*((M,) if hard == "shared" else (B, K)), D, generator=g)
+    for name, tensor in tensors.items():
+        tensors[name] = (tensor if name == "scale" else tensor.to(dtype)).requires_grad_()
+    ids = {"query_ids": (B,), "candidate_ids": (num,), "hard_negative_ids": (M,) if hard == "shared" else (B, K)}
+    for name, shape in ids.items():  # few identities: duplicates among queries, positives and negatives
+        if options.get(name):
+            options[name] = torch.randint(0, 6, shape, generator=g)
+    if options.get("targets"):
+        options["targets"] = torch.randint(0, num, (B,), generator=g)
+    return tensors, options
+
+
+def run(function, tensors, options, dtype=None):
+    tensors = {name: (x if dtype is None else x.to(dtype)).detach().requires_grad_() for name, x in tensors.items()}
+    loss = function(**tensors, **options)
+    (loss * torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)).sum().backward()
+    return {"loss": loss.detach()} | {name: x.grad for name, x in tensors.items()}
+
+
+def relative_error(value, truth):
+    return ((value.double() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_matches_float64(name, dtype, reduction):
+    tensors, options = example(OPTIONS[name], dtype)
+    options["reduction"] = reduction
+    truth = run(ref.info_nce, tensors, options, torch.float64)
+    plain = run(ref.info_nce, tensors, options)
+    ours = run(info_nce, tensors, options | {"workspace_bytes": 14000})
+    assert ours["loss"].dtype == torch.float32 and ours["queries"].dtype == dtype
+    for key, value in ours.items():
+        error = relative_error(value, truth[key])
+        assert error <= 2 * relative_error(plain[key], truth[key]) + FLOOR, key
+        assert error <= 0.01, key
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_gradcheck(name, reduction):
+    tensors, options = example({"scale": 4.0} | OPTIONS[name], torch.float64, sizes=(4, 5, 3, 2, 6))
+    tensors["scale"] = tensors["scale"].detach().double().requires_grad_()
+    if "matryoshka_dims" in options:
+        options["matryoshka_dims"] = [max(1, d // 4) for d in options["matryoshka_dims"]]
+    options |= {"reduction": reduction, "workspace_bytes": 3000}
+    names = list(tensors)
+    torch.autograd.gradcheck(
+        lambda *values: info_nce(**dict(zip(names, values, strict=True)), **options), tuple(tensors.values())
+    )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunk_size_changes_nothing(name, dtype):
+    tensors, options = example(OPTIONS[name], dtype)
+    whole = run(info_nce, tensors, options)
+    with pytest.raises(ValueError, match="need at least") as error:
+        info_nce(**tensors, **options, workspace_bytes=1)
+    minimum = int(str(error.value).split("at least ")[1].split()[0])
+    for budget in (minimum, 2 * minimum + 3, 4 * minimum):
+        parts = run(info_nce, tensors, options | {"workspace_bytes": budget})
+        for key, value in parts.items():
+            # two units in the last place: the order of fp32 sums may tip a bf16 rounding
+            rtol = 2 * torch.finfo(value.dtype).eps if value.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(value, whole[key], rtol=rtol, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def nearly_solved(size, width, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    queries, noise = torch.randn(size, width, generator=g), torch.randn(size, width, generator=g)
+    unit = torch.nn.functional.normalize(queries, dim=1)
+    tangent = torch.nn.functional.normalize(noise - unit * (noise * unit).sum(1, keepdim=True), dim=1)
+    candidates = 0.999 * unit + (1 - 0.999**2) ** 0.5 * tangent
+    return {"queries": queries.to(dtype), "candidates": (2 * candidates).to(dtype)}
+
+
+@pytest.mark.parametrize("solved", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 20.0, 50.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_survive_saturation(solved, scale, dtype, symmetric):
+    tensors = nearly_solved(96, 48, dtype)
+    if not solved:
+        tensors["candidates"] = torch.randn(96, 48, generator=torch.Generator().manual_seed(5)).to(dtype)
+    tensors["scale"] = torch.tensor(scale)
+    options = {"symmetric": symmetric, "reduction": "sum"}
+    truth = run(ref.info_nce, tensors, options, torch.float64)
+    ours = run(info_nce, tensors, options)
+    for key, value in ours.items():
+        # bf16: half a unit of rounding of the result; fp32: rounding of logits up to 100, seen through exp
+        assert relative_error(value, truth[key]) <= (0.004 if value.dtype == torch.bfloat16 else 5e-5), key
+
+
+def test_stats_come_from_the_same_pass():
+    tensors, options = example(OPTIONS["ids everywhere, own, targets"])
+    loss, stats = info_nce(**tensors, **options, return_stats=True, reduction="none")
+    q, c, h = (torch.nn.functional.normalize(tensors[n], dim=-1) for n in ("queries", "candidates", "hard_negatives"))
+    s = 20 * torch.cat([q @ c.T, torch.einsum("bd,bkd->bk", q, h)], 1).detach()
+    target = options["targets"][:, None]
+    mask = options["query_ids"][:, None] == torch.cat(
+        [options["candidate_ids"].repeat(B, 1), options["hard_negative_ids"]], 1
+    )
+    s = s.masked_fill(mask.scatter(1, target, False), -torch.inf)
+    torch.testing.assert_close(stats.lse, s.logsumexp(1))
+    torch.testing.assert_close(stats.positive, s.gather(1, target)[:, 0])
+    torch.testing.assert_close(stats.lse - stats.positive, loss.detach())
+    assert torch.equal(stats.correct, s.argmax(1) == target[:, 0])
+    assert stats.count == B and stats.accuracy == stats.correct.float().mean() and not stats.lse.requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_query_without_negatives_has_loss_and_gradients_zero(reduction):
+    one = {"queries": torch.ones(1, 4), "candidates": torch.eye(1, 4)}
+    masked = {"queries": torch.randn(3, 4), "candidates": torch.randn(3, 4), "hard_negatives": torch.randn(3, 2, 4)}
+    ids = torch.full((3,), 7)
+    options = {"query_ids": ids, "candidate_ids": ids, "hard_negative_ids": ids[:, None].expand(3, 2)}
+    empty = {"queries": torch.zeros(0, 4), "candidates": torch.randn(3, 4)}
+    for tensors, extra in ((one, {}), (one, {"include_query_query": True}), (masked, options), (empty, {})):
+        for symmetric in (False, True) if len(tensors["queries"]) == len(tensors["candidates"]) else (False,):
+            scale = {"scale": torch.tensor(50.0)}
+            result = run(info_nce, tensors | scale, extra | {"reduction": reduction, "symmetric": symmetric})
+            assert all((value == 0).all() for value in result.values())
+
+
+def test_duplicated_id_of_the_own_positive_is_masked_and_the_positive_is_not():
+    queries = torch.eye(3, 4)
+    candidates = torch.cat([queries, queries[:1]])  # row 3 is the positive of query 0 once more
+    ids = torch.tensor([10, 11, 12])
+    masked = info_nce(
+        queries, candidates, query_ids=ids, candidate_ids=torch.tensor([10, 11, 12, 10]), reduction="none"
+    )
+    without = info_nce(queries, candidates[:3], reduction="none")
+    torch.testing.assert_close(masked[0], without[0])
+    assert masked[1] > without[1]  # the other queries still see it
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zero_vectors_have_cosine_zero_and_no_gradient(symmetric):
+    tensors = {"queries": torch.randn(4, 6), "candidates": torch.randn(4, 6), "scale": torch.tensor(20.0)}
+    tensors["queries"][1], tensors["candidates"][2] = 0.0, 1e-20
+    result = run(info_nce, tensors, {"symmetric": symmetric, "include_query_query": True})
+    assert all(torch.isfinite(value).all() for value in result.values())
+    assert (result["queries"][1] == 0).all() and (result["candidates"][2] == 0).all()
+    assert (result["queries"][0] != 0).any()
+    losses = info_nce(tensors["queries"], tensors["candidates"], reduction="none")
+    torch.testing.assert_close(losses[1], torch.tensor(4.0).log())
+
+
+def test_llm2vec_objective():
+    """METHOD 4.4: normalise, scale 20, cross-entropy with the diagonal as target, one direction, mean."""
+    a, b = torch.randn(8, 16), torch.randn(8, 16)
+    cosine = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=-1)
+    expected = torch.nn.functional.cross_entropy(20 * cosine, torch.arange(8))
+    torch.testing.assert_close(info_nce(a, b), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wanted", [("queries",), ("candidates",), ("hard_negatives",), ("scale",)])
+def test_each_gradient_only_where_wanted(wanted, reduction):
+    tensors, options = example(OPTIONS["ids everywhere, shared"])
+    expected = run(info_nce, tensors, options)
+    inputs = {name: x.detach().requires_grad_(name in wanted) for name, x in tensors.items()}
+    loss = info_nce(**inputs, **options, reduction=reduction)
+    (loss.mean() * 0.5).backward()
+    for name, x in inputs.items():
+        if name in wanted:
+            torch.testing.assert_close(x.grad, expected[name], rtol=1e-5, atol=1e-7)
+        else:
+            assert x.grad is None
+    with torch.no_grad():
+        assert not info_nce(**tensors, **options).requires_grad
+
+
+def test_backward_twice_and_repeated_runs_are_bit_identical():
+    tensors, options = example(OPTIONS["matryoshka with all"], torch.bfloat16)
+    first, second = (run(info_nce, tensors, options | {"workspace_bytes": 20000}) for _ in range(2))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    loss = info_nce(**tensors, **options)
+    grads = [torch.autograd.grad(loss, tuple(tensors.values()), retain_graph=True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_autocast_does_not_lower_the_precision():
+    tensors, options = example(OPTIONS["own"])
+    expected = run(info_nce, tensors, options | {"reduction": "none"})
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(info_nce, tensors, options | {"reduction": "none"})
+    assert all(torch.equal(inside[key], expected[key]) for key in expected)
+
+
+def peak_bytes(function):
+    """Peak of what the CPU allocator hands out during ``function``, from the profiler's allocation events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    assert sizes and kept is not None
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("extra", [{}, {"margin": 0.2, "include_query_query": True}, {"symmetric": True}])
+def test_memory_stays_within_the_workspace(dtype, extra):
+    size, width, budget = 2000, 8, 2**19
+    g = torch.Generator().manual_seed(0)
+    queries, candidates = (torch.randn(size, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
+
+    def step():
+        loss = info_nce(queries, candidates, workspace_bytes=budget, **extra)
+        loss.backward()
+        return loss
+
+    gradients = 2 * size * width * (4 + dtype.itemsize)  # fp32 sums kept for backward, and the results
+    vectors = 10 * size * 8  # targets, losses, LSE, positives, flags
+    assert peak_bytes(step) <= budget + gradients + vectors < size * size * 4 / 8
+
+
+BAD = [
+    ({"candidates": torch.zeros(N, D + 1)}, "must share D"),
+    ({"queries": torch.zeros(B, D).long()}, "queries must be floating point"),
+    ({"candidates": torch.zeros(B - 1, D)}, "at least as many candidates"),
+    ({"targets": torch.zeros(B - 1).long()}, r"targets must be \[11\] int64"),
+    ({"targets": torch.full((B,), N)}, r"targets must lie in \[0, N=17\)"),
+    ({"symmetric": True}, "symmetric=True pairs"),
+    ({"hard_negatives": torch.zeros(B + 1, K, D)}, "hard_negatives must be"),
+    ({"query_ids": torch.zeros(B).long()}, "query_ids mask nothing"),
+    ({"candidate_ids": torch.zeros(N).long()}, "compared with query_ids"),
+    ({"query_ids": torch.zeros(B).long(), "candidate_ids": torch.zeros(B).long()}, r"candidate_ids must be \[17\]"),
+    ({"query_ids": torch.zeros(B).long(), "hard_negative_ids": torch.zeros(M).long()}, "without hard_negatives"),
+    ({"scale": float("inf")}, "scale must be finite"),
+    ({"scale": torch.tensor(float("nan"))}, "scale must be finite"),
+    ({"scale": torch.ones(1)}, "0-dim"),
+    ({"margin": float("nan")}, "margin must be finite"),
+    ({"margin": 0.1, "scale": -1.0}, "margin needs a positive scale"),
+    ({"matryoshka_dims": [8, D + 1]}, "matryoshka_dims must be"),
+    ({"matryoshka_dims": [8, 8]}, "matryoshka_dims must be"),
+    ({"matryoshka_weights": [1.0]}, "without matryoshka_dims"),
+    ({"matryoshka_dims": [8], "matryoshka_weights": [0.0]}, "not all 0"),
+    ({"reduction": "max"}, "reduction must be"),
+    ({"workspace_bytes": 100}, "cannot hold the logits of one query"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        info_nce(**({"queries": torch.ones(B, D), "candidates": torch.ones(N, D)} | change))
+
+
+def test_triton_is_refused_until_it_exists():
+    with pytest.raises(BackendError, match="info_nce"):
+        info_nce(torch.ones(B, D), torch.ones(N, D), backend="triton")

