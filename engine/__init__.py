@@ -1,1 +1,1 @@
-"""The training engine: data to packed batches, objectives, LoRA, the trainer, checkpoints, the encoder and its evaluation."""
+"""The training engine: data, masking, packing, LoRA, objectives, trainer, checkpoints, encoder and evaluation."""

@@ -1,7 +1,7 @@
 """Training checkpoints: the trainable tensors, the optimiser's state and the step, as safetensors and JSON.
 
-A checkpoint is a directory ``checkpoints/<stage>-<step>/``; it gets its name only once it is whole, so a kill at any moment
-leaves the previous one usable. Data order, masks and dropout follow from (seed, step) and need no state.
+A checkpoint is a directory ``checkpoints/<stage>-<step>/``; it gets its name only once it is whole, so a kill at any
+moment leaves the previous one usable. Data order, masks and dropout follow from (seed, step) and need no state.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def save_checkpoint(directory: Path, state: TrainState) -> Path:
     for parameter, slots in state.optimizer.state.items():
         for slot, value in slots.items():
             tensors[f"optimizer/{slot}/{names[id(parameter)]}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    for abandoned in directory.glob(f".{state.stage}-*.tmp"):  # a kill in the middle of an earlier write
+        shutil.rmtree(abandoned)
     final = directory / f"{state.stage}-{state.step:06d}"
-    with atomic_directory(final) as temporary:
+    with atomic_directory(final, last="state.json") as temporary:
         save_file(tensors, temporary / "state.safetensors")
         (temporary / "state.json").write_text(json.dumps({"stage": state.stage, "step": state.step}), encoding="utf-8")
     for old in list_checkpoints(directory, state.stage)[:-KEPT]:
@@ -66,32 +68,35 @@ def load_checkpoint(path: Path, state: TrainState) -> TrainState:
     """Copies a checkpoint into the parameters and the optimiser of ``state``; returns it with the step set.
 
     Raises:
-        CheckpointError: a missing or truncated file, or tensors that do not fit.
+        CheckpointError: a missing or truncated file, or tensors that do not fit; nothing was copied then.
     """
     try:
         step = json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
         tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: not a whole checkpoint ({error}); delete it to resume from the one before"
         ) from error
-    wanted = {f"parameter/{name}": parameter for name, parameter in state.parameters.items()}
-    for name, parameter in wanted.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            raise CheckpointError(
-                f"{path}: {name} is missing or has another shape than the model's {list(parameter.shape)}"
-            )
-    slots: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
+    trained = {name.partition("/")[2] for name in tensors if name.startswith("parameter/")}
+    if trained != state.parameters.keys():
+        odd = sorted(trained ^ state.parameters.keys())
+        raise CheckpointError(f"{path}: it holds other parameters than this run trains ({len(odd)}, first: {odd[0]})")
+    slots: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition("/")
+        slot, _, name = rest.partition("/") if kind == "optimizer" else ("", "", rest)
+        parameter = state.parameters.get(name)
+        # beside the moments, which have the parameter's shape, AdamW keeps its step counter, a single number
+        if parameter is None or (tensor.shape != parameter.shape and slot != "step"):
+            wanted = "no such parameter" if parameter is None else list(parameter.shape)
+            raise CheckpointError(f"{path}: {key} has shape {list(tensor.shape)}, this run has {wanted}")
         if kind == "optimizer":
-            slot, _, parameter_name = rest.partition("/")
-            slots.setdefault(parameter_name, {})[slot] = tensor
+            slots[name][slot] = tensor
     for name, parameter in state.parameters.items():
         parameter.data.copy_(tensors[f"parameter/{name}"])
         state.optimizer.state[parameter] = {
-            # fused AdamW keeps its step counter as fp32 beside the parameter
-            slot: value.to(parameter.device)
-            for slot, value in slots.get(name, {}).items()
+            # copied: tensors read by safetensors may be views of the mapped file, which rotation deletes later
+            slot: value.to(parameter.device, copy=True)
+            for slot, value in slots[name].items()
         }
     return TrainState(state.stage, step, state.parameters, state.optimizer)

@@ -8,7 +8,7 @@ batches of the original did).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,53 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bivec.engine.encoder_config import CONFIG_FILE, CONFIG_PATTERNS, POOLINGS, EncoderConfig, read_encoder_config
 from bivec.engine.errors import BivecError, ConfigError
 from bivec.engine.lora import load_adapter
 from bivec.engine.packing import token_budget_batches
 from bivec.engine.tokenizer import load_tokenizer, prefix_length
 from bivec.kernels import segment_pool
-from bivec.models import DecoderConfig, PackedBatch, load_pretrained, save_pretrained
-from bivec.models.files import write_text_atomic
+from bivec.models import PackedBatch, load_pretrained, save_pretrained
+from bivec.models.files import atomic_directory
+from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, resolve_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CONFIG_FILE = "bivec_config.json"
 DEFAULT_TOKENS_PER_BATCH = 4096
-# ours and llm2vec's name -> mode of segment_pool
-POOLINGS = {
-    "mean": "mean",
-    "weighted_mean": "weighted_mean",
-    "last_token": "last",
-    "eos_token": "last",
-    "bos_token": "first",
-}
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
-    """How texts become vectors; stored beside the weights as ``bivec_config.json``."""
+class _Row:
+    """One tokenised text."""
 
-    pooling: str = "mean"  # "mean" | "weighted_mean" | "last_token" | "eos_token" | "bos_token"
-    pool_bos: bool = True  # False: special tokens in front are left out of the pooled span, as in the released LLM2Vec
-    causal: bool = False
-    max_length: int = 512  # tokens, special ones included; the tail is cut
-    template: str | None = None  # "[INST] {text} [/INST]"; what follows {text} is pooled too (METHOD 5.4)
-
-    def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ConfigError(f"pooling {self.pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
-        if self.max_length < 2:
-            raise ConfigError(f"max_length {self.max_length} is too short; at least 2 tokens are needed")
-        if self.template is not None and self.template.count("{text}") != 1:
-            raise ConfigError(f"template {self.template!r} must contain {{text}} exactly once")
-
-
-@dataclass(frozen=True)
-class _Tokenised:
     input_ids: list[int]
     start: int  # first pooled token
-    index: int  # position in the input list
 
 
 class Encoder:
@@ -84,6 +59,8 @@ class Encoder:
         self.config = replace(config, max_length=min(config.max_length, positions))
         self.lm_head_weight = lm_head_weight
         self._prefix = prefix_length(tokenizer)
+        if self.config.pooling == "eos_token" and tokenizer.eos_token_id is None:
+            raise ConfigError("pooling 'eos_token': the tokenizer has no EOS; choose 'last_token'")
 
     @classmethod
     def from_pretrained(
@@ -103,11 +80,12 @@ class Encoder:
         """Loads an encoder.
 
         Args:
-            path: a run directory (its ``merged/``), a Hugging Face or sentence-transformers directory, a ``.gguf`` file, or
-                a hub id.
+            path: a run directory (its ``merged/``), a Hugging Face, LLM2Vec or sentence-transformers directory, a
+                ``.gguf`` file, or a hub id.
             adapters: PEFT adapter directories, merged into the weights in this order.
-            pooling: "mean", "weighted_mean", "last_token" or "bos_token"; None = what the directory says, else "mean".
-            pool_bos: pool special tokens in front too; None = what the directory says, else True (as every other library).
+            pooling: "mean", "weighted_mean", "last_token", "eos_token" or "bos_token"; None = what the directory says,
+                else "mean".
+            pool_bos: pool special tokens in front too; None = what the directory says, else True (as other libraries).
             causal: the decoder's own mask; None = what the directory says, else bidirectional.
             max_length: in tokens; None = what the directory says, else 512.
             template: a string with ``{text}``; None = what the directory says, else none.
@@ -118,11 +96,13 @@ class Encoder:
         Raises:
             BivecError: a directory of no known layout, damaged files, unknown settings.
         """
-        path = _weights_directory(path)
+        path = resolve_checkpoint(_weights_directory(path), (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS))
         checkpoint = load_pretrained(path, dtype=dtype, device=device)
-        for adapter in adapters:
-            load_adapter(checkpoint.model, adapter).merge()
-        stored = read_encoder_config(Path(checkpoint.tokenizer_path), checkpoint.config)
+        positions = checkpoint.config.max_position_embeddings
+        if max_length is not None and max_length > positions:
+            raise ConfigError(
+                f"max_length {max_length} exceeds the {positions} positions of {path}; give at most these"
+            )
         asked = {
             "pooling": pooling,
             "pool_bos": pool_bos,
@@ -130,7 +110,12 @@ class Encoder:
             "max_length": max_length,
             "template": template,
         }
-        config = replace(stored, **{field: value for field, value in asked.items() if value is not None})
+        config = replace(
+            read_encoder_config(path, checkpoint.config),
+            **{field: value for field, value in asked.items() if value is not None},
+        )
+        for adapter in adapters:
+            load_adapter(checkpoint.model, adapter).merge()
         tokenizer = load_tokenizer(checkpoint.tokenizer_path)
         return cls(checkpoint.model, tokenizer, config, lm_head_weight=checkpoint.lm_head_weight, backend=backend)
 
@@ -166,23 +151,26 @@ class Encoder:
             show_progress_bar: None = only for more than 1,000 texts.
 
         Returns:
-            float32 [D] for one text, else [N, D] in input order; on CPU.
+            float32 [D] for one text, else [N, D] in input order; on CPU. An empty text gets the mean of its special
+            tokens.
 
         Raises:
-            BivecError: an input that is neither a text nor a pair, or a text of which truncation leaves nothing to pool.
+            BivecError: an input that is neither a text nor a pair, or an instruction that leaves no room for its text.
         """
         single = isinstance(sentences, str)
-        texts = [sentences] if single else list(sentences)
-        rows = [self._tokenise(item, instruction, index) for index, item in enumerate(texts)]
+        pairs = [_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))]
+        rows = self._tokenise(pairs)
         embeddings = torch.empty(len(rows), self.dimension, dtype=torch.float32)
-        for batch, spans, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
-            with torch.inference_mode():
+        for batch, starts, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
+            # not inference_mode: the rotary tables that the model keeps would be inference tensors, which autograd
+            # does not save for a backward pass
+            with torch.no_grad():
                 hidden = self.model(batch, causal=self.config.causal, backend=self.backend)
                 pooled = segment_pool(
                     hidden,
                     batch.cu_seqlens,
                     mode=POOLINGS[self.config.pooling],
-                    span_starts=spans,
+                    span_starts=starts,
                     span_ends=batch.cu_seqlens[1:].long(),
                     backend=self.backend,
                 )
@@ -200,7 +188,7 @@ class Encoder:
         tokens_per_batch: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> list[Tensor] | Tensor:
-        """The hidden state of every token (after the final norm), special tokens included.
+        """The hidden state of every token (after the final norm), special tokens included; no template, no instruction.
 
         Args:
             sentences: a text or a list of texts.
@@ -209,97 +197,116 @@ class Encoder:
             show_progress_bar: see :meth:`encode`.
 
         Returns:
-            float32 [n_tokens, D] for one text, else a list of those in input order; rows follow ``tokenizer(text).input_ids``.
+            float32 [n_tokens, D] for one text, else a list of those in input order; the rows are those of
+            ``tokenizer(text).input_ids``, cut at ``max_length``.
+
+        Raises:
+            BivecError: an input that is not a text.
         """
         single = isinstance(sentences, str)
-        rows = [self._tokenise(item, None, i) for i, item in enumerate([sentences] if single else list(sentences))]
+        texts = _as_list(sentences)
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise BivecError(f"text {index} is {type(text).__name__}, expected a str")
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.config.max_length) if texts else {}
+        rows = [_Row(ids, 0) for ids in encoded.get("input_ids", [])]
         result: list[Tensor] = [torch.empty(0)] * len(rows)
         for batch, _, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
-            with torch.inference_mode():
+            with torch.no_grad():
                 hidden = self.model(batch, causal=self.config.causal, backend=self.backend).float().cpu()
             for index, states in zip(indices, hidden.split(batch.cu_seqlens.diff().tolist()), strict=True):
                 result[index] = states
         return result[0] if single else result
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes weights, tokenizer and pooling rule into a directory that :meth:`from_pretrained` and transformers load.
+        """Writes weights, tokenizer and pooling rule into a directory that bivec and transformers load.
+
+        Everything is written under a temporary name and moved when complete; other files of the directory stay.
 
         Raises:
-            BivecError: the disk is full.
+            CheckpointError: the disk is full, ``path`` is a file, or an adapter is not merged.
         """
-        path = Path(path)
-        save_pretrained(self.model, path, is_causal=self.config.causal)
-        self.tokenizer.save_pretrained(path)
-        write_text_atomic(path / CONFIG_FILE, json.dumps(asdict(self.config), indent=2) + "\n")
+        # encoding leaves its truncation in the tokenizer, which would be saved with it
+        self.tokenizer.backend_tokenizer.no_truncation()
+        with atomic_directory(path, stale=MODEL_PATTERNS, last="config.json") as temporary:
+            save_pretrained(self.model, temporary, is_causal=self.config.causal)
+            self.tokenizer.save_pretrained(temporary)
+            settings = json.dumps(asdict(self.config), indent=2)
+            (temporary / CONFIG_FILE).write_text(settings + "\n", encoding="utf-8")
 
-    def _tokenise(self, item: str | Sequence[str], instruction: str | None, index: int) -> _Tokenised:
-        text = item
-        if not isinstance(item, str):
-            if not (
-                isinstance(item, (list, tuple)) and len(item) >= 2 and all(isinstance(part, str) for part in item[:2])
-            ):
-                raise BivecError(
-                    f"text {index} is {type(item).__name__}, expected a str or an [instruction, text] pair"
-                )
-            instruction, text = item[0], item[1]
+    def _tokenise(self, pairs: list[tuple[str, str]]) -> list[_Row]:
+        """Token ids and pooled spans of (instruction, text) pairs."""
+        if not pairs:
+            return []
+        before, after = (self.config.template or "{text}").split("{text}")
         # instruction, one space, text: the order and spacing of the released models (METHOD 7.1)
-        head = f"{instruction.strip()} " if instruction else ""
-        body = text
-        if self.config.template is not None:
-            before, after = self.config.template.split("{text}")
-            head, body = before + head, text.strip() + after
+        heads = [before + (f"{instruction} " if instruction else "") for instruction, _ in pairs]
+        # the original strips a text before it goes into a template
+        bodies = [text if self.config.template is None else text.strip() + after for _, text in pairs]
+        eos = [self.tokenizer.eos_token_id] if self.config.pooling == "eos_token" else []
         encoded = self.tokenizer(
-            head + body, truncation=True, max_length=self.config.max_length, return_offsets_mapping=bool(head)
+            [head + body for head, body in zip(heads, bodies, strict=True)],
+            truncation=True,
+            max_length=self.config.max_length - len(eos),
+            return_offsets_mapping=True,
         )
-        ids = encoded.input_ids
-        if not head:
-            # an empty text has only its special tokens: they are its pooled span then
-            start = 0 if self.config.pool_bos or len(ids) <= self._prefix else self._prefix
-        else:
-            # the pooled span starts with the first token that reaches beyond the head (METHOD 5.4, by offsets)
-            start = next((i for i, (_, end) in enumerate(encoded.offset_mapping) if end > len(head)), len(ids))
-        if start >= len(ids):
-            raise BivecError(
-                f"text {index}: its instruction fills all {self.config.max_length} tokens (max_length) or its text is empty; "
-                "nothing is left to pool"
-            )
-        return _Tokenised(ids, start, index)
+        rows = []
+        for index, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
+            start = self._pooled_start(ids, offsets, len(heads[index]))
+            if start >= len(ids) and pairs[index][1].strip():
+                raise BivecError(
+                    f"text {index}: its instruction fills all {self.config.max_length} tokens (max_length); "
+                    "nothing is left of the text to pool"
+                )
+            rows.append(_Row(ids + eos, start if start < len(ids) else 0))
+        return rows
+
+    def _pooled_start(self, ids: list[int], offsets: list[tuple[int, int]], head_length: int) -> int:
+        """The first pooled token; ``len(ids)`` where no token belongs to the text."""
+        if self.config.pooling == "bos_token":
+            return 0
+        if head_length and self.config.skip_instruction:
+            # the first token that reaches beyond the head (METHOD 5.4, by offsets instead of tokenising twice)
+            return next((i for i, (_, end) in enumerate(offsets) if end > head_length), len(ids))
+        return 0 if self.config.pool_bos else self._prefix
 
     def _batches(
         self,
-        rows: list[_Tokenised],
+        rows: list[_Row],
         batch_size: int | None,
         tokens_per_batch: int | None,
         show_progress_bar: bool | None,
-    ):
+    ) -> Iterator[tuple[PackedBatch, Tensor, list[int]]]:
         """Yields (packed batch, first pooled row of each sequence [B], positions in the input list)."""
         from tqdm import tqdm
 
         lengths = [len(row.input_ids) for row in rows]
-        groups = token_budget_batches(lengths, tokens_per_batch or DEFAULT_TOKENS_PER_BATCH, max_sequences=batch_size)
+        budget = DEFAULT_TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch
         show = len(rows) > 1000 if show_progress_bar is None else show_progress_bar
         with tqdm(total=len(rows), desc="encode", unit="text", disable=not show, leave=False) as bar:
-            for group in groups:
+            for group in token_budget_batches(lengths, budget, max_sequences=batch_size):
                 batch = PackedBatch.from_sequences([rows[i].input_ids for i in group], device=self.device)
                 starts = torch.tensor([rows[i].start for i in group], device=self.device)
-                yield batch, batch.cu_seqlens[:-1].long() + starts, [rows[i].index for i in group]
+                yield batch, batch.cu_seqlens[:-1].long() + starts, group
                 bar.update(len(group))
 
 
-def read_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig:
-    """The pooling rule stored in a directory; defaults where it says nothing.
-
-    Raises:
-        ConfigError: a ``bivec_config.json`` that is not JSON or has unknown fields.
-    """
-    defaults = EncoderConfig(causal=bool(config.is_causal))
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return defaults
+def _as_list(sentences: str | Sequence) -> list:
+    if isinstance(sentences, str):
+        return [sentences]
     try:
-        return replace(defaults, **json.loads(file.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{file}: {error}") from error
+        return list(sentences)
+    except TypeError:
+        raise BivecError(f"expected a text or a list of texts, got {type(sentences).__name__}") from None
+
+
+def _split_pair(item: str | Sequence[str], instruction: str | None, index: int) -> tuple[str, str]:
+    """(instruction, text) of an input; llm2vec's pairs may carry a third element, which counts for nothing."""
+    if isinstance(item, str):
+        return (instruction or "").strip(), item
+    if isinstance(item, (list, tuple)) and len(item) >= 2 and all(isinstance(part, str) for part in item[:2]):
+        return item[0].strip(), item[1]
+    raise BivecError(f"text {index} is {type(item).__name__}, expected a str or an [instruction, text] pair")
 
 
 def _weights_directory(path: str | Path) -> str | Path:

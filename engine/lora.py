@@ -1,7 +1,7 @@
 """LoRA on the projections of a decoder: add, train, merge, and exchange adapters with PEFT.
 
-The layer wraps a projection in place, so the models know nothing of it. Adapters are saved under the names that an adapter
-of the *trunk* has in PEFT (``base_model.model.layers.0.self_attn.q_proj.lora_A.weight``, METHOD 9.2), in fp32.
+The layer wraps a projection in place, so the models know nothing of it. Adapters are saved under the names that an
+adapter of the *trunk* has in PEFT (``base_model.model.layers.0.self_attn.q_proj.lora_A.weight``, METHOD 9.2), in fp32.
 
 Source: Hu et al. 2021; METHOD 3.4 for targets and rank.
 """
@@ -19,21 +19,33 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bivec.kernels import fold_seed, lora_linear
-from bivec.models.errors import CheckpointError
+from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.files import atomic_directory
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
+# fields of adapter_config.json that change what the adapter computes, in ways that no tensor of the file shows
+UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "alora_invocation_tokens")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Hyper-parameters of an adapter; the defaults are the paper's."""
+    """Hyper-parameters of an adapter; the defaults are the paper's.
+
+    Raises:
+        ConfigError: a rank below 1, or a dropout outside [0, 1).
+    """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.05
     targets: tuple[str, ...] = PROJECTIONS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(
+                f"LoRA needs a rank of at least 1 and a dropout in [0, 1), got {self.rank} and {self.dropout}"
+            )
 
     @property
     def scaling(self) -> float:
@@ -96,9 +108,9 @@ class Adapter:
     @torch.no_grad()
     def merge(self) -> None:
         """Adds ``scaling · B A`` to every wrapped weight and puts the plain projections back into the model."""
-        for name, layer in self.layers.items():
-            update = (layer.lora_b @ layer.lora_a).mul_(self.config.scaling)
-            layer.base.weight += update.to(layer.base.weight.dtype)
+        for layer in self.layers.values():
+            # added in fp32 and rounded once, whatever the dtype of the base
+            layer.base.weight += (layer.lora_b @ layer.lora_a).mul_(self.config.scaling)
         self.remove()
 
     def remove(self) -> None:
@@ -127,7 +139,7 @@ class Adapter:
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
-        with atomic_directory(directory) as temporary:
+        with atomic_directory(directory, last="adapter_config.json") as temporary:
             save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
             (temporary / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -143,20 +155,14 @@ def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> Adapter:
         seed: of the initialisation.
 
     Raises:
-        ValueError: no projection has a name in ``config.targets``, or the model already carries an adapter.
+        ConfigError: a target that no projection of the model is named, or the model already carries an adapter.
     """
     if any(isinstance(module, LoraLinear) for module in model.modules()):
-        raise ValueError("the model already carries a LoRA adapter; merge or remove it first")
+        raise ConfigError("the model already carries a LoRA adapter; merge or remove it first")
+    found = _target_projections(model, config.targets)
     model.requires_grad_(False)
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
-    ]
-    if not found:
-        raise ValueError(f"no projection of the model is named {', '.join(config.targets)}")
     noise, layers = DropoutNoise(), {}
-    for site, (name, base) in enumerate(found):
+    for site, (name, base) in enumerate(found.items()):
         layer = LoraLinear(base, config, site, noise)
         generator = torch.Generator().manual_seed(fold_seed(seed, site))
         bound = 1 / math.sqrt(base.in_features)
@@ -173,38 +179,50 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
     Names with the trunk prefix and names with a CausalLM's extra ``model.`` level are both understood.
 
     Raises:
-        CheckpointError: a missing or truncated file, an adapter of another kind, names or shapes that do not fit the model.
+        CheckpointError: a missing or truncated file, an adapter of another kind, names or shapes that do not fit the
+            model. The model is as it was.
+        ConfigError: the model already carries an adapter.
     """
     directory = Path(directory)
     config = _read_adapter_config(directory / "adapter_config.json")
-    tensors = _read_adapter_tensors(directory / "adapter_model.safetensors")
-    targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unknown = set(config.targets) - targets
-    if unknown:
-        raise CheckpointError(
-            f"{directory}: the adapter targets {', '.join(sorted(unknown))}, which the model does not have"
-        )
-    adapter = add_lora(model, config)
+    file = directory / "adapter_model.safetensors"
+    tensors = _read_adapter_tensors(file)
     try:
-        parameters = adapter.named_parameters()
-        missing, unexpected = set(parameters) - set(tensors), set(tensors) - set(parameters)
-        if missing or unexpected:
+        projections = _target_projections(model, config.targets)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory}: the adapter belongs to another base model: {error}") from None
+    shapes = {}
+    for name, base in projections.items():
+        shapes[f"{name}.lora_A.weight"] = (config.rank, base.in_features)
+        shapes[f"{name}.lora_B.weight"] = (base.out_features, config.rank)
+    missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{file}: the adapter does not fit the model: {len(missing)} matrices missing (first: "
+            f"{min(missing, default='-')}), {len(unexpected)} unexpected (first: {min(unexpected, default='-')})"
+        )
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{directory}: the adapter does not fit the model: {len(missing)} matrices missing "
-                f"(first: {min(missing, default='-')}), {len(unexpected)} unexpected (first: {min(unexpected, default='-')})"
+                f"{file}: {name} has shape {list(tensors[name].shape)}, expected {list(shape)}; "
+                "the adapter belongs to another base model"
             )
-        for name, parameter in parameters.items():
-            if tensors[name].shape != parameter.shape:
-                raise CheckpointError(
-                    f"{directory}: {name} has shape {list(tensors[name].shape)}, the model needs {list(parameter.shape)}; "
-                    "the adapter belongs to another base model"
-                )
-    except CheckpointError:
-        adapter.remove()
-        raise
-    for name, parameter in parameters.items():
+    adapter = add_lora(model, config)
+    for name, parameter in adapter.named_parameters().items():
         parameter.data.copy_(tensors[name])
     return adapter
+
+
+def _target_projections(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    own_names = {name.rpartition(".")[2] for name in linear}
+    unknown = [target for target in targets if target not in own_names]
+    if unknown or not targets:
+        raise ConfigError(
+            f"no projection of the model is named {', '.join(unknown) or '(no target given)'}; "
+            f"there are {', '.join(sorted(own_names))}"
+        )
+    return {name: module for name, module in linear.items() if name.rpartition(".")[2] in targets}
 
 
 def _read_adapter_config(file: Path) -> LoraConfig:
@@ -216,17 +234,22 @@ def _read_adapter_config(file: Path) -> LoraConfig:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{file}: not a JSON file ({error})") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(raw).__name__}")
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
-    for field in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"):
+    for field in UNSUPPORTED:
         if raw.get(field):
             raise CheckpointError(f"{file}: {field}={raw[field]!r} is not supported")
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias={raw['bias']!r} is not supported, expected 'none'")
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    if not isinstance(rank, int) or rank <= 0 or not isinstance(alpha, (int, float)) or not isinstance(targets, list):
+    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or not isinstance(targets, list):
         raise CheckpointError(f"{file}: r={rank!r}, lora_alpha={alpha!r}, target_modules={targets!r} are not usable")
-    return LoraConfig(rank=rank, alpha=alpha, dropout=raw.get("lora_dropout") or 0.0, targets=tuple(sorted(targets)))
+    try:
+        return LoraConfig(rank, float(alpha), float(raw.get("lora_dropout") or 0.0), tuple(sorted(targets)))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def _read_adapter_tensors(file: Path) -> dict[str, Tensor]:

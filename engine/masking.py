@@ -15,22 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bivec.engine.errors import DataError
 from bivec.models.batch import PackedBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MASK_STREAM = 2  # the last word of the Philox counter: keeps these draws apart from those of packing.py
 BERT_MASKED = 0.8  # shares of the selected tokens under the style "bert"; the rest stays as it is
 BERT_RANDOM = 0.1
-BLANK = "_"
 
 
 @dataclass(frozen=True)
@@ -70,34 +65,6 @@ class MntpBatch:
             self.index.to(device, non_blocking=True),
             self.targets.to(device, non_blocking=True),
         )
-
-
-def find_mask_token(tokenizer: PreTrainedTokenizerBase, choice: Literal["blank", "eos", "mask"] = "blank") -> int:
-    """The token that hides others.
-
-    Args:
-        tokenizer: a transformers tokenizer. Its own mask token, if it has one, is taken whatever the choice.
-        choice: ``blank`` for the underscore, ``eos`` for the end-of-text token, ``mask`` to insist on a mask token of
-            the tokenizer's own.
-
-    Returns:
-        The token's id.
-
-    Raises:
-        ValueError: an unknown choice.
-        DataError: the vocabulary has no such token.
-    """
-    if choice not in ("blank", "eos", "mask"):
-        raise ValueError(f"unknown mask token {choice!r}: give 'blank', 'eos' or 'mask'")
-    if tokenizer.mask_token_id is not None:
-        return tokenizer.mask_token_id
-    found = {"blank": tokenizer.get_vocab().get(BLANK), "eos": tokenizer.eos_token_id, "mask": None}[choice]
-    if found is None:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no token for the mask choice {choice!r}: "
-            "take another of 'blank' (the underscore), 'eos' and 'mask'"
-        )
-    return found
 
 
 def uniform_draws(seed: int, sample_id: int, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """The two unsupervised objectives of LLM2Vec on packed batches: MNTP and SimCSE.
 
-Each has a pure loss function and an objective that feeds it: given a step number, the objective yields the losses of the
-step's micro-batches, whose sum is the loss of the step. Data order, masks and dropout are functions of (seed, step) alone,
-so a resumed run repeats an uninterrupted one bit by bit.
+Each has a pure loss function and an objective that feeds it: given a step number, the objective yields the losses of
+the step's micro-batches, whose sum is the loss of the step. Data order, masks and dropout are functions of (seed, step)
+alone, so a resumed run repeats an uninterrupted one bit by bit.
 
 Sources: BehnamGhader et al. 2024 (LLM2Vec; METHOD 3 and 4); Gao et al. 2021 (SimCSE).
 """
@@ -10,6 +10,7 @@ Sources: BehnamGhader et al. 2024 (LLM2Vec; METHOD 3 and 4); Gao et al. 2021 (Si
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,19 @@ def simcse_loss(
     return info_nce(first, second, scale=scale, backend=backend)
 
 
+@contextmanager
+def _lora_noise(adapter: Adapter | None, seed: int, batch: PackedBatch) -> Iterator[None]:
+    """LoRA dropout for one micro-batch, forward and backward; an evaluation between two steps must not see it."""
+    if adapter is None:
+        yield
+        return
+    adapter.set_noise(fold_seed(seed, LORA_SITE), batch.token_ids())
+    try:
+        yield
+    finally:
+        adapter.set_noise(None)
+
+
 @dataclass(frozen=True)
 class MntpObjective:
     """Feeds :func:`mntp_loss` with ``batch_size`` blocks a step, in micro-batches of at most ``micro_batch_tokens``."""
@@ -137,18 +151,17 @@ class MntpObjective:
         normalizer = torch.tensor(float(max(1, sum(len(micro.index) for micro in micro_batches))), device=device)
         for micro in micro_batches:
             micro = micro.to(device)
-            if self.adapter is not None:
-                self.adapter.set_noise(fold_seed(self.seed, LORA_SITE), micro.batch.token_ids())
-            loss = mntp_loss(
-                self.model,
-                self.lm_head_weight,
-                micro,
-                normalizer=normalizer,
-                attention_dropout=self.attention_dropout,
-                seed=fold_seed(self.seed, ATTENTION_SITE),
-                backend=self.backend,
-            )
-            yield MicroLoss(loss, micro.batch.num_tokens)
+            with _lora_noise(self.adapter, self.seed, micro.batch):
+                loss = mntp_loss(
+                    self.model,
+                    self.lm_head_weight,
+                    micro,
+                    normalizer=normalizer,
+                    attention_dropout=self.attention_dropout,
+                    seed=fold_seed(self.seed, ATTENTION_SITE),
+                    backend=self.backend,
+                )
+                yield MicroLoss(loss, micro.batch.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -174,16 +187,15 @@ class SimcseObjective:
         views = PackedBatch.from_sequences(
             sentences * 2, range(first_id, first_id + 2 * self.batch_size), device=self.device
         )
-        if self.adapter is not None:
-            self.adapter.set_noise(fold_seed(self.seed, LORA_SITE), views.token_ids())
-        loss = simcse_loss(
-            self.model,
-            views,
-            scale=self.scale,
-            pooling=self.pooling,
-            skip_prefix=self.skip_prefix,
-            attention_dropout=self.attention_dropout,
-            seed=fold_seed(self.seed, ATTENTION_SITE),
-            backend=self.backend,
-        )
-        yield MicroLoss(loss, views.num_tokens)
+        with _lora_noise(self.adapter, self.seed, views):
+            loss = simcse_loss(
+                self.model,
+                views,
+                scale=self.scale,
+                pooling=self.pooling,
+                skip_prefix=self.skip_prefix,
+                attention_dropout=self.attention_dropout,
+                seed=fold_seed(self.seed, ATTENTION_SITE),
+                backend=self.backend,
+            )
+            yield MicroLoss(loss, views.num_tokens)

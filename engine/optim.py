@@ -11,10 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
+from bivec.models.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Optimiser and schedule of one stage."""
+    """Optimiser and schedule of one stage.
+
+    Raises:
+        ConfigError: a learning rate, number of steps or clipping bound that is not positive, or a negative warm-up.
+    """
 
     learning_rate: float
     steps: int  # optimiser steps after which the stage stops
@@ -23,11 +29,18 @@ class OptimConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # of all gradients together; float("inf") = no clipping
+
+    def __post_init__(self) -> None:
+        if not (self.learning_rate > 0 and self.steps > 0 and self.max_grad_norm > 0 and self.warmup_steps >= 0):
+            raise ConfigError(
+                "learning_rate, steps and max_grad_norm must be positive and warmup_steps not negative, got "
+                f"{self.learning_rate}, {self.steps}, {self.max_grad_norm} and {self.warmup_steps}"
+            )
 
 
 def learning_rate_at(step: int, config: OptimConfig) -> float:
-    """Learning rate of the optimiser step ``step`` (counted from 0): linear warm-up, then linear decay to the horizon."""
+    """Learning rate of optimiser step ``step``, counted from 0: linear warm-up, then linear decay to the horizon."""
     if step < config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
     horizon = config.steps if config.horizon is None else config.horizon

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DOCUMENT_TOKEN = "<|endoftext|>"  # begins every document in the pretraining of GPT-2-style vocabularies
+BLANK = "_"  # LLM2Vec hides a token behind an underscore: a token of every vocabulary that text seldom uses
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4
 # Llama 3 splits contractions, words, up to three digits, punctuation and white space before its merges
@@ -67,27 +68,27 @@ def prefix_length(tokenizer: PreTrainedTokenizerFast) -> int:
     return len(_prefix(tokenizer.backend_tokenizer))
 
 
-def mask_token_id(tokenizer: PreTrainedTokenizerFast, kind: str) -> int:
+def mask_token_id(tokenizer: PreTrainedTokenizerFast, kind: str = "blank") -> int:
     """The id that stands for a hidden token in MNTP (METHOD 3.2). A mask token of the tokenizer's own always wins.
 
     Args:
         tokenizer: from ``load_tokenizer``.
-        kind: "_" (the blank: the vocabulary entry of that string), "eos", or "mask" (only the tokenizer's own).
+        kind: "blank" (the underscore), "eos", or "mask" (only the tokenizer's own).
 
     Raises:
         ConfigError: the vocabulary has no such token, or ``kind`` is unknown.
     """
-    if kind not in ("_", "eos", "mask"):
-        raise ConfigError(f"mask token {kind!r}: expected '_', 'eos' or 'mask'")
+    if kind not in ("blank", "eos", "mask"):
+        raise ConfigError(f"mask token {kind!r}: expected 'blank', 'eos' or 'mask'")
     if tokenizer.mask_token_id is not None:
         return tokenizer.mask_token_id
     if kind == "mask":
-        raise ConfigError("mask token 'mask': the tokenizer has no mask token of its own; use '_' or 'eos'")
-    token = tokenizer.eos_token if kind == "eos" else kind
+        raise ConfigError("mask token 'mask': the tokenizer has no mask token of its own; use 'blank' or 'eos'")
+    token = tokenizer.eos_token if kind == "eos" else BLANK
     token_id = None if token is None else tokenizer.backend_tokenizer.token_to_id(token)
     if token_id is None:
         missing = "the tokenizer has no eos token" if token is None else f"{token!r} is not one token of the vocabulary"
-        raise ConfigError(f"mask token {kind!r}: {missing}; use {'_' if kind == 'eos' else 'eos'!r}")
+        raise ConfigError(f"mask token {kind!r}: {missing}; use {'blank' if kind == 'eos' else 'eos'!r}")
     return token_id
 
 

@@ -1,4 +1,4 @@
-"""The training loop: one stage, from step ``state.step`` to the stop, with logging, evaluation, checkpoints and clipping."""
+"""The training loop: one stage, from its last checkpoint to the stop, with logging, evaluation, saving and clipping."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Intervals:
-    """Every how many steps something happens; 0 = never."""
+    """Every how many steps something happens; 0 = never. The last step is always logged and saved."""
 
     log: int = 1
     evaluate: int = 0
@@ -87,13 +87,19 @@ def train(
         The state after the last step.
 
     Raises:
-        RunError: the loss is no longer finite; names the step and the last good checkpoint. Nothing is overwritten.
+        RunError: the loss is no longer finite; names the step and the last good checkpoint, and nothing is written. Or
+            ``checkpoints`` holds an earlier run of the stage and ``resume`` is False.
+        CheckpointError: the checkpoint to resume from is damaged or does not fit.
     """
     from tqdm import tqdm  # a user of the loss functions alone need not have it
 
     state = TrainState(stage, 0, parameters, make_optimizer(parameters.values(), config))
     saved = list_checkpoints(checkpoints, stage) if checkpoints is not None else []
-    if resume and saved:
+    if saved and not resume:
+        raise RunError(
+            f"{checkpoints} holds an earlier run of this stage ({saved[-1].name}): resume it, or use another directory"
+        )
+    if saved:
         state = load_checkpoint(saved[-1], state)
     bar = tqdm(
         total=config.steps, initial=state.step, desc=stage, unit="step", disable=not progress, dynamic_ncols=True
@@ -139,8 +145,9 @@ def _optimizer_step(
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         saved = list_checkpoints(checkpoints, state.stage) if checkpoints is not None else []
         raise RunError(
-            f"{state.stage}, step {state.step + 1}: the loss is {loss_value} (gradient norm {norm_value}). "
-            f"Last good checkpoint: {saved[-1] if saved else 'none'}. Lower the learning rate or check the data"
+            f"{state.stage}, step {state.step + 1}: the loss is {loss_value}, the gradient norm {norm_value}; the run "
+            f"stops here and nothing was written. Last good checkpoint: {saved[-1] if saved else 'none yet'}. "
+            "Lower the learning rate, or look for damaged weights or data"
         )
     state.optimizer.step()
     return StepMetrics(

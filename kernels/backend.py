@@ -1,8 +1,8 @@
 """The one place that chooses an implementation.
 
-Every public function of ``bivec.kernels`` takes ``backend=None | "triton" | "torch"`` and asks :func:`resolve`. The order is:
-the argument, the environment variable ``BIVEC_BACKEND``, the default. There is no silent fallback: a choice that cannot be
-honoured raises and says why.
+Every public function of ``bivec.kernels`` takes ``backend=None | "triton" | "torch"`` and asks :func:`resolve`. The
+order is: the argument, the environment variable ``BIVEC_BACKEND``, the default. There is no silent fallback: a choice
+that cannot be honoured raises and says why.
 """
 
 from __future__ import annotations

@@ -171,3 +171,49 @@ def segment_pool(
         }[mode]
         rows.append((pooled() if end > start else hidden.new_zeros(hidden.shape[1]))[None])
     return torch.cat(rows)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, weight_offset: float = 0.0
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``x / sqrt(mean(x²) + eps) * (weight_offset + weight)`` over the last dimension."""
+    total = x if residual is None else x + residual
+    y = total / torch.sqrt(total.square().mean(-1, keepdim=True) + eps) * (weight_offset + weight)
+    return y if residual is None else (y, total)
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair (x[i], x[i + Dh/2]) turned by the angle i of the position."""
+    cos, sin = cos[position_ids].to(q.dtype)[:, None], sin[position_ids].to(q.dtype)[:, None]  # [T, 1, Dh/2]
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    return rotated(q), rotated(k)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``."""
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``gelu_tanh(gate) * up``."""
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    *,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep_mask: Tensor | None = None,
+) -> Tensor:
+    """``x Wᵀ + bias + scaling (dropout(x) Aᵀ) Bᵀ``; ``keep_mask [T, in]`` bool (``linear_keep_mask``)."""
+    dropped = x if keep_mask is None else x * keep_mask / (1.0 - dropout_p)
+    return F.linear(x, weight, bias) + scaling * (dropped @ lora_a.T) @ lora_b.T

@@ -2,7 +2,8 @@
 
     rstd = 1 / sqrt(mean(x²) + eps)          y = x · rstd · (weight_offset + weight)
 
-Statistics are taken in fp32 (float64 for float64 inputs) whatever the operands. Saved for backward: x and one rstd per row.
+Statistics are taken in fp32 (float64 for float64 inputs) whatever the operands. Saved for backward: x and one rstd per
+row.
 
 Backward, with n = x · rstd and g = dy · (weight_offset + weight):
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bivec.kernels.backend import resolve
 
@@ -35,13 +37,14 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * rstd).mul_(scale).to(x.dtype)
 
     @staticmethod
+    @once_differentiable  # rstd is saved as a number: a second derivative would miss its part
     def backward(ctx, dy: Tensor):
         x, weight, rstd = ctx.saved_tensors
         wide_dy = dy.to(rstd.dtype)
         normed = x.to(rstd.dtype) * rstd
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = (wide_dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
+            dweight = (wide_dy * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
             g = wide_dy * (weight.to(rstd.dtype) + ctx.weight_offset)
@@ -65,7 +68,7 @@ def rms_norm(
         x: [..., D], any float dtype.
         weight: [D].
         eps: added to the mean square.
-        residual: [..., D], added to ``x`` first.
+        residual: [..., D], dtype of ``x``, added to it first.
         weight_offset: 0 for LLaMA, 1 for Gemma's ``(1 + w)``.
         backend: None, "torch" or "triton".
 
@@ -73,18 +76,23 @@ def rms_norm(
         y like ``x``; with ``residual`` the pair ``(norm(x + residual), x + residual)``.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or dtypes that do not fit.
 
     Source: Zhang & Sennrich 2019.
     """
     resolve(backend, "rms_norm")
-    if weight.shape != x.shape[-1:]:
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"rms_norm: weight has shape {tuple(weight.shape)}, expected [{x.shape[-1]}] for x {tuple(x.shape)}"
+            f"rms_norm: x {tuple(x.shape)} and weight {tuple(weight.shape)} must be [..., D] and [D] with one D"
         )
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"rms_norm: x and weight must be floating point, got {x.dtype} and {weight.dtype}")
     if residual is None:
         return _RMSNorm.apply(x, weight, eps, weight_offset)
-    if residual.shape != x.shape:
-        raise ValueError(f"rms_norm: residual has shape {tuple(residual.shape)}, x has {tuple(x.shape)}")
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        raise ValueError(
+            f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} must have the shape and dtype of x, "
+            f"{tuple(x.shape)} {x.dtype}"
+        )
     total = x + residual
     return _RMSNorm.apply(total, weight, eps, weight_offset), total

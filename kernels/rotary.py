@@ -61,38 +61,50 @@ def apply_rotary(
     """Rotates queries and keys by their positions.
 
     Args:
-        q: [T, H, Dh].
-        k: [T, Hkv, Dh].
-        cos: [max_position, Dh/2] fp32.
-        sin: [max_position, Dh/2] fp32.
+        q: [T, H, Dh], any float dtype.
+        k: [T, Hkv, Dh], dtype of ``q``.
+        cos: [max_position, Dh/2] fp32; no gradient is given.
+        sin: [max_position, Dh/2] fp32; no gradient is given.
         position_ids: [T] int64, rows of the tables.
-        inplace: overwrite q and k (their old values must not be needed by anybody's backward).
+        inplace: overwrite q and k (their old values must not be needed by anybody's backward). They may be slices of
+            one projection; torch refuses the outputs of ``split`` and ``chunk``.
         backend: None, "torch" or "triton".
 
     Returns:
         The rotated pair, shapes and dtypes as given.
 
     Raises:
-        ValueError: shapes that do not fit; on CPU also a position outside the tables.
+        ValueError: shapes or dtypes that do not fit; on CPU also a position outside the tables.
 
     Source: Su et al. 2021.
     """
     resolve(backend, "apply_rotary")
-    half = q.shape[-1] // 2
+    _check_operands(q, k, cos, sin, position_ids)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    rows_cos, rows_sin = cos[position_ids].to(dtype).unsqueeze(1), sin[position_ids].to(dtype).unsqueeze(1)
+    return _Rotary.apply(q, rows_cos, rows_sin, inplace), _Rotary.apply(k, rows_cos, rows_sin, inplace)
+
+
+def _check_operands(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> None:
     if q.dim() != 3 or k.dim() != 3 or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[-1] % 2:
         raise ValueError(
             f"apply_rotary: q {tuple(q.shape)} and k {tuple(k.shape)} must be [T, heads, Dh] with one even Dh"
         )
+    if q.dtype != k.dtype or not q.is_floating_point():
+        raise ValueError(f"apply_rotary: q and k must have one floating-point dtype, got {q.dtype} and {k.dtype}")
+    half = q.shape[-1] // 2
     if cos.shape != sin.shape or cos.dim() != 2 or cos.shape[1] != half:
         raise ValueError(
             f"apply_rotary: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be [max_position, {half}]"
         )
-    if position_ids.shape != q.shape[:1]:
-        raise ValueError(f"apply_rotary: position_ids has shape {tuple(position_ids.shape)}, expected [{q.shape[0]}]")
-    if position_ids.device.type == "cpu" and len(position_ids) and not 0 <= int(position_ids.max()) < len(cos):
+    if position_ids.shape != q.shape[:1] or position_ids.dtype != torch.int64:
         raise ValueError(
-            f"apply_rotary: position {int(position_ids.max())} is outside the table of {len(cos)} positions"
+            f"apply_rotary: position_ids must be int64 of shape [{q.shape[0]}], "
+            f"got {position_ids.dtype} of shape {tuple(position_ids.shape)}"
         )
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows_cos, rows_sin = cos[position_ids].to(dtype).unsqueeze(1), sin[position_ids].to(dtype).unsqueeze(1)
-    return _Rotary.apply(q, rows_cos, rows_sin, inplace), _Rotary.apply(k, rows_cos, rows_sin, inplace)
+    if position_ids.device.type == "cpu" and len(position_ids):  # reading the values would stall a GPU
+        lowest, highest = (int(bound) for bound in position_ids.aminmax())
+        if lowest < 0 or highest >= len(cos):
+            raise ValueError(
+                f"apply_rotary: positions {lowest} … {highest} are not all inside the table of {len(cos)} positions"
+            )

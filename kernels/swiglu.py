@@ -2,8 +2,8 @@
 
     swiglu(g, u) = g · sigmoid(g) · u            geglu(g, u) = gelu_tanh(g) · u
 
-Saved for backward: g and u, nothing else; the activation is recomputed. Elementwise, so memory-bound: forward reads 2 and
-writes 1 tensor, backward reads 3 and writes 2.
+Saved for backward: g and u, nothing else; the activation is recomputed. Elementwise, so memory-bound: forward reads 2
+and writes 1 tensor, backward reads 3 and writes 2.
 
 Source: Shazeer, "GLU Variants Improve Transformer" (2020); the tanh form of GELU is Gemma's.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bivec.kernels.backend import resolve
 
@@ -29,6 +30,7 @@ class _GatedUnit(torch.autograd.Function):
         return _gated(gate, activation).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):
         gate, up = ctx.saved_tensors
         dup = _gated(gate, ctx.activation).mul_(dy)
@@ -41,9 +43,10 @@ class _GatedUnit(torch.autograd.Function):
 
 
 def _checked(gate: Tensor, up: Tensor, op: str) -> None:
-    if gate.shape != up.shape or gate.dtype != up.dtype:
+    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
         raise ValueError(
-            f"{op}: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must have one shape and dtype"
+            f"{op}: gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} "
+            "must have one shape and floating-point dtype"
         )
 
 
@@ -59,7 +62,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         Tensor like ``gate``.
 
     Raises:
-        ValueError: shapes or dtypes differ.
+        ValueError: shapes or dtypes differ, or are not floating point.
 
     Source: Shazeer 2020.
     """

@@ -1,7 +1,7 @@
 """The packed batch: what flows from the tokenizer's side into the models.
 
-A batch is the concatenation of its sequences. No pad token ever enters a model: attention reads the sequence bounds from
-``cu_seqlens`` and every other operator works row by row.
+A batch is the concatenation of its sequences. No pad token ever enters a model: attention reads the sequence bounds
+from ``cu_seqlens`` and every other operator works row by row.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ POSITION_BITS = 24  # token_ids() keeps the position in the low bits: sequences 
 class PackedBatch:
     """B sequences of T tokens together.
 
-    ``cu_seqlens[b] : cu_seqlens[b + 1]`` are the rows of sequence ``b``. ``sample_ids`` key the dropout masks, so that a
-    sequence meets the same mask in whatever micro-batch, rank or recomputation it is run.
+    ``cu_seqlens[b] : cu_seqlens[b + 1]`` are the rows of sequence ``b``. ``sample_ids`` key the dropout masks, so that
+    a sequence meets the same mask in whatever micro-batch, rank or recomputation it is run.
     """
 
     input_ids: Tensor  # [T] int64
@@ -64,12 +64,14 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on another device."""
+        # towards the CPU a copy in the background could be read before it has arrived
+        background = torch.device(device).type != "cpu"
         return PackedBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.cu_seqlens.to(device, non_blocking=True),
+            self.input_ids.to(device, non_blocking=background),
+            self.cu_seqlens.to(device, non_blocking=background),
             self.max_seqlen,
-            self.position_ids.to(device, non_blocking=True),
-            self.sample_ids.to(device, non_blocking=True),
+            self.position_ids.to(device, non_blocking=background),
+            self.sample_ids.to(device, non_blocking=background),
         )
 
     @property

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bivec.models.errors import ConfigError
 
-ARCHITECTURES = {"llama": "LlamaModel", "mistral": "MistralModel"}
+MODEL_TYPES = ("llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+KV_HEADS, ORIGINAL_LENGTH = "num_key_value_heads", "original_max_position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -62,54 +66,63 @@ class DecoderConfig:
 
     @classmethod
     def from_dict(cls, raw: dict, source: str) -> DecoderConfig:
-        """Checks and translates the content of a ``config.json``; ``source`` names it in errors."""
+        """Checks and translates the content of a ``config.json``.
+
+        What the file leaves out has transformers' default for the architecture.
+
+        Args:
+            raw: the JSON object.
+            source: names the file in errors.
+
+        Raises:
+            ConfigError: a field that is missing, has a wrong type or value, or asks for something bivec does not do.
+        """
+        fields = _Fields(raw, source)
         model_type = raw.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise ConfigError(
-                f"{source}: model_type {model_type!r} is not supported; bivec runs {', '.join(sorted(ARCHITECTURES))}"
+                f"{source}: model_type {model_type!r} is not supported; bivec runs {', '.join(MODEL_TYPES)}"
             )
         if raw.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
         if raw.get("quantization_config"):
             raise ConfigError(f"{source}: quantization_config is set; bivec reads unquantised weights only")
-
-        def integer(field: str, default: int | None = None) -> int:
-            value = raw.get(field)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise ConfigError(f"{source}: {field} is {value!r}, expected a positive integer")
-            return value
-
-        hidden_size, num_heads = integer("hidden_size"), integer("num_attention_heads")
-        num_kv_heads = integer("num_key_value_heads", num_heads)
+        mistral = model_type == "mistral"
+        hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        num_kv_heads = fields.integer(KV_HEADS, 8 if mistral and KV_HEADS not in raw else num_heads)
         if num_heads % num_kv_heads:
             raise ConfigError(
                 f"{source}: num_attention_heads {num_heads} is no multiple of num_key_value_heads {num_kv_heads}"
             )
         if raw.get("head_dim") is None and hidden_size % num_heads:
             raise ConfigError(f"{source}: hidden_size {hidden_size} is no multiple of num_attention_heads {num_heads}")
+        head_dim = fields.integer("head_dim", hidden_size // num_heads)
+        if head_dim % 2:
+            raise ConfigError(f"{source}: head_dim {head_dim} is odd; rotary embeddings need an even one")
         theta, scaling = _rope_fields(raw, source)
+        window = raw.get("sliding_window", 4096) if mistral else None  # a LLaMA has none, whatever the file says
         return cls(
             model_type=model_type,
-            vocab_size=integer("vocab_size"),
+            vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden_size,
-            intermediate_size=integer("intermediate_size"),
-            num_layers=integer("num_hidden_layers"),
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=integer("head_dim", hidden_size // num_heads),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6, source),
-            max_position_embeddings=integer("max_position_embeddings", 2048),
+            head_dim=head_dim,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=fields.integer("max_position_embeddings", 131072 if mistral else 2048),
             rope_theta=theta,
             rope_scaling=scaling,
-            sliding_window=integer("sliding_window") if model_type == "mistral" and raw.get("sliding_window") else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=bool(raw.get("attention_bias", False)),
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=raw.get("eos_token_id"),
-            is_causal=raw.get("is_causal"),
-            dtype=raw.get("dtype") or raw.get("torch_dtype"),
+            sliding_window=None if window is None else fields.integer("sliding_window", window),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            # transformers' Mistral has no biases and does not read these
+            attention_bias=not mistral and fields.flag("attention_bias", False),
+            mlp_bias=not mistral and fields.flag("mlp_bias", False),
+            bos_token_id=fields.token("bos_token_id"),
+            eos_token_id=fields.token("eos_token_id", several=True),
+            is_causal=fields.flag("is_causal", None),
+            dtype=fields.text("dtype") or fields.text("torch_dtype"),
         )
 
     def to_dict(self) -> dict:
@@ -154,30 +167,87 @@ class DecoderConfig:
         return self.num_layers * per_layer + embedding + self.hidden_size + head
 
 
-def _number(raw: dict, field: str, default: float, source: str) -> float:
-    value = raw.get(field)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigError(f"{source}: {field} is {value!r}, expected a positive number")
-    return float(value)
+@dataclass(frozen=True)
+class _Fields:
+    """The values of a JSON object, checked; null counts as absent, as in transformers."""
+
+    raw: dict
+    source: str  # names the object in errors
+
+    def _fail(self, field: str, expected: str) -> ConfigError:
+        if field not in self.raw:
+            return ConfigError(f"{self.source}: {field} is missing, expected {expected}")
+        return ConfigError(f"{self.source}: {field} is {self.raw[field]!r}, expected {expected}")
+
+    def _value(self, field: str, default: Any) -> Any:
+        value = self.raw.get(field)
+        return default if value is None else value
+
+    def integer(self, field: str, default: int | None = None) -> int:
+        value = self._value(field, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise self._fail(field, "a positive integer")
+        return value
+
+    def number(self, field: str, default: float | None = None) -> float:
+        value = self._value(field, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise self._fail(field, "a positive number")
+        return float(value)
+
+    def flag(self, field: str, default: bool | None) -> bool | None:
+        value = self._value(field, default)
+        if value is not None and not isinstance(value, bool):
+            raise self._fail(field, "true or false")
+        return value
+
+    def text(self, field: str) -> str | None:
+        value = self.raw.get(field)
+        if value is not None and not isinstance(value, str):
+            raise self._fail(field, "a string")
+        return value
+
+    def token(self, field: str, *, several: bool = False) -> int | list[int] | None:
+        value = self.raw.get(field)
+        ids = value if several and isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise self._fail(field, "a token id" + (" or a list of them" if several else ""))
+        return value
 
 
 def _rope_fields(raw: dict, source: str) -> tuple[float, dict | None]:
     """rope_theta and the scaling from the old layout (rope_theta, rope_scaling) or the new one (rope_parameters)."""
-    field = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    field = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"  # transformers' precedence
     parameters = raw.get(field) or {}
-    if not isinstance(parameters, dict):
-        raise ConfigError(f"{source}: {field} is {parameters!r}, expected an object")
-    theta = _number({"rope_theta": parameters.get("rope_theta", raw.get("rope_theta"))}, "rope_theta", 10000.0, source)
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        raise ConfigError(f"{source}: {field} is {parameters!r}, expected one flat object for all layers")
+    outer, inner = _Fields(raw, source), _Fields(parameters, f"{source}: {field}")
+    theta = inner.number("rope_theta", outer.number("rope_theta", 10000.0))
+    if theta <= 1.0:
+        raise ConfigError(f"{source}: rope_theta is {theta}, expected a number above 1")
+    for fields in (outer, inner):
+        if fields.number("partial_rotary_factor", 1.0) != 1.0:
+            raise ConfigError(f"{fields.source}: partial_rotary_factor is not supported; bivec rotates whole heads")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise ConfigError(f"{source}: {field}.rope_type {kind!r} is not supported; bivec knows {', '.join(ROPE_TYPES)}")
     if kind == "default":
         return theta, None
-    scaling = {key: value for key, value in parameters.items() if key not in ("type", "rope_type", "rope_theta")}
-    required = ("factor",)
+    scaling: dict = {"rope_type": kind, "factor": inner.number("factor")}
+    if kind == "linear":
+        return theta, scaling
+    # some configurations hold the original length outside the scaling; transformers prefers that one
+    for fields in (inner, outer):
+        if fields.raw.get(ORIGINAL_LENGTH) is not None:
+            scaling[ORIGINAL_LENGTH] = fields.integer(ORIGINAL_LENGTH)
     if kind == "llama3":
-        required = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in required:
-        _number(scaling, name, 0.0, f"{source}: {field}")
-    return theta, {"rope_type": kind, **scaling}
+        low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
+        if low >= high:
+            raise ConfigError(f"{source}: {field}.low_freq_factor {low} must be below high_freq_factor {high}")
+        return theta, {**scaling, "low_freq_factor": low, "high_freq_factor": high}
+    for name in YARN_NUMBERS:
+        if parameters.get(name) is not None:
+            scaling[name] = inner.number(name)
+    if parameters.get("truncate") is not None:
+        scaling["truncate"] = inner.flag("truncate", True)
+    return theta, scaling

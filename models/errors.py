@@ -1,4 +1,4 @@
-"""The error types that users of bivec can catch. All are ``ValueError``; each message names the file, the field and the fix."""
+"""The error types that users of bivec can catch: all ``ValueError``; messages name the file, the field and the fix."""
 
 
 class BivecError(ValueError):
@@ -10,4 +10,4 @@ class ConfigError(BivecError):
 
 
 class CheckpointError(BivecError):
-    """A checkpoint (safetensors, GGUF, adapter, training state) that is missing, truncated or does not fit the model."""
+    """A checkpoint (safetensors, GGUF, adapter, training state) that is missing, cut off or does not fit the model."""

@@ -1,7 +1,7 @@
 """The LLaMA decoder on packed sequences, causal or bidirectional.
 
-Module names are those of Hugging Face's trunk (``layers.0.self_attn.q_proj`` …), so that checkpoints and PEFT adapters fit
-by name. The hidden state is ``[T, D]``: all sequences of the batch one after the other, no padding.
+Module names are those of Hugging Face's trunk (``layers.0.self_attn.q_proj`` …), so that checkpoints and PEFT adapters
+fit by name. The hidden state is ``[T, D]``: all sequences of the batch one after the other, no padding.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.rms_norm_eps
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, backend: str | None = None):
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, backend: str | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return rms_norm(x, self.weight, self.eps, residual=residual, backend=backend)
 
 
@@ -149,16 +151,13 @@ class Llama(nn.Module):
             backend: None, "torch" or "triton".
 
         Returns:
-            hidden_states [T, D]; with ``output_hidden_states`` the pair (hidden_states, tuple of num_layers + 1 tensors).
+            hidden_states [T, D]; with ``output_hidden_states`` the pair (hidden_states, num_layers + 1 tensors).
 
         Raises:
-            ValueError: a sequence longer than the model's positions, dropout without a seed.
+            ValueError: a sequence longer than the model's positions, dropout without a seed; on CPU also a token id
+                outside the vocabulary.
         """
-        if batch.max_seqlen > self.config.max_position_embeddings:
-            raise ValueError(
-                f"a sequence of {batch.max_seqlen} tokens exceeds the model's {self.config.max_position_embeddings} positions "
-                "(max_position_embeddings); shorten it (max_length)"
-            )
+        self._check(batch, attention_dropout, seed)
         cos, sin = self.rotary(batch.max_seqlen, batch.input_ids.device)
         context = AttentionContext(
             batch=batch,
@@ -178,3 +177,20 @@ class Llama(nn.Module):
             x, update = layer(x, update, context)
         hidden_states, _ = self.norm(update, x, backend=backend)
         return (hidden_states, (*states, hidden_states)) if output_hidden_states else hidden_states
+
+    def _check(self, batch: PackedBatch, attention_dropout: float, seed: int | Tensor | None) -> None:
+        positions, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
+        if batch.max_seqlen > positions:
+            raise ValueError(
+                f"a sequence of {batch.max_seqlen} tokens exceeds the model's {positions} positions "
+                "(max_position_embeddings); shorten it (max_length)"
+            )
+        if attention_dropout and seed is None:
+            raise ValueError(f"attention_dropout={attention_dropout} needs a seed: an int, or an int64 tensor")
+        if batch.input_ids.device.type == "cpu" and batch.num_tokens:  # reading the values would stall a GPU
+            lowest, highest = (int(bound) for bound in batch.input_ids.aminmax())
+            if lowest < 0 or highest >= vocabulary:
+                raise ValueError(
+                    f"token ids {lowest} … {highest} are not all inside the model's vocabulary of {vocabulary}; "
+                    "use the tokenizer of this checkpoint"
+                )

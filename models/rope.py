@@ -1,7 +1,7 @@
 """The rotary tables of a decoder: frequencies with the scalings in use, cosines and sines per position.
 
-Sources: Su et al. 2021 (RoFormer); linear: Chen et al. 2023 (position interpolation); yarn: Peng et al. 2023; llama3: the
-frequency-banded interpolation that Llama 3.1 was released with. Field names are those of Hugging Face configs.
+Sources: Su et al. 2021 (RoFormer); linear: Chen et al. 2023 (position interpolation); yarn: Peng et al. 2023; llama3:
+the frequency-banded interpolation that Llama 3.1 was released with. Field names are those of Hugging Face configs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ import math
 import torch
 from torch import Tensor
 
-from bivec.models.config import DecoderConfig
+from bivec.models.config import ROPE_TYPES, DecoderConfig
 from bivec.models.errors import ConfigError
 
 
-def _llama3(frequencies: Tensor, scaling: dict) -> Tensor:
+def _original_length(config: DecoderConfig) -> int:
+    """The context length before it was extended; where the scaling does not say, transformers takes the whole one."""
+    return config.rope_scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+
+
+def _llama3(config: DecoderConfig, frequencies: Tensor, scaling: dict) -> Tensor:
     """Long wavelengths are interpolated by ``factor``, short ones kept, those between blended."""
-    original = scaling["original_max_position_embeddings"]
+    original = _original_length(config)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     rotations = original * frequencies / (2 * math.pi)  # turns over the original context
     blend = ((rotations - low) / (high - low)).clamp(0, 1)
@@ -26,7 +31,7 @@ def _llama3(frequencies: Tensor, scaling: dict) -> Tensor:
 
 def _yarn(config: DecoderConfig, frequencies: Tensor, scaling: dict) -> tuple[Tensor, float]:
     factor, dim = scaling["factor"], config.head_dim
-    original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    original = _original_length(config)
 
     def dimension_of(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
@@ -69,10 +74,10 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     if kind == "linear":
         return frequencies / scaling["factor"], 1.0
     if kind == "llama3":
-        return _llama3(frequencies, scaling), 1.0
+        return _llama3(config, frequencies, scaling), 1.0
     if kind == "yarn":
         return _yarn(config, frequencies, scaling)
-    raise ConfigError(f"rope_scaling: rope_type {kind!r} is not supported")
+    raise ConfigError(f"rope_scaling: rope_type {kind!r} is not supported; bivec knows {', '.join(ROPE_TYPES)}")
 
 
 def rotary_table(config: DecoderConfig, length: int, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:

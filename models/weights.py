@@ -7,11 +7,8 @@ is ever unpickled.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from bivec.models import gguf
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import CheckpointError
+from bivec.models.files import atomic_directory
 from bivec.models.llama import Llama
 from bivec.models.mistral import Mistral
 
@@ -305,8 +303,8 @@ def save_pretrained(
 ) -> None:
     """Writes a directory that ``transformers.AutoModel`` loads with no custom code.
 
-    Everything is written under a temporary name beside ``path`` and renamed when complete. Where ``path`` already holds
-    files, those of ours replace their namesakes, weight files of an earlier save go, and all others stay.
+    Everything is written under a temporary name and renamed when complete. Where ``path`` already holds files, those of
+    ours replace their namesakes, weight files of an earlier save go, and all others stay.
 
     Args:
         model: a Llama or Mistral whose adapters, if any, are merged.
@@ -317,28 +315,21 @@ def save_pretrained(
         max_shard_bytes: size above which the weights are split over several files with an index.
 
     Raises:
-        CheckpointError: parameters that do not belong to the architecture (an adapter not merged), or the disk is full.
+        CheckpointError: parameters that do not belong to the architecture (an adapter not merged), the disk is too
+            full, or ``path`` is a file.
     """
     path = Path(path)
     tensors, config = _tensors_to_save(model, is_causal, lm_head_weight)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        temporary.chmod(0o755)  # mkdtemp's 0700 would lock other users out of the finished directory
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_directory(path, stale=MODEL_PATTERNS, last=CONFIG_FILE) as temporary:
+        free = shutil.disk_usage(temporary).free
+        if free < size:
+            raise CheckpointError(
+                f"{path}: the disk is too full; the model takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+                "nothing was changed. Free some space or choose another directory"
+            )
         _write_weights(temporary, tensors, max_shard_bytes)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _move_into_place(temporary, path)
-    except (OSError, SafetensorError) as error:
-        # safetensors wraps the system error in its own text
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            raise CheckpointError(
-                f"{path}: the disk is full; the model takes {size / 1e9:.2f} GB and {path.parent} has "
-                f"{shutil.disk_usage(path.parent).free / 1e9:.2f} GB free; nothing was changed"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _tensors_to_save(model: Llama, is_causal: bool, head: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -387,14 +378,3 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: in
             "weight_map": weight_map,
         }
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _move_into_place(temporary: Path, path: Path) -> None:
-    if not path.exists():
-        os.rename(temporary, path)
-        return
-    new = {file.name for file in temporary.iterdir()}
-    for stale in {INDEX_FILE, *(file.name for file in path.glob("model*.safetensors"))} - new:
-        (path / stale).unlink(missing_ok=True)
-    for name in sorted(new, reverse=True):  # config.json last: without it the directory is no checkpoint
-        os.replace(temporary / name, path / name)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bivec.engine.errors import DataError
-from bivec.engine.masking import MaskingConfig, find_mask_token, mask_batch
+from bivec.engine.masking import MaskingConfig, mask_batch
 
 VOCAB, MASK = 1000, 7
 few = settings(max_examples=25, deadline=None)
@@ -152,20 +149,3 @@ def test_bad_inputs():
     for changes in ({"probability": 0.0}, {"probability": 1.1}, {"style": "roberta"}, {"mask_token_id": VOCAB}):
         with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
             config(**changes)
-
-
-def fake_tokenizer(**fields):
-    values = {"mask_token_id": None, "eos_token_id": 2, "name_or_path": "fake", "get_vocab": lambda: {"_": 9}}
-    return SimpleNamespace(**{**values, **fields})
-
-
-def test_mask_token():
-    assert find_mask_token(fake_tokenizer()) == 9
-    assert find_mask_token(fake_tokenizer(), "eos") == 2
-    assert find_mask_token(fake_tokenizer(mask_token_id=5), "blank") == 5  # a mask token of its own wins
-    with pytest.raises(DataError, match="'fake' has no token for the mask choice 'mask'"):
-        find_mask_token(fake_tokenizer(), "mask")
-    with pytest.raises(DataError, match="choice 'blank'"):
-        find_mask_token(fake_tokenizer(get_vocab=dict))
-    with pytest.raises(ValueError, match="unknown mask token 'x'"):
-        find_mask_token(fake_tokenizer(), "x")

@@ -97,9 +97,7 @@ def test_mistral_special_tokens(mistral):
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
     assert prefix_length(tokenizer) == 1
-    assert (
-        mask_token_id(tokenizer, "_") == {"v1": 28730, "v2": 29498, "v3": 29498}[version] == processor.piece_to_id("_")
-    )
+    assert mask_token_id(tokenizer) == {"v1": 28730, "v2": 29498, "v3": 29498}[version] == processor.piece_to_id("_")
     assert mask_token_id(tokenizer, "eos") == 2
     mask = tokenizer("Hello", return_special_tokens_mask=True)["special_tokens_mask"]
     assert mask[0] == 1 and not any(mask[1:])
@@ -272,21 +270,21 @@ def test_unusable_bos_tokens(tmp_path):
 def test_mask_tokens(tmp_path):
     backend = byte_level_backend()
     tokenizer = load_tokenizer(byte_level_directory(tmp_path, backend, eos_token="<|end|>"))
-    assert mask_token_id(tokenizer, "_") == backend.token_to_id("_") == tokenizer("_").input_ids[1]
+    assert mask_token_id(tokenizer) == backend.token_to_id("_") == tokenizer("_").input_ids[1]
     assert mask_token_id(tokenizer, "eos") == backend.token_to_id("<|end|>")
     with pytest.raises(ConfigError, match="no mask token of its own"):
         mask_token_id(tokenizer, "mask")
-    with pytest.raises(ConfigError, match="'blank'"):
-        mask_token_id(tokenizer, "blank")
+    with pytest.raises(ConfigError, match="expected 'blank', 'eos' or 'mask'"):
+        mask_token_id(tokenizer, "_")
     own = load_tokenizer(byte_level_directory(tmp_path, backend, eos_token="<|end|>", mask_token="<|begin|>"))
-    assert {mask_token_id(own, kind) for kind in ("_", "eos", "mask")} == {0}
+    assert {mask_token_id(own, kind) for kind in ("blank", "eos", "mask")} == {0}
 
 
 def test_mask_token_that_is_no_token(tmp_path):
     backend = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2}, merges=[]))
     tokenizer = load_tokenizer(byte_level_directory(tmp_path, backend, bos_token="<s>"))
     with pytest.raises(ConfigError, match="'_' is not one token"):
-        mask_token_id(tokenizer, "_")
+        mask_token_id(tokenizer)
     with pytest.raises(ConfigError, match="no eos token"):
         mask_token_id(tokenizer, "eos")
 
@@ -379,7 +377,7 @@ def test_gguf_sentencepiece_tokenizer(tmp_path):
     tokenizer = load_tokenizer(path)
     for text in TEXTS:
         assert tokenizer(text).input_ids == [1, *processor.encode(text)], text
-    assert mask_token_id(tokenizer, "_") == 28730
+    assert mask_token_id(tokenizer) == 28730
 
 
 def test_unsupported_gguf_tokenizers_are_named(tmp_path):
@@ -405,6 +403,6 @@ def test_smollm2(tmp_path):
         "<|im_end|>",
     )
     assert prefix_length(tokenizer) == 1 and tokenizer.model_max_length == 8192
-    assert tokenizer.tokenize("_") == ["_"] and mask_token_id(tokenizer, "_") == tokenizer("_").input_ids[1]
+    assert tokenizer.tokenize("_") == ["_"] and mask_token_id(tokenizer) == tokenizer("_").input_ids[1]
     assert load_tokenizer(path, bos_token="<|im_start|>")("a").input_ids[0] == 1
     assert_saved_alike(tokenizer, tmp_path, model_type="llama")

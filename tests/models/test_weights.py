@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,6 +294,23 @@ def test_full_disk_leaves_what_was_there(saved, monkeypatch, existed, kind):
         save_pretrained(model, target, is_causal=False)
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
     assert_same_trunk(load_pretrained(folder).model, reference.model)
+
+
+def test_a_disk_that_is_too_full_is_seen_before_anything_is_written(saved, monkeypatch):
+    folder, reference = saved
+    model = load_pretrained(folder).model
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(weights, "save_file", None)  # not reached
+    with pytest.raises(CheckpointError, match=r"too full; the model takes .* GB and 0\.00 GB are free"):
+        save_pretrained(model, folder, is_causal=False)
+    assert_same_trunk(load_pretrained(folder).model, reference.model)
+
+
+def test_saving_over_a_file_is_refused(saved, tmp_path):
+    (tmp_path / "out").write_text("text")
+    with pytest.raises(CheckpointError, match="out is a file"):
+        save_pretrained(load_pretrained(saved[0]).model, tmp_path / "out", is_causal=False)
+    assert (tmp_path / "out").read_text() == "text"
 
 
 def test_an_unmerged_adapter_is_refused(saved, tmp_path):

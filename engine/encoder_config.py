@@ -1,0 +1,139 @@
+"""The pooling rule of an encoder, and the files that say it: our own, LLM2Vec's, or those of sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from bivec.models.config import DecoderConfig
+from bivec.models.errors import ConfigError
+
+CONFIG_FILE = "bivec_config.json"
+LLM2VEC_FILE = "llm2vec_config.json"
+MODULES_FILE = "modules.json"  # sentence-transformers
+# what a hub repository may hold of these, beside weights and tokenizer
+CONFIG_PATTERNS = (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE, "sentence_bert_config.json", "*_Pooling/config.json")
+# our and llm2vec's names -> mode of segment_pool
+POOLINGS = {
+    "mean": "mean",
+    "weighted_mean": "weighted_mean",
+    "last_token": "last",
+    "eos_token": "last",
+    "bos_token": "first",
+}
+# sentence-transformers' names, with "pooling_mode_" before them as flags or alone in one field -> ours
+SENTENCE_TRANSFORMERS_POOLINGS = {
+    "mean_tokens": "mean",
+    "mean": "mean",
+    "weightedmean_tokens": "weighted_mean",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last_token",
+    "cls_token": "bos_token",
+    "cls": "bos_token",
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How texts become vectors; stored beside the weights as ``bivec_config.json``.
+
+    Raises:
+        ConfigError: an unknown pooling, a length below 2, a template without its one ``{text}``.
+    """
+
+    pooling: str = "mean"  # see POOLINGS; "eos_token" also puts an EOS behind every text
+    pool_bos: bool = True  # False: special tokens in front are left out of the pooled span, as in the released LLM2Vec
+    causal: bool = False
+    max_length: int = 512  # tokens, special ones included; the tail is cut
+    template: str | None = None  # "[INST] {text} [/INST]"; what follows {text} is pooled too (METHOD 5.4)
+    skip_instruction: bool = True  # False: instruction and template head are pooled too, as in sentence-transformers
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ConfigError(f"pooling {self.pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
+        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ConfigError(f"max_length is {self.max_length!r}, expected an integer of at least 2 tokens")
+        if self.template is not None and self.template.count("{text}") != 1:
+            raise ConfigError(f"template {self.template!r} must contain {{text}} exactly once")
+
+
+def read_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig:
+    """The pooling rule stored in a model directory; mean, bidirectional, 512 tokens where it says nothing.
+
+    Of several files the first of ours, LLM2Vec's and sentence-transformers' counts.
+
+    Args:
+        folder: the directory (or a ``.gguf`` file, which says nothing).
+        config: of the decoder; its ``is_causal`` counts where the files do not say.
+
+    Raises:
+        ConfigError: a file that is not JSON, holds unknown fields or asks for a pooling that bivec does not have.
+    """
+    for file, read in (
+        (folder / CONFIG_FILE, _read_own),
+        (folder / LLM2VEC_FILE, _read_llm2vec),
+        (folder / MODULES_FILE, _read_sentence_transformers),
+    ):
+        if file.is_file():
+            settings = read(file)
+            try:
+                return EncoderConfig(**{"causal": bool(config.is_causal), **settings})
+            except ConfigError as error:
+                raise ConfigError(f"{file}: {error}") from error
+    return EncoderConfig(causal=bool(config.is_causal))
+
+
+def _read_own(file: Path) -> dict[str, Any]:
+    settings = _read_json(file, dict)
+    unknown = settings.keys() - {field.name for field in fields(EncoderConfig)}
+    if unknown:
+        raise ConfigError(f"{file}: unknown field {min(unknown)!r}")
+    return settings
+
+
+def _read_llm2vec(file: Path) -> dict[str, Any]:
+    """Where LLM2Vec skips the instruction it skips BOS too; else its mean runs over the whole row (METHOD 5.4)."""
+    stored = _read_json(file, dict)
+    skip = bool(stored.get("skip_instruction", True))
+    settings = {"pool_bos": not skip, "skip_instruction": skip}
+    settings |= {"pooling": stored["pooling_mode"]} if "pooling_mode" in stored else {}
+    return settings | ({"max_length": stored["max_length"]} if "max_length" in stored else {})
+
+
+def _read_sentence_transformers(file: Path) -> dict[str, Any]:
+    folder, modules = file.parent, _read_json(file, list)
+    try:
+        kinds = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
+    except (KeyError, TypeError):
+        raise ConfigError(f"{file}: every module needs a type and a path") from None
+    unknown = kinds.keys() - {"Transformer", "Pooling", "Normalize"}  # Normalize changes no cosine: the caller's choice
+    if unknown:
+        raise ConfigError(f"{file}: module {min(unknown)!r} is not supported; bivec has a decoder and a pooling")
+    settings: dict[str, Any] = {}
+    if "Pooling" in kinds:
+        pooling_file = folder / kinds["Pooling"] / "config.json"
+        pooling = _read_json(pooling_file, dict)
+        prefix = "pooling_mode_"
+        modes = [key.removeprefix(prefix) for key, value in pooling.items() if key.startswith(prefix) and value is True]
+        modes = modes or [str(pooling.get("pooling_mode"))]
+        if len(modes) != 1 or modes[0] not in SENTENCE_TRANSFORMERS_POOLINGS:
+            raise ConfigError(f"{pooling_file}: pooling {' + '.join(modes)} is not supported")
+        settings["pooling"] = SENTENCE_TRANSFORMERS_POOLINGS[modes[0]]
+        settings["skip_instruction"] = not pooling.get("include_prompt", True)
+    length_file = folder / kinds.get("Transformer", "") / "sentence_bert_config.json"
+    length = _read_json(length_file, dict).get("max_seq_length") if length_file.is_file() else None
+    return settings | ({} if length is None else {"max_length": length})
+
+
+def _read_json(file: Path, kind: type) -> Any:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file, though modules.json names it") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: not a JSON file ({error})") from error
+    if not isinstance(content, kind):
+        raise ConfigError(f"{file}: expected a JSON {kind.__name__}, found {type(content).__name__}")
+    return content

@@ -1,0 +1,281 @@
+"""What a recipe is: the hyper-parameters of every stage as frozen dataclasses; and the command line of all recipes.
+
+The defaults are the paper's (METHOD 3.6 and 4.5). Where the paper and its repository differ (METHOD 13), the choice
+is written at the field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bivec.engine.errors import RunError
+from bivec.engine.lora import LoraConfig
+from bivec.engine.optim import OptimConfig
+from bivec.models import DecoderConfig
+
+STAGES = ("bi", "mntp", "simcse")
+
+
+@dataclass(frozen=True)
+class MntpStage:
+    """Masked next-token prediction (METHOD 3)."""
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=5e-5, steps=1000))
+    # the decay reaches zero after so many epochs (HF's default of 3), training stops long before; None = at the stop
+    decay_epochs: int | None = 3
+    batch_size: int = 32  # blocks a step
+    sequence_length: int = 512
+    bos_in_every_block: bool = False  # False: rows with their BOS are joined and cut anywhere, as in the repository
+    mask_probability: float = 0.2
+    mask_style: str = "bert"  # "bert" (80/10/10) | "all_mask"
+    mask_token: str = "blank"  # "blank" (_) | "eos" | "mask"
+    # the repository also trains the LM head and throws it away (METHOD 3.4); here it stays frozen
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    micro_batch_tokens: int | None = 8192  # tokens of one forward and backward; the step's gradient does not change
+    save_every: int = 200
+    evaluate_every: int = 0
+
+
+@dataclass(frozen=True)
+class SimcseStage:
+    """Unsupervised SimCSE (METHOD 4)."""
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=3e-5, steps=1000))
+    decay_epochs: int | None = 3
+    batch_size: int = 128  # sentences a step; the repository's. The paper has 32 for S-LLaMA-1.3B
+    max_length: int = 128
+    attention_dropout: float = 0.3
+    scale: float = 20.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    save_every: int = 200
+    evaluate_every: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the result of a run."""
+
+    name: str
+    model: str  # directory, .gguf file or hub id
+    mntp_data: str
+    simcse_data: str
+    sts_dev: str
+    sts_test: str
+    mntp: MntpStage = field(default_factory=MntpStage)
+    simcse: SimcseStage = field(default_factory=SimcseStage)
+    stages: tuple[str, ...] = STAGES
+    # the repository pools BOS in SimCSE training only (METHOD 4.3); here one rule holds for training and encoding
+    pool_bos: bool = False
+    bos_token: str | None = None  # put in front where the tokenizer adds none; None = chosen by load_tokenizer
+    mntp_column: str | None = None
+    simcse_column: str | None = None
+    data_limit: int | None = None  # rows read from each training file
+    eval_pairs: int | None = 500  # first pairs of each STS file; None = all
+    dtype: str | None = None  # of the frozen weights; None = float32 on a CPU, bfloat16 elsewhere
+    seed: int = 42
+    shape: DecoderConfig | None = None  # of the default model, for --dry-run where its files are out of reach
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a recipe is run; none of it changes the result."""
+
+    output_dir: Path
+    resume: bool = False
+    dry_run: bool = False
+    device: str | None = None
+    backend: str | None = None
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """A few steps of every stage on a little data: shows that everything works, not that it helps."""
+    return replace(
+        recipe,
+        mntp=replace(
+            recipe.mntp, optim=replace(recipe.mntp.optim, steps=3), batch_size=2, sequence_length=32, save_every=2
+        ),
+        simcse=replace(
+            recipe.simcse, optim=replace(recipe.simcse.optim, steps=3), batch_size=4, max_length=32, save_every=2
+        ),
+        data_limit=200,
+        eval_pairs=16,
+    )
+
+
+def parse_arguments(
+    recipe: Recipe, description: str | None, arguments: Sequence[str] | None = None
+) -> tuple[Recipe, RunOptions]:
+    """Reads the command line that all recipes share.
+
+    Returns:
+        The recipe with the flags applied, and the options of the run.
+
+    Raises:
+        RunError: an unknown stage or hyper-parameter, or a value of the wrong kind.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=recipe.model, help="decoder: a directory, a .gguf file or a hub id (default: %(default)s)")
+    add(
+        "--mntp-data",
+        default=recipe.mntp_data,
+        help="text for MNTP: .txt (one text a line), .jsonl, .csv, .parquet or a hub id (default: %(default)s)",
+    )
+    add(
+        "--simcse-data",
+        default=recipe.simcse_data,
+        help="sentences for SimCSE, one a row, same formats (default: %(default)s)",
+    )
+    add(
+        "--mntp-column",
+        default=recipe.mntp_column,
+        help="column of --mntp-data that holds the text (default: text, else the only string column)",
+    )
+    add("--simcse-column", default=recipe.simcse_column, help="the same for --simcse-data")
+    add(
+        "--sts-dev",
+        default=recipe.sts_dev,
+        help="CSV with sentence1,sentence2,score, evaluated after every stage (default: the STS-B dev set that ships)",
+    )
+    add(
+        "--sts-test",
+        default=recipe.sts_test,
+        help="the same, read once at the end (default: the STS-B test set that ships)",
+    )
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("runs") / recipe.name,
+        help="where the run is written (default: %(default)s)",
+    )
+    add("--stages", default=",".join(recipe.stages), help="which of bi,mntp,simcse to run (default: %(default)s)")
+    add("--seed", type=int, default=recipe.seed, help="of data order, masks, dropout and LoRA (default: %(default)s)")
+    add("--device", help="torch device, such as cuda or cpu (default: cuda where there is one)")
+    add(
+        "--dtype",
+        default=recipe.dtype,
+        help="of the frozen weights: float32, bfloat16 … (default: float32 on a CPU, bfloat16 elsewhere)",
+    )
+    add("--backend", choices=("torch", "triton"), help="of the kernels (default: chosen by device)")
+    add("--full-eval", action="store_true", help="evaluate on all STS pairs instead of the first 500")
+    add("--resume", action="store_true", help="go on with the run in --output-dir from its last checkpoint")
+    add("--smoke", action="store_true", help="a few steps of every stage on a little data: a test of the installation")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, tokens and FLOPs a step and predicted memory, then stop",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other hyper-parameter, e.g. mntp.optim.steps=500 or simcse.batch_size=64 (repeatable)",
+    )
+    given = parser.parse_args(arguments)
+
+    recipe = replace(
+        recipe,
+        **{
+            name: getattr(given, name)
+            for name in (
+                "model",
+                "mntp_data",
+                "simcse_data",
+                "mntp_column",
+                "simcse_column",
+                "sts_dev",
+                "sts_test",
+                "seed",
+                "dtype",
+            )
+        },
+        stages=_stages(given.stages),
+    )
+    if given.smoke:
+        recipe = smoke(recipe)
+    if given.full_eval:
+        recipe = replace(recipe, eval_pairs=None)
+    for assignment in given.set:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise RunError(f"--set {assignment}: expected KEY=VALUE, such as mntp.optim.steps=500")
+        recipe = _assign(recipe, key.split("."), value, key)
+    options = RunOptions(given.output_dir, given.resume, given.dry_run, given.device, given.backend)
+    return recipe, options
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names and values of the hyper-parameters in which two recipes (as dicts) differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} (was {before!r}, now {after!r})")
+    return found
+
+
+def _stages(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    unknown = [name for name in names if name not in STAGES]
+    if unknown or not names:
+        raise RunError(
+            f"--stages {text!r}: unknown stage {', '.join(unknown) or '(none given)'}; choose from bi, mntp, simcse"
+        )
+    return tuple(stage for stage in STAGES if stage in names or stage == "bi")
+
+
+def _assign(settings: Any, path: list[str], text: str, key: str) -> Any:
+    """A copy of the nested dataclasses with one field set from its text."""
+    known = {f.name: f for f in fields(settings)}
+    name = path[0]
+    if name not in known:
+        raise RunError(f"--set {key}: no such hyper-parameter; here are {', '.join(known)}")
+    current = getattr(settings, name)
+    if len(path) > 1:
+        if not is_dataclass(current):
+            raise RunError(f"--set {key}: {name} has no parts")
+        return replace(settings, **{name: _assign(current, path[1:], text, key)})
+    if is_dataclass(current):
+        raise RunError(f"--set {key}: give one of its parts: {', '.join(f.name for f in fields(current))}")
+    return replace(settings, **{name: _parse(text, known[name].type, key)})
+
+
+def _parse(text: str, annotation: str, key: str) -> Any:
+    """The value of a field from its text, by the field's annotation, which is a string here."""
+    kinds = [kind.strip() for kind in annotation.split("|")]
+    if "None" in kinds and text.lower() == "none":
+        return None
+    try:
+        if kinds[0] == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if kinds[0] in ("int", "float", "str"):
+            return {"int": int, "float": float, "str": str}[kinds[0]](text)
+        return tuple(type_(part) for type_, part in zip(_tuple_types(kinds[0]), text.split(","), strict=True))
+    except (ValueError, KeyError):
+        raise RunError(f"--set {key}={text}: expected {annotation}") from None
+
+
+def _tuple_types(annotation: str) -> list[type]:
+    """tuple[float, float] -> [float, float]; tuple[str, ...] is not set from the command line."""
+    inner = annotation.removeprefix("tuple[").removesuffix("]")
+    return [{"float": float, "int": int, "str": str}[part.strip()] for part in inner.split(",")]
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def with_horizon(optim: OptimConfig, decay_epochs: int | None, samples: int, batch_size: int) -> OptimConfig:
+    """Fixes where the learning rate reaches zero, once the size of the data is known."""
+    if decay_epochs is None:
+        return optim
+    return replace(optim, horizon=max(optim.steps, decay_epochs * -(-samples // batch_size)))

@@ -1,0 +1,69 @@
+"""Tiny random checkpoints with a real tokenizer, for every test that needs a model on disk."""
+
+from __future__ import annotations
+
+import gzip
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+SAMPLE = Path(__file__).parents[1] / "recipes/data/wikitext2_paragraphs.txt.gz"
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "initializer_range": 0.1,  # at the default 0.02 attention is flat and the mask makes no difference to see
+}
+
+
+def _tokenizer():
+    """A byte-level BPE of 1,000 entries, trained on the recipes' sample; it prepends ``<s>``, as LLaMA's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # the blank "_" is one of its 256 characters
+        show_progress=False,
+    )
+    with gzip.open(SAMPLE, "rt", encoding="utf-8") as lines:
+        backend.train_from_iterator(islice(lines, 400), trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def _write_checkpoint(directory: Path, model_class: str, config_class: str, **fields) -> Path:
+    import torch
+    import transformers
+
+    tokenizer = _tokenizer()
+    config = getattr(transformers, config_class)(vocab_size=len(tokenizer), pad_token_id=1, **SHAPE, **fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        getattr(transformers, model_class)(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LlamaForCausalLM directory: hidden 64, 2 layers, 4 heads, 2 KV heads, 1,000 tokens, BOS added; random."""
+    return _write_checkpoint(tmp_path_factory.mktemp("tiny") / "llama", "LlamaForCausalLM", "LlamaConfig")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a MistralForCausalLM with a sliding window of 24 tokens."""
+    return _write_checkpoint(
+        tmp_path_factory.mktemp("tiny") / "mistral", "MistralForCausalLM", "MistralConfig", sliding_window=24
+    )

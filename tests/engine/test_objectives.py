@@ -1,0 +1,236 @@
+"""MNTP and SimCSE losses against plain torch, and the objectives that feed them (METHOD 14.3, 14.6)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bivec.engine.data import BlockDataset
+from bivec.engine.lora import LoraConfig, add_lora
+from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
+from bivec.engine.objectives import MntpObjective, SimcseObjective, mntp_loss, simcse_loss
+from bivec.models import PackedBatch, load_pretrained
+
+SENTENCES = [[0, 5, 9, 300, 42], [0, 17], [0, *range(100, 112)], [0, 3, 3, 3, 3, 3]]
+
+
+class Fixed(nn.Module):
+    """A "model" whose hidden states are given."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.hidden = nn.Parameter(hidden)
+
+    def forward(self, batch, **_):
+        return self.hidden
+
+
+class Spy(nn.Module):
+    """Passes everything on to a model and keeps its last batch and hidden states."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, **options):
+        self.batch, self.hidden = batch, self.model(batch, **options)
+        return self.hidden
+
+
+def test_mntp_reads_the_row_before():
+    """Head = identity, so the hidden states are the logits."""
+    vocabulary, lengths = 11, (4, 3)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, vocabulary, generator=generator)
+    sequences = [[1, 2, 3, 4], [5, 6, 7]]
+    specials = [[True, False, False, False], [False, False, False]]
+    config = MaskingConfig(mask_token_id=9, vocab_size=vocabulary, probability=1.0, style="all_mask")
+    batch = mask_batch(sequences, specials, config, seed=0, sample_ids=[0, 1])
+    assert batch.batch.input_ids.tolist() == [1, 9, 9, 9, 9, 9, 9]  # the special one stays, position 0 of the other not
+    model = Fixed(logits)
+    loss = mntp_loss(model, torch.eye(vocabulary), batch)
+    # token i is scored at row i - 1; the token 5 at position 0 has no row and no loss
+    expected = -logits.double().log_softmax(-1)[[0, 1, 2, 4, 5], [2, 3, 4, 6, 7]].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    touched = model.hidden.grad.abs().sum(1) > 0
+    assert touched.tolist() == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]  # the last row of a sequence predicts nothing
+    assert sum(lengths) == len(touched)
+
+
+def test_mntp_of_one_masked_token():
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    packed = PackedBatch.from_sequences([[1, 2, 3, 4]])
+    batch = MntpBatch(packed, torch.tensor([1]), torch.tensor([3]))  # position 2 is masked
+    loss = mntp_loss(Fixed(logits), torch.eye(6), batch)
+    for row in range(4):
+        other = logits.clone()
+        other[row] += torch.arange(6)
+        assert (mntp_loss(Fixed(other), torch.eye(6), batch) == loss).item() == (row != 1)
+    halved = mntp_loss(Fixed(logits), torch.eye(6), batch, normalizer=torch.tensor(2.0))
+    assert halved.item() == pytest.approx(loss.item() / 2)
+
+
+def test_mntp_equals_transformers(tiny_llama_dir):
+    """The labels through the causal-LM shift of transformers: -100 everywhere but at the masked tokens."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    theirs.config.is_causal = False
+    checkpoint = load_pretrained(tiny_llama_dir)
+    originals = [list(range(50 + 20 * row, 66 + 20 * row)) for row in range(3)]
+    config = MaskingConfig(mask_token_id=64, vocab_size=1000, probability=0.4)
+    batch = mask_batch(originals, np.zeros((3, 16), bool), config, seed=3, sample_ids=range(3))
+    labels = torch.full((48,), -100)
+    labels[batch.index + 1] = batch.targets
+    expected = theirs(input_ids=batch.batch.input_ids.view(3, 16), labels=labels.view(3, 16)).loss
+    loss = mntp_loss(checkpoint.model, checkpoint.lm_head_weight, batch)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def mntp_objective(directory, micro_batch_tokens, lora_dropout=0.1, attention_dropout=0.1):
+    checkpoint = load_pretrained(directory)
+    adapter = add_lora(checkpoint.model, LoraConfig(rank=4, dropout=lora_dropout), seed=1)
+    for parameter in adapter.named_parameters().values():  # B = 0 would hide the gradient of A
+        parameter.data.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(len(parameter)))
+    ids = np.random.default_rng(0).integers(2, 1000, (6, 16)).astype(np.int32)
+    ids[:, 0] = 0
+    return MntpObjective(
+        checkpoint.model,
+        checkpoint.lm_head_weight,
+        adapter,
+        BlockDataset(ids, ids == 0),
+        MaskingConfig(mask_token_id=64, vocab_size=1000, probability=0.3),
+        batch_size=5,
+        seed=7,
+        micro_batch_tokens=micro_batch_tokens,
+        attention_dropout=attention_dropout,
+    )
+
+
+def loss_and_gradients(objective, step=2):
+    total, sizes = 0.0, []
+    for micro in objective.micro_losses(step):
+        micro.loss.backward()
+        total, sizes = total + micro.loss.item(), [*sizes, micro.tokens]
+    return total, sizes, [p.grad for p in objective.adapter.named_parameters().values()]
+
+
+def test_micro_batches_change_nothing(tiny_llama_dir):
+    """Dropout is on: its bits belong to the samples, not to the micro-batches."""
+    loss, sizes, gradients = loss_and_gradients(mntp_objective(tiny_llama_dir, None))
+    assert sizes == [80]
+    for tokens, expected_sizes in ((35, [32, 32, 16]), (1, [16] * 5)):
+        other_loss, sizes, other_gradients = loss_and_gradients(mntp_objective(tiny_llama_dir, tokens))
+        assert sizes == expected_sizes
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        for one, other in zip(gradients, other_gradients, strict=True):
+            assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+def test_each_dropout_is_in_the_loss(tiny_llama_dir):
+    losses = {
+        loss_and_gradients(mntp_objective(tiny_llama_dir, None, lora, attention))[0]
+        for lora in (0.0, 0.1)
+        for attention in (0.0, 0.1)
+    }
+    assert len(losses) == 4
+    assert loss_and_gradients(mntp_objective(tiny_llama_dir, None), step=0)[0] not in losses
+
+
+def views(sample_ids=None):
+    return PackedBatch.from_sequences(SENTENCES * 2, sample_ids)
+
+
+def plain_simcse(hidden, skip=0):
+    """The loss in float64 from packed hidden states of both views."""
+    rows = hidden.detach().double().split([len(sentence) for sentence in SENTENCES * 2])
+    pooled = torch.stack([row[skip:].mean(0) for row in rows])
+    first, second = F.normalize(pooled[: len(SENTENCES)]), F.normalize(pooled[len(SENTENCES) :])
+    return F.cross_entropy(20.0 * first @ second.T, torch.arange(len(SENTENCES))).item()
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_simcse_equals_plain_torch(tiny_llama_dir, skip):
+    spy = Spy(load_pretrained(tiny_llama_dir).model)
+    loss = simcse_loss(spy, views(), skip_prefix=skip, seed=5)
+    assert loss.item() == pytest.approx(plain_simcse(spy.hidden, skip), abs=1e-5)
+    assert abs(loss.item() - plain_simcse(spy.hidden, 1 - skip)) > 1e-4
+
+
+def test_simcse_gradient(tiny_llama_dir):
+    """Against autograd through the same statement."""
+    model = load_pretrained(tiny_llama_dir).model
+    adapter = add_lora(model, LoraConfig(rank=2))
+    simcse_loss(model, views(), seed=5).backward()
+    gradients = [p.grad.clone() for p in adapter.named_parameters().values()]
+    model.zero_grad()
+    hidden = model(views(), attention_dropout=0.3, seed=5)
+    pooled = torch.stack([row.mean(0) for row in hidden.split([len(sentence) for sentence in SENTENCES * 2])])
+    first, second = F.normalize(pooled).chunk(2)
+    F.cross_entropy(20.0 * first @ second.T, torch.arange(len(SENTENCES))).backward()
+    for ours, parameter in zip(gradients, adapter.named_parameters().values(), strict=True):
+        assert (ours - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
+
+
+def simcse_objective(directory, *, attention_dropout=0.3, lora_dropout=0.05, batch_size=4):
+    model = load_pretrained(directory).model
+    adapter = add_lora(model, LoraConfig(rank=4, dropout=lora_dropout), seed=1)
+    for parameter in adapter.named_parameters().values():
+        parameter.data.uniform_(-0.1, 0.1, generator=torch.Generator().manual_seed(len(parameter)))
+    return SimcseObjective(Spy(model), adapter, SENTENCES, batch_size, seed=7, attention_dropout=attention_dropout)
+
+
+@pytest.mark.parametrize(("attention", "lora"), [(0.3, 0.0), (0.0, 0.05), (0.0, 0.0)])
+def test_views_differ_by_dropout_alone(tiny_llama_dir, attention, lora):
+    objective = simcse_objective(tiny_llama_dir, attention_dropout=attention, lora_dropout=lora)
+    (micro,) = objective.micro_losses(0)
+    first, second = objective.model.hidden.chunk(2)
+    assert micro.tokens == 2 * sum(map(len, SENTENCES)) == 2 * len(first)
+    if attention or lora:
+        # no token of the second view is what it was in the first (the BOS alone would still see other keys)
+        assert ((first - second).abs().amax(1) > 1e-4).all()
+    else:
+        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_steps_draw_other_noise_and_repeat_exactly(tiny_llama_dir):
+    def losses(steps):
+        objective = simcse_objective(tiny_llama_dir)
+        return [micro.loss.item() for step in steps for micro in objective.micro_losses(step)]
+
+    first, second, third = losses([0, 1, 2])
+    assert len({first, second, third}) == 3  # the same four sentences every time, other order and other noise
+    assert losses([2, 0]) == [third, first]
+
+
+def test_no_sample_id_comes_twice(tiny_llama_dir):
+    """A sentence or block met again in another epoch, and the second view, have noise of their own."""
+    contrastive, masked = simcse_objective(tiny_llama_dir), mntp_objective(tiny_llama_dir, 32)
+    masked = replace(masked, model=Spy(masked.model))
+    for objective, per_step in ((contrastive, 2 * len(SENTENCES)), (masked, 5)):
+        met = [i for step in range(3) for _ in objective.micro_losses(step) for i in objective.model.batch.sample_ids]
+        assert len(set(map(int, met))) == len(met) == 3 * per_step
+
+
+def test_no_noise_outside_the_steps(tiny_llama_dir):
+    """An evaluation between two steps, or after an error in one, runs without dropout."""
+    for objective in (simcse_objective(tiny_llama_dir), mntp_objective(tiny_llama_dir, 16)):
+        for _ in objective.micro_losses(0):
+            assert objective.adapter.noise.seed is not None
+        assert objective.adapter.noise.seed is None
+        losses = objective.micro_losses(0)
+        next(losses)
+        losses.close()
+        assert objective.adapter.noise.seed is None
