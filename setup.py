@@ -25,6 +25,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "peft>=0.17",
+    "mistral-common>=1.8",
     "ruff>=0.9",
 ]
 

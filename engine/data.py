@@ -123,7 +123,7 @@ def load_texts(
     Args:
         source: a file, ``.txt`` (one text a line), ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` (each also with ``.gz``)
             or ``.parquet``; or a hub id, with ``:config`` or ``:file`` behind it where the data set needs one, as in
-            ``wikitext:wikitext-103-raw-v1`` and ``princeton-nlp/datasets-for-simcse:wiki1m_for_simcse.txt``.
+            ``Salesforce/wikitext:wikitext-103-raw-v1`` and ``princeton-nlp/datasets-for-simcse:wiki1m_for_simcse.txt``.
         column: which column holds the texts; by default ``text``, else the only string column. Not for ``.txt``.
         split: which split of a hub data set, slices such as ``train[:1%]`` included; a file is taken whole.
         limit: no more than so many rows.

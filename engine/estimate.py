@@ -2,7 +2,8 @@
 
 Used by ``--dry-run``. FLOPs count a multiply and an add as two. The trunk is frozen, so a step takes a forward and
 the gradient of the activations, no weight gradients (DESIGN 5). Memory is weights + LoRA (weight, gradient, two
-moments, fp32) + what the layers save for backward + the logits workspace; allocator slack comes on top.
+moments, fp32) + what the layers save for backward + one layer's temporaries + the logits workspace. On top come the
+allocator's slack and, on a CPU, the process itself (0.6 GiB).
 """
 
 from __future__ import annotations
@@ -45,15 +46,14 @@ def lora_parameters(config: DecoderConfig, lora: LoraConfig) -> int:
 def saved_bytes_per_token(config: DecoderConfig, lora: LoraConfig, itemsize: int) -> int:
     """What the layers keep for backward, a token.
 
-    Both norms' inputs and outputs, q, k, v, the attention's output, gate, up and their product, and the low-rank
-    activations of LoRA.
+    Both norms' inputs and outputs, the input of o_proj, gate, up and their product in the weights' dtype; in fp32
+    attention's q, k, v and output (the torch backend computes it so), the low-rank activations of LoRA and the rotary
+    rows. With fp32 weights o_proj's input is attention's output. Dropout is drawn again, nothing is kept for it.
     """
-    shapes = projection_shapes(config)
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    wide = 4 * config.hidden_size + heads + 3 * config.intermediate_size
-    dropout_copies = sum(shapes[name][0] for name in lora.targets) // 8 if lora.dropout else 0
-    small = 4 * (len(lora.targets) * lora.rank + config.head_dim + 2)
-    return config.num_layers * (itemsize * wide + small + dropout_copies)
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    own_dtype = 4 * config.hidden_size + 3 * config.intermediate_size + (q if itemsize < 4 else 0)
+    single = 2 * q + 2 * kv + config.num_heads + config.head_dim + 2 + len(lora.targets) * lora.rank
+    return config.num_layers * (itemsize * own_dtype + 4 * single)
 
 
 def estimate_stage(config: DecoderConfig, stage: MntpStage | SimcseStage, itemsize: int) -> StageEstimate:
@@ -71,10 +71,12 @@ def estimate_stage(config: DecoderConfig, stage: MntpStage | SimcseStage, itemsi
     # forward and backward: attention does 2 GEMMs, then 4 more and one recomputed
     attention = config.num_layers * config.num_heads * config.head_dim * length * 2 * (2 + 5)
     flops = tokens * (4 * weights + 6 * adapter + attention) + 4 * scored * config.vocab_size * config.hidden_size
+    # in the backward of down_proj: a dropped copy of its input and the mask, the gradients of product, gate and up
+    temporaries = config.intermediate_size * (3 * itemsize + 9)
     memory = (
         itemsize * config.num_parameters(lm_head=name == "mntp")
         + 16 * adapter
-        + micro_tokens * saved_bytes_per_token(config, stage.lora, itemsize)
+        + micro_tokens * (saved_bytes_per_token(config, stage.lora, itemsize) + temporaries)
         + (LOGITS_WORKSPACE if name == "mntp" else 0)
     )
     return StageEstimate(name, adapter, tokens, flops, memory)

@@ -1,7 +1,7 @@
 """Whether the Hugging Face hub can be reached, asked once and quickly.
 
-Without an answer the hub's clients retry for more than a minute for every repository; in their offline mode they use what
-is in the local cache and otherwise say at once that it is not there.
+Without an answer the hub's clients retry for more than a minute for every repository; in their offline mode they use
+what is in the local cache and otherwise say at once that it is not there.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def prefer_offline(sources: list[str]) -> None:
         return
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     try:
-        socket.create_connection((endpoint.hostname, endpoint.port or 443), timeout=PROBE_SECONDS).close()
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        socket.create_connection((endpoint.hostname, port), timeout=PROBE_SECONDS).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"

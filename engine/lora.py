@@ -54,10 +54,11 @@ class LoraConfig:
 
 @dataclass
 class DropoutNoise:
-    """What all LoRA layers of an adapter draw their dropout from; no seed means no dropout (evaluation)."""
+    """What all LoRA layers of an adapter share in a forward; no seed means no dropout (evaluation)."""
 
     seed: int | Tensor | None = None
     token_ids: Tensor | None = None  # [T] int64
+    backend: str | None = None  # of the kernels, as the model's forward was asked for
 
 
 class LoraLinear(nn.Module):
@@ -84,6 +85,7 @@ class LoraLinear(nn.Module):
             dropout_p=dropout_p,
             seed=fold_seed(noise.seed, self.site) if dropout_p else None,
             token_ids=noise.token_ids if dropout_p else None,
+            backend=noise.backend,
         )
 
 
@@ -101,9 +103,12 @@ class Adapter:
             named[f"{name}.lora_B.weight"] = layer.lora_b
         return named
 
-    def set_noise(self, seed: int | Tensor | None, token_ids: Tensor | None = None) -> None:
-        """Keys the LoRA dropout of the coming forward and backward; ``None`` switches it off."""
-        self.noise.seed, self.noise.token_ids = seed, token_ids
+    def set_noise(self, seed: int | Tensor | None, token_ids: Tensor | None = None, backend: str | None = None) -> None:
+        """Keys the LoRA dropout of the coming forward and backward; ``None`` switches it off.
+
+        ``backend`` is the one that the model's forward is asked for, which the wrapped projections do not see.
+        """
+        self.noise.seed, self.noise.token_ids, self.noise.backend = seed, token_ids, backend
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -1,32 +1,50 @@
-"""``metrics.jsonl``: one line a logged step."""
+"""``metrics.jsonl`` and ``evaluations.jsonl``: one JSON line a logged step."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from bivec.engine.errors import RunError
 from bivec.engine.trainer import StepMetrics
 from bivec.models.files import write_text_atomic
 
 
-class MetricsLog:
-    """Appends step metrics to a file, and cuts them back to a checkpoint when a run is resumed."""
+@dataclass(frozen=True)
+class Evaluation:
+    """One line of ``evaluations.jsonl``: STS in the middle of a stage."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    stage: str
+    step: int  # optimiser steps done
+    sts_dev_spearman: float  # x 100
 
-    def clear(self) -> None:
-        """Starts an empty file."""
-        write_text_atomic(self.path, "")
 
-    def append(self, metrics: StepMetrics) -> None:
-        """Adds one line."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(metrics)) + "\n")
+Record = TypeVar("Record", StepMetrics, Evaluation)
 
-    def read(self) -> list[StepMetrics]:
+
+class StepLog(Generic[Record]):
+    """Appends records to a file, and cuts them back to a checkpoint when a run is resumed."""
+
+    def __init__(self, path: Path, record: type[Record]):
+        self.path, self.record = path, record
+
+    def append(self, record: Record) -> None:
+        """Adds one line.
+
+        Raises:
+            RunError: the disk is full, or the file may not be written.
+        """
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be written ({error.strerror}); the checkpoints are as they were"
+            ) from error
+
+    def read(self) -> list[Record]:
         """All whole lines; a last line that a kill cut short is left out.
 
         Raises:
@@ -34,27 +52,28 @@ class MetricsLog:
         """
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        metrics = []
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        records = []
         for number, line in enumerate(lines, start=1):
             try:
-                metrics.append(StepMetrics(**json.loads(line)))
+                records.append(self.record(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 if number == len(lines):
                     break
-                raise RunError(
-                    f"{self.path}, line {number}: not a line of metrics ({error}); mend or delete it"
-                ) from error
-        return metrics
+                raise RunError(f"{self.path}, line {number}: not a line of this log ({error}); delete it") from error
+        return records
 
     def truncate(self, stage: str, step: int) -> None:
         """Drops what the stage logged after ``step``: it will be run, and logged, again."""
-        kept = [m for m in self.read() if m.stage != stage or m.step <= step]
-        write_text_atomic(self.path, "".join(json.dumps(asdict(m)) + "\n" for m in kept))
+        if not self.path.is_file():
+            return
+        kept = [record for record in self.read() if record.stage != stage or record.step <= step]
+        write_text_atomic(self.path, "".join(json.dumps(asdict(record)) + "\n" for record in kept))
 
-    def losses(self) -> dict[str, list[tuple[int, float]]]:
-        """(step, loss) of every logged step, by stage."""
-        by_stage: dict[str, list[tuple[int, float]]] = {}
-        for metrics in self.read():
-            by_stage.setdefault(metrics.stage, []).append((metrics.step, metrics.loss))
-        return by_stage
+
+def losses_by_stage(metrics: list[StepMetrics]) -> dict[str, list[tuple[int, float]]]:
+    """(step, loss) of every logged step."""
+    by_stage: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics:
+        by_stage.setdefault(line.stage, []).append((line.step, line.loss))
+    return by_stage

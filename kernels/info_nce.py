@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import resolve
+from bivec.kernels.backend import resolve
 
 # On the CPU, B = N = 16,384 takes 1,000 queries a chunk in 64 MiB, where the GEMMs are already at full speed.
 DEFAULT_WORKSPACE_BYTES = {"cpu": 64 * 2**20}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import resolve
+from bivec.kernels.backend import resolve
 
 # Rows a chunk at V = 49152: 682 on a CPU, where N=350 took 244 ms in one chunk of 69 MB and 283 ms in two of 34 MB (two
 # cores, D = 576: every chunk reads the whole weight again). GPUs want about 2,000 rows to fill a GEMM at V = 32000.

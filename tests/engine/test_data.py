@@ -203,7 +203,7 @@ def test_folders_and_unknown_kinds(tmp_path):
     ("source", "name", "selection"),
     [
         ("wikitext", "wikitext", {"name": None}),
-        ("wikitext:wikitext-103-raw-v1", "wikitext", {"name": "wikitext-103-raw-v1"}),
+        ("Salesforce/wikitext:wikitext-103-raw-v1", "Salesforce/wikitext", {"name": "wikitext-103-raw-v1"}),
         ("owner/sets.v1:wiki.txt", "owner/sets.v1", {"data_files": "wiki.txt"}),
     ],
 )

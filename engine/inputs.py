@@ -1,0 +1,216 @@
+"""What a recipe reads: the model's configuration, the tokenizer, the texts; checked and tokenised before any work.
+
+What is wrong is collected first, so that one error names all the flags that have to be given.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from bivec.engine.data import BlockDataset, SentenceDataset, STSPair, load_sts, load_texts, mntp_blocks, sentence_ids
+from bivec.engine.errors import BivecError, CheckpointError, DataError, RunError
+from bivec.engine.hub import prefer_offline
+from bivec.engine.masking import MaskingConfig
+from bivec.engine.recipe import PACKAGED_MODEL, Recipe
+from bivec.engine.tokenizer import load_tokenizer, mask_token_id
+from bivec.models import DecoderConfig
+from bivec.models.gguf import find_smollm2
+from bivec.models.weights import CONFIG_FILE, inspect_checkpoint, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MODEL_FLAG = "--model (a LLaMA or Mistral decoder with its tokenizer)"
+MNTP_FLAG = "--mntp-data (running text: paragraphs or articles)"
+SIMCSE_FLAG = "--simcse-data (one sentence a row)"
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe reads, ready for training; of a stage that is not run there is nothing."""
+
+    config: DecoderConfig
+    model_path: Path
+    tokenizer: PreTrainedTokenizerFast
+    masking: MaskingConfig | None
+    blocks: BlockDataset | None
+    sentences: SentenceDataset | None
+    sts: dict[str, list[STSPair]]  # "dev", "test"
+
+    def fingerprints(self) -> dict[str, str]:
+        """Size and checksum of the training tokens by stage: a resumed run must meet the same."""
+        found = {}
+        if self.blocks is not None:
+            found["mntp"] = f"{len(self.blocks)} blocks, crc32 {zlib.crc32(self.blocks.input_ids):08x}"
+        if self.sentences is not None:
+            checksum = zlib.crc32(self.sentences.offsets, zlib.crc32(self.sentences.flat_ids))
+            found["simcse"] = f"{len(self.sentences)} sentences, crc32 {checksum:08x}"
+        return found
+
+
+class _Problems:
+    """Collects the errors of several inputs."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def attempt(self, flag: str, read: Callable[[], Read]) -> Read | None:
+        """The result of ``read``, or None and a problem under the name of the flag."""
+        try:
+            return read()
+        except BivecError as error:
+            self.found.append(f"{flag}: {error}")
+            return None
+
+    def check(self) -> None:
+        if len(self.found) == 1:
+            raise RunError(f"the recipe cannot start: {self.found[0]}")
+        if self.found:
+            raise RunError("\n  ".join(["the recipe cannot start:", *self.found]))
+
+
+def resolve_model(name: str) -> Path:
+    """The directory or .gguf file behind ``--model``.
+
+    Raises:
+        CheckpointError: nothing of that name is here or on the hub.
+    """
+    return find_smollm2() if name == PACKAGED_MODEL else resolve_checkpoint(name)
+
+
+def model_config(recipe: Recipe) -> DecoderConfig:
+    """The model's shape for ``--dry-run``: of the paper's models nothing is fetched, of others on the hub config.json.
+
+    Raises:
+        BivecError: nothing of that name is here or on the hub, or the configuration is not supported.
+    """
+    if recipe.model == PACKAGED_MODEL:
+        return DecoderConfig.from_pretrained(find_smollm2())
+    if recipe.shape is not None and not Path(recipe.model).expanduser().exists():
+        return recipe.shape
+    prefer_offline([recipe.model])
+    return DecoderConfig.from_pretrained(resolve_checkpoint(recipe.model, (CONFIG_FILE,)))
+
+
+def load_inputs(recipe: Recipe) -> Inputs:
+    """Opens the model's configuration, the tokenizer and the data of the recipe's stages, and tokenises; no weights.
+
+    Raises:
+        RunError: what is missing or wrong, with the flags that mend it; everything that cannot be opened at once.
+    """
+    sources = {"mntp": recipe.mntp_data, "simcse": recipe.simcse_data}
+    model = [] if recipe.model == PACKAGED_MODEL else [recipe.model]
+    prefer_offline(model + [source for stage, source in sources.items() if stage in recipe.stages])
+    problems = _Problems()
+    config = tokenizer = masking = mntp_texts = simcse_texts = None
+    path = problems.attempt(MODEL_FLAG, lambda: resolve_model(recipe.model))
+    if path is not None:
+        config = problems.attempt(MODEL_FLAG, lambda: _checked_config(recipe, path))
+        tokenizer = problems.attempt(MODEL_FLAG, lambda: load_tokenizer(path, bos_token=recipe.bos_token))
+    if "mntp" in recipe.stages:
+        if config is not None and tokenizer is not None:
+            masking = problems.attempt("--set mntp.mask_token", lambda: _masking(recipe, config, tokenizer))
+        if config is not None:
+            _check_length(problems, "mntp.sequence_length", recipe.mntp.sequence_length, config)
+        mntp_texts = problems.attempt(MNTP_FLAG, lambda: _texts(recipe, "mntp"))
+    if "simcse" in recipe.stages:
+        if config is not None:
+            _check_length(problems, "simcse.max_length", recipe.simcse.max_length, config)
+        simcse_texts = problems.attempt(SIMCSE_FLAG, lambda: _texts(recipe, "simcse"))
+    sts = {
+        split: problems.attempt(f"--sts-{split}", partial(_sts_pairs, source, recipe.eval_pairs))
+        for split, source in (("dev", recipe.sts_dev), ("test", recipe.sts_test))
+    }
+    problems.check()
+    blocks = sentences = None
+    if mntp_texts is not None:
+        blocks = problems.attempt(MNTP_FLAG, lambda: _blocks(recipe, config, tokenizer, mntp_texts))
+    if simcse_texts is not None:
+        sentences = problems.attempt(SIMCSE_FLAG, lambda: _sentences(recipe, config, tokenizer, simcse_texts))
+    problems.check()
+    return Inputs(config, path, tokenizer, masking, blocks, sentences, sts)
+
+
+def _checked_config(recipe: Recipe, path: Path) -> DecoderConfig:
+    """The configuration, after the headers of all weight files were checked: minutes of tokenising may follow."""
+    config, has_head = inspect_checkpoint(path)
+    if "mntp" in recipe.stages and not has_head:
+        raise CheckpointError(
+            f"{path}: has no LM head, which MNTP needs; use the CausalLM checkpoint or --stages bi,simcse"
+        )
+    return config
+
+
+def _masking(recipe: Recipe, config: DecoderConfig, tokenizer: PreTrainedTokenizerFast) -> MaskingConfig:
+    stage = recipe.mntp
+    token = mask_token_id(tokenizer, stage.mask_token)
+    _check_vocabulary(token, config)
+    return MaskingConfig(token, config.vocab_size, stage.mask_probability, stage.mask_style)
+
+
+def _texts(recipe: Recipe, stage: str) -> Sequence[str]:
+    mntp = stage == "mntp"
+    return load_texts(
+        recipe.mntp_data if mntp else recipe.simcse_data,
+        column=recipe.mntp_column if mntp else recipe.simcse_column,
+        limit=recipe.data_limit,
+        drop_empty=not mntp,  # an empty row of MNTP is a paragraph's end and becomes a lone BOS (METHOD 3.1)
+        argument=f"--{stage}-data",
+    )
+
+
+def _sts_pairs(source: str, limit: int | None) -> list[STSPair]:
+    pairs = load_sts(source)[:limit]
+    if len(pairs) < 2:
+        raise DataError(f"{source}: holds {len(pairs)} pair, a correlation needs two at least")
+    return pairs
+
+
+def _blocks(
+    recipe: Recipe, config: DecoderConfig, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+) -> BlockDataset:
+    stage = recipe.mntp
+    blocks = mntp_blocks(texts, tokenizer, stage.sequence_length, per_block_bos=stage.bos_in_every_block)
+    _check_vocabulary(blocks.input_ids, config)
+    _check_enough(len(blocks), f"blocks of {stage.sequence_length} tokens", "mntp.batch_size", stage.batch_size)
+    return blocks
+
+
+def _sentences(
+    recipe: Recipe, config: DecoderConfig, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
+) -> SentenceDataset:
+    sentences = sentence_ids(texts, tokenizer, recipe.simcse.max_length)
+    _check_vocabulary(sentences.flat_ids, config)
+    _check_enough(len(sentences), "sentences", "simcse.batch_size", recipe.simcse.batch_size)
+    return sentences
+
+
+def _check_length(problems: _Problems, key: str, length: int, config: DecoderConfig) -> None:
+    if length > config.max_position_embeddings:
+        problems.found.append(
+            f"--set {key}: {length} tokens exceed the model's {config.max_position_embeddings} positions; "
+            f"give at most {config.max_position_embeddings}"
+        )
+
+
+def _check_vocabulary(ids: np.ndarray | int, config: DecoderConfig) -> None:
+    largest = int(np.max(ids))
+    if largest >= config.vocab_size:
+        raise DataError(
+            f"the tokenizer gives the id {largest}, the model's vocabulary ends at {config.vocab_size - 1}; "
+            "they do not belong together: look for the tokenizer that came with the model"
+        )
+
+
+def _check_enough(found: int, what: str, key: str, needed: int) -> None:
+    if found < needed:
+        raise DataError(f"holds {found} {what}, one step needs {needed}; give more text or --set {key}={found}")
