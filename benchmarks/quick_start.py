@@ -3,8 +3,8 @@
     python benchmarks/quick_start.py    # seeds 42, 43, 44; 10 minutes each on 2 cores
     python benchmarks/quick_start.py --set simcse.optim.steps=15   # any other flag goes to the recipe
 
-Writes benchmarks/results/quick_start.{json,md,png}; ``--name`` chooses another file name. Nothing else should run on the
-machine at the same time: two busy processes on two cores are five times slower, not two.
+Writes benchmarks/results/quick_start.{json,md,png}; ``--name`` chooses another file name. Nothing else should run on
+the machine at the same time: two busy processes on two cores are five times slower, not two.
 """
 
 import argparse
