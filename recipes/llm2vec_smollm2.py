@@ -31,7 +31,7 @@ RECIPE = Recipe(
         optim=OptimConfig(learning_rate=3e-3, steps=40, warmup_steps=4),
         decay_epochs=None,
         batch_size=32,
-        # as short as the sentences to come: with 64 one seed in three made every token of a short text an attention sink
+        # as short as a sentence: with 64, one seed in three made every token of a short text an attention sink
         sequence_length=32,
         bos_in_every_block=True,
         mask_probability=0.35,
