@@ -258,7 +258,8 @@ class Encoder:
                     f"text {index}: its instruction fills all {self.config.max_length} tokens (max_length); "
                     "nothing is left of the text to pool"
                 )
-            rows.append(_Row(ids + eos, start if start < len(ids) else 0))
+            # a tokenizer may append the EOS by itself
+            rows.append(_Row(ids if ids[-1:] == eos else ids + eos, start if start < len(ids) else 0))
         return rows
 
     def _pooled_start(self, ids: list[int], offsets: list[tuple[int, int]], head_length: int) -> int:

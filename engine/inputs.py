@@ -154,7 +154,8 @@ def _masking(recipe: Recipe, config: DecoderConfig, tokenizer: PreTrainedTokeniz
     stage = recipe.mntp
     token = mask_token_id(tokenizer, stage.mask_token)
     _check_vocabulary(token, config)
-    return MaskingConfig(token, config.vocab_size, stage.mask_probability, stage.mask_style)
+    # random replacements are real tokens: the embedding may have rows beyond the tokenizer's
+    return MaskingConfig(token, min(len(tokenizer), config.vocab_size), stage.mask_probability, stage.mask_style)
 
 
 def _texts(recipe: Recipe, stage: str) -> Sequence[str]:

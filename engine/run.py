@@ -120,6 +120,7 @@ class Run:
         self.recipe, self.options, self.directory = recipe, options, options.output_dir
         earlier = _earlier_run(recipe, options)
         self.device = _device(options)
+        _check_same_device(earlier, self.device, self.directory)
         self.inputs = load_inputs(recipe)
         _check_same_data(earlier, self.inputs, self.directory)
         self.results, self._earlier_seconds, self._earlier_peak = _read_results(self.directory, options.resume)
@@ -339,6 +340,15 @@ def _check_same_data(earlier: dict[str, Any] | None, inputs: Inputs, directory: 
                 f"{directory}: --resume with other text: --{stage}-data gives {now}, at the start of the run {before}; "
                 "the file or the tokenizer has changed. Put the old one back or start anew in another --output-dir"
             )
+
+
+def _check_same_device(earlier: dict[str, Any] | None, device: str, directory: Path) -> None:
+    """Another kind of device computes in another dtype: the run would go on, but not as the same run."""
+    before = None if earlier is None else str(earlier.get("device"))
+    if before is not None and before.partition(":")[0] != device.partition(":")[0]:
+        raise RunError(
+            f"{directory}: --resume on {device}, but the run was started on {before}; give --device {before}"
+        )
 
 
 def _device(options: RunOptions) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import bivec
 from bivec.engine.encoder import Encoder
@@ -183,6 +184,12 @@ def test_max_length(llama, tiny_llama_dir):
     close(short.encode(long), hidden_states(llama, ids[:10]).mean(0))
     eos = Encoder.from_pretrained(tiny_llama_dir, max_length=10, pooling="eos_token")
     close(eos.encode(long), hidden_states(llama, [*ids[:9], 1])[-1])
+    eos.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    close(
+        eos.encode("A lobster."), hidden_states(llama, [*llama.tokenizer("A lobster.").input_ids, 1])[-1]
+    )  # not twice
     assert short.encode_tokens(long).shape == (10, 64)
     assert configured(llama, max_length=5000).config.max_length == 1024  # the model's positions
     with pytest.raises(ConfigError, match="max_length 1025 exceeds the 1024 positions"):

@@ -191,6 +191,15 @@ def test_resumed_with_other_text(fails, whole, recipe, files, tmp_path):
     assert "--resume with other text: --simcse-data gives 30 sentences" in message and "mntp" not in message
 
 
+def test_resumed_on_another_device(fails, whole, recipe, tmp_path):
+    """A GPU runs in bfloat16 by default: not the same run any more."""
+    directory = tmp_path / "run"
+    shutil.copytree(whole, directory)
+    run = json.loads((directory / "run.json").read_text())
+    (directory / "run.json").write_text(json.dumps({**run, "device": "cuda:0"}))
+    assert "--resume on cpu, but the run was started on cuda:0" in fails(recipe, directory, "--resume")
+
+
 @pytest.mark.parametrize("damage", ["run.json", "results.json", "metrics.jsonl", "mntp", "simcse"])
 def test_a_damaged_file_of_the_run(fails, damage, whole, recipe, tmp_path):
     directory = tmp_path / "run"

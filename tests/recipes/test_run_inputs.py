@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from bivec.engine.encoder import Encoder
+from bivec.engine.inputs import load_inputs
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,17 @@ def copy_of(model, folder, change):
     config.update(change)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def test_random_replacements_are_tokens_of_the_tokenizer(recipe, tiny_llama_dir, tmp_path):
+    """Many checkpoints pad the embedding: the rows beyond the tokenizer's have never been trained."""
+    folder = copy_of(tiny_llama_dir, tmp_path / "padded", {"vocab_size": 1024})
+    weights = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], torch.zeros(24, 64)])
+    save_file(weights, folder / "model.safetensors")
+    inputs = load_inputs(replace(recipe, model=str(folder)))
+    assert (inputs.config.vocab_size, inputs.masking.vocab_size) == (1024, len(inputs.tokenizer)) == (1024, 1000)
 
 
 def test_bad_text_is_found_before_any_work(fails, recipe, tmp_path):
