@@ -20,6 +20,7 @@ QUICKSTART = [
 HUB = [*QUICKSTART, "huggingface_hub>=1.0"]
 TEST = [
     *QUICKSTART,
+    "triton>=3.7.1",  # the kernels in its interpreter; 3.6 cannot loop there with numpy 2.4 or newer
     "pytest>=8",
     "pytest-benchmark>=4",
     "pytest-xdist>=3.6",
@@ -39,6 +40,7 @@ setup(
     python_requires=">=3.10",
     packages=["bivec", "bivec.kernels", "bivec.models", "bivec.engine"],
     package_dir={"bivec": "."},
+    package_data={"bivec.kernels": ["tuning/*.json"]},
     install_requires=["torch>=2.11", "safetensors>=0.4.3", "numpy>=1.26"],
     extras_require={
         "quickstart": QUICKSTART,

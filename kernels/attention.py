@@ -12,7 +12,8 @@ A sequence of L tokens costs 2 L^2 H Dh multiply-adds forward and 4 backward, 5 
 Saved for the backward: q, k, v, and either the output with its lse (fused kernel), or the probabilities of short
 sequences, or nothing more.
 
-The torch backend is in ``kernels/attention_torch.py``.
+The torch backend is in ``kernels/attention_torch.py``, the Triton backend in ``kernels/attention_triton.py``, with its
+kernels in ``attention_short.py``, ``attention_long.py`` and ``attention_long_backward.py``.
 
 Source: Vaswani et al., "Attention is all you need" (2017); Ainslie et al., "GQA" (2023); Dao et al., "FlashAttention"
 (2022).
@@ -21,9 +22,11 @@ Source: Vaswani et al., "Attention is all you need" (2017); Ainslie et al., "GQA
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bivec.kernels.attention_torch import (
@@ -37,8 +40,8 @@ from bivec.kernels.attention_torch import (
     length_groups,
     prefers_explicit,
 )
-from bivec.kernels.backend import resolve
-from bivec.kernels.dropout import attention_keep_mask, check_dropout
+from bivec.kernels.backend import BackendError, checks_values, resolve
+from bivec.kernels.dropout import attention_keep_mask, check_dropout, seed_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +50,22 @@ class AttentionPlan:
 
     cu_seqlens: Tensor  # [B+1] int32
     max_seqlen: int  # the upper bound the caller gave
-    lengths: tuple[int, ...]  # [B]
-    groups: LengthGroups
+    starts: Tensor  # [B+1] int32: running sum of the lengths, longest sequence first
+    order: Tensor  # [B] int32: the sequences in that order
     _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
     _hidden: dict[tuple[bool, tuple[int, int] | None], dict[int, Tensor | None]] = field(
         default_factory=dict, repr=False
     )
 
-    @property
-    def total(self) -> int:
-        """T, the tokens of the batch."""
-        return sum(self.lengths)
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """[B]; read on the host, which stalls a GPU."""
+        return tuple(end - start for start, end in pairwise(self.cu_seqlens.tolist()))
+
+    @cached_property
+    def groups(self) -> LengthGroups:
+        """The sequences by length, for the torch backend."""
+        return length_groups(self.lengths, self.cu_seqlens.device)
 
     def layout(self, heads: int, kv_heads: int) -> Layout:
         """The row order of the explicit path, built at the first layer that asks."""
@@ -75,27 +83,35 @@ class AttentionPlan:
 
 
 def attention_plan(cu_seqlens: Tensor, max_seqlen: int) -> AttentionPlan:
-    """Prepares a batch for :func:`flash_attention`: once a batch, shared by all layers.
+    """Prepares a batch for :func:`flash_attention`: once a batch, shared by all layers. Does not stall a GPU.
 
     Args:
         cu_seqlens: ``[B+1]`` int32, starts at 0 and ends at T; sequence b is its tokens
-            ``cu_seqlens[b]:cu_seqlens[b+1]``. Read on the host.
+            ``cu_seqlens[b]:cu_seqlens[b+1]``.
         max_seqlen: upper bound of the sequence lengths; nothing is allocated by it.
 
     Returns:
         The plan, on the device of ``cu_seqlens``.
 
     Raises:
-        ValueError: ``cu_seqlens`` is not a non-decreasing int32 vector from 0, or a sequence is longer than
-            ``max_seqlen``.
+        ValueError: ``cu_seqlens`` is not an int32 vector. On a CPU, or with ``BIVEC_CHECK=1``, also: it does not start
+            at 0, it decreases, or a sequence is longer than ``max_seqlen``.
     """
     op = "attention_plan"
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"{op}: cu_seqlens must be an int32 vector [B+1], got {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}"
         )
-    bounds = cu_seqlens.tolist()
-    lengths = tuple(end - start for start, end in pairwise(bounds))
+    if checks_values(cu_seqlens.device):
+        _check_bounds(cu_seqlens.tolist(), max_seqlen)
+    lengths, order = cu_seqlens.diff().sort(descending=True, stable=True)
+    starts = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return AttentionPlan(cu_seqlens, max_seqlen, starts, order.int())
+
+
+def _check_bounds(bounds: list[int], max_seqlen: int) -> None:
+    op = "attention_plan"
+    lengths = [end - start for start, end in pairwise(bounds)]
     shortest, longest = min(lengths, default=0), max(lengths, default=0)
     if bounds[0] != 0:
         raise ValueError(f"{op}: cu_seqlens must start at 0, got {bounds[0]}")
@@ -104,7 +120,6 @@ def attention_plan(cu_seqlens: Tensor, max_seqlen: int) -> AttentionPlan:
         raise ValueError(f"{op}: cu_seqlens must not decrease, but goes from {bounds[b]} to {bounds[b + 1]} at {b + 1}")
     if longest > max_seqlen:
         raise ValueError(f"{op}: max_seqlen={max_seqlen} is below the longest sequence, {longest} tokens in cu_seqlens")
-    return AttentionPlan(cu_seqlens, max_seqlen, lengths, length_groups(lengths, cu_seqlens.device))
 
 
 def flash_attention(
@@ -149,11 +164,12 @@ def flash_attention(
     Returns:
         ``[T, H, Dh]`` in q's dtype; with ``return_lse`` also ``[H, T]`` fp32, natural logarithm, not differentiable.
         Every row sees at least its own key, so no row is without a sum; scores and statistics are fp32
-        (float64 for float64).
+        (float64 for float64, which only the torch backend takes).
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value.
-        BackendError: the backend has no kernel for this op.
+        ValueError: an argument has a wrong shape, dtype, device or value. The values of ``cu_seqlens`` are checked
+            on a CPU, and on a GPU with ``BIVEC_CHECK=1``.
+        BackendError: the backend cannot run on these tensors.
 
     Source: Vaswani et al., "Attention is all you need" (2017); the packed form is that of
         FlashAttention's varlen functions.
@@ -164,39 +180,85 @@ def flash_attention(
         >>> flash_attention(q, k, v, cu_seqlens, max_seqlen=5).shape
         torch.Size([8, 4, 16])
     """
-    resolve(backend, "flash_attention")
     _check_operands(q, k, v, cu_seqlens)
     _check_options(window, softcap)
     check_dropout(dropout_p, seed, "flash_attention")
+    chosen = resolve(backend, "flash_attention", q.device)
     if plan is None:
         plan = attention_plan(cu_seqlens, max_seqlen)
     _check_plan(plan, cu_seqlens, max_seqlen, q)
-    if sample_ids is None:
-        sample_ids = torch.arange(len(plan.lengths), device=q.device)
-    _check_keys(seed, sample_ids, len(plan.lengths), q.device)
-
+    if sample_ids is None and dropout_p > 0.0:
+        sample_ids = torch.arange(plan.order.numel(), device=q.device)
+    _check_keys(seed, sample_ids, plan.order.numel(), q.device)
     scale = softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5
     window = tuple(window) if window is not None else None
     options = Options(scale, softcap, causal, window, dropout_p)
-    hidden = plan.hidden(causal, window)
+    run = _triton_attention if chosen == "triton" else _torch_attention
+    out, lse = run(q, k, v, plan, max_seqlen, options, seed, sample_ids, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def _torch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    max_seqlen: int,
+    options: Options,
+    seed: int | Tensor | None,
+    sample_ids: Tensor | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    hidden = plan.hidden(options.causal, options.window)
     heads, kv_heads = q.shape[1], k.shape[1]
     keep = prefers_explicit(plan.groups, heads, kv_heads, q.shape[2])
     # The fused kernels of GPUs add up gradients in no fixed order; ours are bit-identical from run to run.
-    if q.device.type == "cpu" and dropout_p == 0.0 and softcap is None and not return_lse and not keep:
-        return fused_attention(q, k, v, plan.groups, options, hidden)
-    out, lse = explicit_attention(
+    plain = options.dropout_p == 0.0 and options.softcap is None and not want_lse
+    if q.device.type == "cpu" and plain and not keep:
+        return fused_attention(q, k, v, plan.groups, options, hidden), None
+    layout = plan.layout(heads, kv_heads)
+    return explicit_attention(
+        q, k, v, layout, options, hidden, keep=keep, want_lse=want_lse, seed=seed, sample_ids=sample_ids
+    )
+
+
+def _triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    max_seqlen: int,
+    options: Options,
+    seed: int | Tensor | None,
+    sample_ids: Tensor | None,
+    want_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    from bivec.kernels import attention_triton  # triton is an optional dependency
+
+    if q.dtype not in attention_triton.DTYPES or q.shape[2] > attention_triton.MAX_HEAD_DIM:
+        raise BackendError(
+            f"flash_attention: the Triton kernels take fp16, bf16 and fp32, and head dims up to "
+            f'{attention_triton.MAX_HEAD_DIM}, got {q.dtype} and {q.shape[2]}; use backend="torch"'
+        )
+    left, right = options.edges(max_seqlen)
+    dropped = options.dropout_p > 0.0
+    out, lse = attention_triton.attention_op(
         q,
         k,
         v,
-        plan.layout(heads, kv_heads),
-        options,
-        hidden,
-        keep=keep,
-        want_lse=return_lse,
-        seed=seed,
-        sample_ids=sample_ids,
+        plan.cu_seqlens,
+        plan.starts,
+        plan.order,
+        attention_triton.length_bucket(max_seqlen, q.shape[2]),
+        options.scale,
+        options.softcap,
+        left,
+        right,
+        options.dropout_p,
+        seed_tensor(seed, q.device) if dropped else None,
+        sample_ids if dropped else None,
     )
-    return (out, lse) if return_lse else out
+    return out, lse.detach() if want_lse else None
 
 
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
@@ -229,20 +291,25 @@ def _check_options(window: tuple[int, int] | None, softcap: float | None) -> Non
 
 def _check_plan(plan: AttentionPlan, cu_seqlens: Tensor, max_seqlen: int, q: Tensor) -> None:
     op = "flash_attention"
+    checks = checks_values(q.device)
     if cu_seqlens is not plan.cu_seqlens:
         same = cu_seqlens.shape == plan.cu_seqlens.shape and cu_seqlens.device == plan.cu_seqlens.device
-        if not same or (cu_seqlens.device.type == "cpu" and not torch.equal(cu_seqlens, plan.cu_seqlens)):
+        if not same or (checks and not torch.equal(cu_seqlens, plan.cu_seqlens)):
             raise ValueError(f"{op}: plan was made from other cu_seqlens; make one with attention_plan for every batch")
-    if max(plan.lengths, default=0) > max_seqlen:
-        raise ValueError(f"{op}: max_seqlen={max_seqlen} is below the longest sequence, {max(plan.lengths)} tokens")
-    if plan.total != q.shape[0]:
-        raise ValueError(f"{op}: cu_seqlens must end at the number of tokens, q has {q.shape[0]}, got {plan.total}")
+    if checks:
+        longest, total = max(plan.lengths, default=0), sum(plan.lengths)
+        if longest > max_seqlen:
+            raise ValueError(f"{op}: max_seqlen={max_seqlen} is below the longest sequence, {longest} tokens")
+        if total != q.shape[0]:
+            raise ValueError(f"{op}: cu_seqlens must end at the number of tokens, q has {q.shape[0]}, got {total}")
 
 
-def _check_keys(seed: int | Tensor | None, sample_ids: Tensor, sequences: int, device: torch.device) -> None:
+def _check_keys(seed: int | Tensor | None, sample_ids: Tensor | None, sequences: int, device: torch.device) -> None:
     op = "flash_attention"
     if isinstance(seed, Tensor) and seed.device != device:
         raise ValueError(f"{op}: seed is on {seed.device}, q on {device}; move it")
+    if sample_ids is None:
+        return
     if sample_ids.dtype != torch.int64 or sample_ids.shape != (sequences,) or sample_ids.device != device:
         raise ValueError(
             f"{op}: sample_ids must be int64 of shape ({sequences},) on {device}, one id a sequence, "

@@ -55,6 +55,12 @@ class Options:
     window: tuple[int, int] | None
     dropout_p: float
 
+    def edges(self, max_seqlen: int) -> tuple[int | None, int | None]:
+        """How many keys a row sees to its left and its right; None = all that sequences up to ``max_seqlen`` have."""
+        left, right = self.window if self.window is not None else (-1, -1)
+        right = 0 if self.causal else right
+        return tuple(edge if 0 <= edge < max_seqlen - 1 else None for edge in (left, right))
+
 
 @dataclass(frozen=True)
 class LengthGroups:

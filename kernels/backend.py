@@ -1,39 +1,82 @@
 """The one place that chooses an implementation.
 
 Every public function of ``bivec.kernels`` takes ``backend=None | "triton" | "torch"`` and asks :func:`resolve`. The
-order is: the argument, the environment variable ``BIVEC_BACKEND``, the default. There is no silent fallback: a choice
-that cannot be honoured raises and says why.
+order is: the argument, the environment variable ``BIVEC_BACKEND``, the default, which is "triton" on a GPU for the ops
+of ``TRITON_OPS`` where triton is installed, and "torch" elsewhere. There is no silent fallback: a choice that cannot be
+honoured raises and says why.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from bivec.kernels.launch import interpreting
 
 BACKENDS = ("torch", "triton")
-TRITON_OPS: frozenset[str] = frozenset()  # the ops whose Triton kernels exist
+TRITON_OPS = frozenset({"flash_attention"})  # the ops whose Triton kernels exist
 
 
 class BackendError(RuntimeError):
     """The requested backend cannot run this op."""
 
 
-def resolve(backend: str | None, op: str) -> str:
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def checks_values(device: torch.device) -> bool:
+    """Whether the values of tensors on ``device`` are checked: on a CPU, and where ``BIVEC_CHECK=1`` asks for it.
+
+    Reading them stalls a GPU, and cannot be traced by torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("BIVEC_CHECK", "0") == "1"
+
+
+def resolve(backend: str | None, op: str, device: torch.device | None = None) -> str:
     """Returns the backend that runs ``op``.
 
     Args:
-        backend: the caller's ``backend=`` argument; None asks the environment, then the default ("torch").
-        op: name of the public function, for the message.
+        backend: the caller's ``backend=`` argument; None asks the environment, then the default.
+        op: name of the public function.
+        device: where its tensors are; only ops in ``TRITON_OPS`` need to say.
 
     Raises:
         ValueError: a backend of that name does not exist.
-        BackendError: the backend exists but has no implementation of ``op``.
+        BackendError: the backend has no implementation of ``op``, or cannot run it on ``device``.
     """
     source = "backend=" if backend is not None else "the environment variable BIVEC_BACKEND="
-    choice = backend if backend is not None else os.environ.get("BIVEC_BACKEND") or "torch"
+    choice = backend if backend is not None else os.environ.get("BIVEC_BACKEND")
+    if not choice and backend is None:
+        on_gpu = device is not None and device.type == "cuda"
+        return "triton" if on_gpu and op in TRITON_OPS and _triton_installed() else "torch"
     if choice not in BACKENDS:
         raise ValueError(f"{op}: {source}{choice!r} is not a backend; choose one of {', '.join(BACKENDS)}")
-    if choice == "triton" and op not in TRITON_OPS:
-        raise BackendError(
-            f'{op}: {source}"triton" was asked for, but bivec has no Triton kernel for it yet; use "torch"'
-        )
+    if choice == "triton":
+        asked = f'{op}: {source}"triton" was asked for, but'
+        if op not in TRITON_OPS:
+            raise BackendError(f'{asked} bivec has no Triton kernel for it yet; use "torch"')
+        if not _triton_installed():
+            raise BackendError(f'{asked} triton is not installed; pip install triton, or use "torch"')
+        if device is not None and device.type != "cuda" and not interpreting():
+            raise BackendError(
+                f"{asked} the tensors are on {device}, where Triton runs only in its interpreter: "
+                'set TRITON_INTERPRET=1 before Python starts, or use "torch"'
+            )
     return choice
+
+
+def preferred(backend: str | None, op: str) -> str | None:
+    """``backend`` for an op that may have no Triton kernel yet: "triton" becomes "torch" there.
+
+    For callers that hand one choice to many ops, such as the models: asking them for "triton" means the Triton kernels
+    that exist, which ``TRITON_OPS`` lists.
+    """
+    asked = backend if backend is not None else os.environ.get("BIVEC_BACKEND")
+    return "torch" if asked == "triton" and op not in TRITON_OPS else backend

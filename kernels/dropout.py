@@ -45,17 +45,17 @@ def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-_GOLDEN64 = _signed(0x9E3779B97F4A7C15, 64)
-_MIX64_A = _signed(0xBF58476D1CE4E5B9, 64)
-_MIX64_B = _signed(0x94D049BB133111EB, 64)
+GOLDEN64 = _signed(0x9E3779B97F4A7C15, 64)
+MIX64_A = _signed(0xBF58476D1CE4E5B9, 64)
+MIX64_B = _signed(0x94D049BB133111EB, 64)
 COLUMN_STEP = _signed(0x9E3779B1, 32)
-_MIX32_A = _signed(0x7FEB352D, 32)
-_MIX32_B = _signed(0x846CA68B, 32)
+MIX32_A = _signed(0x7FEB352D, 32)
+MIX32_B = _signed(0x846CA68B, 32)
 
 
 def _mix64(x: Tensor) -> Tensor:
     """SplitMix64's finaliser, in place on an int64 tensor."""
-    for shift, factor in ((30, _MIX64_A), (27, _MIX64_B)):
+    for shift, factor in ((30, MIX64_A), (27, MIX64_B)):
         x ^= (x >> shift) & ((1 << (64 - shift)) - 1)
         x *= factor
     x ^= (x >> 31) & ((1 << 33) - 1)
@@ -71,7 +71,7 @@ def _mix64_int(x: int) -> int:
 
 
 def _absorb(state: Tensor | int, words: Tensor) -> Tensor:
-    return _mix64((words + 1).mul_(_GOLDEN64).add_(state))
+    return _mix64((words + 1).mul_(GOLDEN64).add_(state))
 
 
 def _check_seed(seed: int | Tensor, op: str) -> None:
@@ -116,11 +116,11 @@ def fold_seed(seed: int | Tensor, *data: int) -> int | Tensor:
     if isinstance(seed, Tensor):
         state = _mix64(seed.detach().clone())
         for word in data:
-            state = _mix64(state + _signed((word + 1) * _GOLDEN64, 64))
+            state = _mix64(state + _signed((word + 1) * GOLDEN64, 64))
         return state & _MASK63
     value = _mix64_int(seed)
     for word in data:
-        value = _mix64_int(value + (word + 1) * _GOLDEN64)
+        value = _mix64_int(value + (word + 1) * GOLDEN64)
     return value & _MASK63
 
 
@@ -150,6 +150,18 @@ def column_offsets(columns: int, device: torch.device) -> Tensor:
     return (torch.arange(columns, device=device) * COLUMN_STEP).to(torch.int32)
 
 
+def drop_threshold(dropout_p: float) -> int:
+    """The int32 that the final state of a dropped element is below; at ``dropout_p`` = 0 none is."""
+    return min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """``seed`` as an int64 tensor of one element on ``device``; an int is taken modulo 2^64."""
+    if isinstance(seed, Tensor):
+        return seed.detach().reshape(1)
+    return torch.full((1,), _signed(seed, 64), dtype=torch.int64, device=device)
+
+
 def draw_dropped_(states: Tensor, dropout_p: float) -> Tensor:
     """Turns element states (row key + column offset) into decisions, in place.
 
@@ -160,15 +172,15 @@ def draw_dropped_(states: Tensor, dropout_p: float) -> Tensor:
     Returns:
         ``states``: 1 where the element is dropped, 0 where it is kept.
     """
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1) - 2**31
+    threshold = drop_threshold(dropout_p)
     flat = states.view(-1)
     block = _CPU_BLOCK if flat.device.type == "cpu" else max(flat.numel(), 1)
     scratch = torch.empty(min(block, flat.numel()), dtype=torch.int32, device=flat.device)
     for start in range(0, flat.numel(), block):
         x = flat[start : start + block]
         shifted = scratch[: x.numel()]
-        x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=shifted)).mul_(_MIX32_A)
-        x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=shifted)).mul_(_MIX32_B)
+        x.bitwise_xor_(torch.bitwise_right_shift(x, 16, out=shifted)).mul_(MIX32_A)
+        x.bitwise_xor_(torch.bitwise_right_shift(x, 15, out=shifted)).mul_(MIX32_B)
         x.lt_(threshold)
     return states
 

@@ -1,12 +1,17 @@
-"""Tiny random checkpoints with a real tokenizer, for every test that needs a model on disk."""
+"""Triton's interpreter where there is no GPU, and tiny random checkpoints with a real tokenizer."""
 
 from __future__ import annotations
 
 import gzip
+import os
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton; processes that compile remove it
 
 SAMPLE = Path(__file__).parents[1] / "recipes/data/wikitext2_paragraphs.txt.gz"
 SHAPE = {
@@ -20,6 +25,29 @@ SHAPE = {
     "eos_token_id": 1,
     "initializer_range": 0.1,  # at the default 0.02 attention is flat and the mask makes no difference to see
 }
+
+
+def _repair_bf16_dots() -> None:
+    """The interpreter multiplies the bit patterns of bf16 operands, as integers: it is given fp32 instead."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def repaired(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = repaired
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _repair_bf16_dots()
 
 
 def _tokenizer():

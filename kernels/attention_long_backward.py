@@ -1,0 +1,348 @@
+"""Attention of long sequences in Triton, backward (formulas: ``kernels/attention.py``).
+
+Two kernels, both computing the probabilities again from the lse:
+
+* the dQ kernel owns BLOCK_M rows and walks over the keys; it also writes ``delta = rowsum(dO * O)`` and, with dropout,
+  the rows' keys of the hash, for
+* the dK/dV kernel, which owns BLOCK_N keys and walks over the rows of *all* query heads of the group, so that their
+  gradients add up in registers, in a fixed order, without atomics.
+
+Multiply-adds: 7 L^2 H Dh; scores and dP are computed by both.
+
+Source: Dao, "FlashAttention-2" (2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bivec.kernels.attention_tiles import (
+    LOG2E,
+    SMALLEST_EXPONENT,
+    Problem,
+    base2_scores,
+    cap_slope,
+    find_block,
+    key_range,
+    last_block,
+    load_tile,
+    rescaled,
+    row_block,
+    row_range,
+    unscaled,
+    visible,
+)
+from bivec.kernels.dropout_triton import attention_row_keys, kept
+from bivec.kernels.launch import launch
+
+
+@triton.jit
+def _query_step(
+    n,  # the first key of the block
+    q,  # [BLOCK_M, BLOCK_D]
+    d_out,  # [BLOCK_M, BLOCK_D]
+    acc,  # [BLOCK_M, BLOCK_D] fp32
+    exponent,
+    lse2,  # [BLOCK_M] fp32, base 2
+    delta,  # [BLOCK_M] fp32
+    k_ptrs,  # [BLOCK_N, BLOCK_D], of key 0
+    v_ptrs,
+    k_stride_t,
+    v_stride_t,
+    positions,  # [BLOCK_M]
+    row_keys,  # [BLOCK_M] int32
+    length,
+    scale2,
+    cap2,
+    left,
+    right,
+    threshold,
+    inverse_keep,
+    dims_ok,
+    CHECK_DIMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds the contribution of one block of keys to dQ."""
+    keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    n_wide = tl.cast(n, tl.int64)
+    k = load_tile(k_ptrs + n_wide * k_stride_t, keys < length, dims_ok, MASKED, CHECK_DIMS)
+    v = load_tile(v_ptrs + n_wide * v_stride_t, keys < length, dims_ok, MASKED, CHECK_DIMS)
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    scores = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
+    p = tl.exp2(scores - lse2[:, None])
+    if MASKED:
+        p = tl.where(visible(positions[:, None], keys[None, :], length, left, right, HAS_LEFT, HAS_RIGHT), p, 0.0)
+    d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    if HAS_DROPOUT:
+        d_p = tl.where(kept(row_keys[:, None], keys[None, :], threshold), d_p * inverse_keep, 0.0)
+    d_scores = p * (d_p - delta[:, None])
+    if HAS_SOFTCAP:
+        d_scores *= cap_slope(scores, cap2)
+    operand, acc, exponent = rescaled(d_scores, acc, exponent, k.dtype)
+    return tl.dot(operand, k, acc, input_precision=PRECISION), exponent
+
+
+@triton.jit(do_not_specialize=["num_sequences", "total", "left", "right", "threshold"])
+def attention_backward_q(
+    q_ptr,  # [T, H, Dh]
+    k_ptr,  # [T, Hkv, Dh]
+    v_ptr,
+    out_ptr,  # [T, H, Dh], contiguous
+    d_out_ptr,  # [T, H, Dh], contiguous
+    d_q_ptr,  # [T, H, Dh], contiguous
+    lse_ptr,  # [H, T] fp32
+    delta_ptr,  # [H, T] fp32, written
+    row_keys_ptr,  # [H, T] int32, written
+    cu_seqlens_ptr,  # [B+1] int32
+    starts_ptr,  # [B+1] int32
+    order_ptr,  # [B] int32
+    seed_ptr,  # [1] int64
+    sample_ids_ptr,  # [B] int64
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    num_sequences,
+    total,  # T
+    softmax_scale,
+    scale2,
+    cap2,
+    left,
+    right,
+    threshold,
+    inverse_keep,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (slots of BLOCK_M rows) x KV_HEADS."""
+    CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
+    kv_head = tl.program_id(0) % KV_HEADS
+    sequence, block = find_block(tl.program_id(0) // KV_HEADS, starts_ptr, order_ptr, num_sequences, GROUP, BLOCK_M)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    rows, row0 = length * GROUP, block * BLOCK_M
+    if row0 >= rows:
+        return
+    start = start.to(tl.int64)
+    first, offsets, heads = row_block(row0, kv_head, GROUP, BLOCK_M)
+    last = tl.minimum(row0 + BLOCK_M, rows) - 1
+    last = last // GROUP
+    positions = first + offsets  # [BLOCK_M]
+    rows_ok = positions < length
+    dims = tl.arange(0, BLOCK_D)
+    dims_ok = dims < HEAD_DIM
+    keys = tl.arange(0, BLOCK_N)
+
+    q_ptrs = q_ptr + (start + first) * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None] + dims[None, :]
+    q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
+    k_ptrs = k_ptr + start * k_stride_t + kv_head * k_stride_h + keys[:, None] * k_stride_t + dims[None, :]
+    v_ptrs = v_ptr + start * v_stride_t + kv_head * v_stride_h + keys[:, None] * v_stride_t + dims[None, :]
+    out_stride_t = KV_HEADS * GROUP * HEAD_DIM
+    own = (start + first) * out_stride_t + (offsets * out_stride_t + heads * HEAD_DIM)[:, None] + dims[None, :]
+    d_out = load_tile(d_out_ptr + own, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
+    out = load_tile(out_ptr + own, rows_ok, dims_ok, True, CHECK_DIMS)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)  # [BLOCK_M]
+    stat = heads.to(tl.int64) * total + start + positions
+    tl.store(delta_ptr + stat, delta, mask=rows_ok)
+    lse2 = tl.load(lse_ptr + stat, mask=rows_ok, other=float("inf")) * LOG2E
+    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)  # a row without a visible key: p = 0
+    row_keys = positions  # not read without dropout
+    if HAS_DROPOUT:
+        row_keys = attention_row_keys(seed_ptr, sample_ids_ptr, sequence, heads, positions)
+        tl.store(row_keys_ptr + stat, row_keys, mask=rows_ok)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    exponent = tl.full([], SMALLEST_EXPONENT, dtype=tl.float32)
+    # fmt: off
+    if HAS_LEFT or HAS_RIGHT:
+        begin, end = key_range(first, last, length, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    else:
+        begin, end = 0, last_block(length, BLOCK_N)
+        acc, exponent = _query_step(
+            end, q, d_out, acc, exponent, lse2, delta, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys,
+            length, scale2, cap2, left, right, threshold, inverse_keep, dims_ok, CHECK_DIMS, BLOCK_N, HAS_LEFT,
+            HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, True, PRECISION,
+        )
+    for n in range(begin, end, BLOCK_N):
+        acc, exponent = _query_step(
+            n, q, d_out, acc, exponent, lse2, delta, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys,
+            length, scale2, cap2, left, right, threshold, inverse_keep, dims_ok, CHECK_DIMS, BLOCK_N, HAS_LEFT,
+            HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, HAS_LEFT or HAS_RIGHT, PRECISION,
+        )
+    # fmt: on
+    d_q = unscaled(acc * softmax_scale, exponent, q.dtype)
+    tl.store(d_q_ptr + own, d_q.to(d_q_ptr.dtype.element_ty), mask=rows_ok[:, None] & dims_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["num_sequences", "total", "left", "right", "threshold"])
+def attention_backward_kv(
+    q_ptr,  # [T, H, Dh]
+    k_ptr,  # [T, Hkv, Dh]
+    v_ptr,
+    d_out_ptr,  # [T, H, Dh], contiguous
+    d_k_ptr,  # [T, Hkv, Dh], contiguous
+    d_v_ptr,
+    lse_ptr,  # [H, T] fp32
+    delta_ptr,  # [H, T] fp32
+    row_keys_ptr,  # [H, T] int32
+    cu_seqlens_ptr,  # [B+1] int32
+    starts_ptr,  # [B+1] int32
+    order_ptr,  # [B] int32
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    num_sequences,
+    total,  # T
+    softmax_scale,
+    scale2,
+    cap2,
+    left,
+    right,
+    threshold,
+    inverse_keep,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (slots of BLOCK_N keys) x KV_HEADS."""
+    CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
+    kv_head = tl.program_id(0) % KV_HEADS
+    sequence, block = find_block(tl.program_id(0) // KV_HEADS, starts_ptr, order_ptr, num_sequences, 1, BLOCK_N)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    first_key = block * BLOCK_N
+    if first_key >= length:
+        return
+    start = start.to(tl.int64)
+    key_offsets = tl.arange(0, BLOCK_N)
+    keys = first_key + key_offsets  # [BLOCK_N]
+    keys_ok = keys < length
+    dims = tl.arange(0, BLOCK_D)
+    dims_ok = dims < HEAD_DIM
+    k_ptrs = (
+        k_ptr
+        + (start + first_key) * k_stride_t
+        + kv_head * k_stride_h
+        + key_offsets[:, None] * k_stride_t
+        + dims[None, :]
+    )
+    v_ptrs = (
+        v_ptr
+        + (start + first_key) * v_stride_t
+        + kv_head * v_stride_h
+        + key_offsets[:, None] * v_stride_t
+        + dims[None, :]
+    )
+    # Keys behind the end are zeros; what they give stays in their own rows of dK and dV, which are not stored.
+    k = load_tile(k_ptrs, keys_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_N, BLOCK_D]
+    v = load_tile(v_ptrs, keys_ok, dims_ok, True, CHECK_DIMS)
+
+    begin, end = row_range(first_key, length, left, right, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    d_k = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    d_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    exponent = tl.full([], SMALLEST_EXPONENT, dtype=tl.float32)
+    lse_ptr += start
+    delta_ptr += start
+    if HAS_DROPOUT:
+        row_keys_ptr += start
+    q_ptr += start * q_stride_t
+    out_stride_t = KV_HEADS * GROUP * HEAD_DIM
+    d_out_ptr += start * out_stride_t
+    for row0 in range(begin, end, BLOCK_M):
+        first, offsets, heads = row_block(row0, kv_head, GROUP, BLOCK_M)
+        positions = first + offsets  # [BLOCK_M]
+        rows_ok = positions < length
+        first_wide = tl.cast(first, tl.int64)
+        q_ptrs = q_ptr + first_wide * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None] + dims[None, :]
+        q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
+        stat = heads.to(tl.int64) * total + positions
+        lse2 = tl.load(lse_ptr + stat, mask=rows_ok, other=float("inf")) * LOG2E  # [BLOCK_M]; behind the end p = 0
+        lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)  # and in a row without a visible key
+        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale2, cap2, HAS_SOFTCAP)
+        p = tl.exp2(scores - lse2[None, :])  # [BLOCK_N, BLOCK_M]
+        if HAS_LEFT or HAS_RIGHT or q.dtype == tl.float16:  # in fp16 a key behind the end must not set the exponent
+            seen = visible(positions[None, :], keys[:, None], length, left, right, HAS_LEFT, HAS_RIGHT)
+            p = tl.where(seen, p, 0.0)
+        d_out_ptrs = d_out_ptr + first_wide * out_stride_t + (offsets * out_stride_t + heads * HEAD_DIM)[:, None]
+        d_out = load_tile(d_out_ptrs + dims[None, :], rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
+        d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        used = p
+        if HAS_DROPOUT:
+            row_keys = tl.load(row_keys_ptr + stat, mask=rows_ok, other=0)  # [BLOCK_M]
+            keep = kept(row_keys[None, :], keys[:, None], threshold)
+            used = tl.where(keep, p, 0.0)
+            d_p = tl.where(keep, d_p * inverse_keep, 0.0)
+        d_v = tl.dot(used.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+        delta = tl.load(delta_ptr + stat, mask=rows_ok, other=0.0)  # [BLOCK_M]
+        d_scores = p * (d_p - delta[None, :])
+        if HAS_SOFTCAP:
+            d_scores *= cap_slope(scores, cap2)
+        operand, d_k, exponent = rescaled(d_scores, d_k, exponent, q.dtype)
+        d_k = tl.dot(operand, q, d_k, input_precision=PRECISION)
+    own = (start + first_key) * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
+    own = own + (key_offsets * (KV_HEADS * HEAD_DIM))[:, None] + dims[None, :]
+    stored = keys_ok[:, None] & dims_ok[None, :]
+    d_k = unscaled(d_k * softmax_scale, exponent, k.dtype)
+    tl.store(d_k_ptr + own, d_k.to(d_k_ptr.dtype.element_ty), mask=stored)
+    tl.store(d_v_ptr + own, (d_v * inverse_keep).to(d_v_ptr.dtype.element_ty), mask=stored)
+
+
+def long_backward(problem: Problem, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV in q's dtype, contiguous; ``out`` and ``lse`` are those of ``long_forward``."""
+    q, k = problem.q, problem.k
+    d_out = d_out.contiguous()
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    d_k, d_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    delta = torch.empty_like(lse)
+    row_keys = torch.empty_like(lse, dtype=torch.int32) if problem.dropout_p > 0.0 else None
+    common = problem.arguments() | problem.schedule() | {"d_out_ptr": d_out, "lse_ptr": lse, "delta_ptr": delta}
+    common |= {"row_keys_ptr": row_keys, "softmax_scale": problem.softmax_scale}
+
+    config = problem.config("attention_backward_q")
+    launch(
+        attention_backward_q,
+        (problem.slots(problem.group, config.blocks["BLOCK_M"]) * k.shape[1],),
+        common | problem.hash() | {"out_ptr": out, "d_q_ptr": d_q} | config.blocks,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    config = problem.config("attention_backward_kv")
+    launch(
+        attention_backward_kv,
+        (problem.slots(1, config.blocks["BLOCK_N"]) * k.shape[1],),
+        common | {"d_k_ptr": d_k, "d_v_ptr": d_v} | config.blocks,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return d_q, d_k, d_v

@@ -1,0 +1,131 @@
+"""The Triton backend of ``flash_attention``: its operators in torch's dispatcher, and the choice of the path.
+
+``bivec::flash_attention`` and ``bivec::flash_attention_backward`` are opaque to ``torch.compile``, which sees their
+shapes through the fake implementations; autograd is registered on the first. The short path saves q, k and v, the long
+one also the output and the lse.
+"""
+
+# No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
+
+import torch
+import triton
+from torch import Tensor
+
+from bivec.kernels.attention_long import long_forward
+from bivec.kernels.attention_long_backward import long_backward
+from bivec.kernels.attention_short import MAX_LENGTH, MAX_TILE, short_backward, short_forward
+from bivec.kernels.attention_tiles import Problem
+
+LONG = 0  # the bucket of the long path
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def length_bucket(max_seqlen: int, head_dim: int) -> int:
+    """The tile length of the short path for sequences of at most ``max_seqlen`` tokens, or ``LONG``.
+
+    Only comparisons, so that torch.compile compiles again for another bucket and not for another length.
+    """
+    for bucket in (16, 32, 64, MAX_LENGTH):
+        if max_seqlen <= bucket:
+            return bucket if bucket * triton.next_power_of_2(head_dim) <= MAX_TILE else LONG
+    return LONG
+
+
+@torch.library.custom_op("bivec::flash_attention", mutates_args=())
+def attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    bucket: int,
+    softmax_scale: float,
+    softcap: float | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    sample_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[T, H, Dh]`` and lse ``[H, T]`` fp32; the arguments are the fields of ``Problem``."""
+    problem = Problem(
+        q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
+    )
+    return long_forward(problem) if bucket == LONG else short_forward(problem, bucket)
+
+
+@attention_op.register_fake
+def _(q, k, v, cu_seqlens, starts, order, bucket, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("bivec::flash_attention_backward", mutates_args=())
+def attention_backward_op(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
+    cu_seqlens: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    bucket: int,
+    softmax_scale: float,
+    softcap: float | None,
+    left: int | None,
+    right: int | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    sample_ids: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV; ``out`` and ``lse`` are needed by the long path only."""
+    problem = Problem(
+        q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
+    )
+    return long_backward(problem, out, lse, d_out) if bucket == LONG else short_backward(problem, bucket, d_out)
+
+
+@attention_backward_op.register_fake
+def _(
+    d_out,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens,
+    starts,
+    order,
+    bucket,
+    softmax_scale,
+    softcap,
+    left,
+    right,
+    dropout_p,
+    seed,
+    sample_ids,
+):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, cu_seqlens, starts, order, *options, seed, sample_ids = inputs
+    ctx.options = options  # bucket, softmax_scale, softcap, left, right, dropout_p
+    out, lse = output if options[0] == LONG else (None, None)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, starts, order, seed, sample_ids)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, d_out, d_lse):
+    """The lse has no gradient: ``flash_attention`` hands it out detached."""
+    if d_out is None:
+        return (None,) * 14
+    *tensors, seed, sample_ids = ctx.saved_tensors
+    d_q, d_k, d_v = attention_backward_op(d_out, *tensors, *ctx.options, seed, sample_ids)
+    return d_q, d_k, d_v, *(None,) * 11
+
+
+attention_op.register_autograd(_differentiate, setup_context=_save)
