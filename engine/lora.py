@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bivec.kernels import fold_seed, lora_linear
+from bivec.kernels.backend import preferred
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.files import atomic_directory
 
@@ -85,7 +86,7 @@ class LoraLinear(nn.Module):
             dropout_p=dropout_p,
             seed=fold_seed(noise.seed, self.site) if dropout_p else None,
             token_ids=noise.token_ids if dropout_p else None,
-            backend=noise.backend,
+            backend=preferred(noise.backend, "lora_linear"),
         )
 
 

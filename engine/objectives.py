@@ -21,6 +21,7 @@ from bivec.engine.lora import Adapter
 from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
 from bivec.engine.packing import indices_for_step
 from bivec.kernels import fold_seed, info_nce, linear_cross_entropy, segment_pool
+from bivec.kernels.backend import preferred
 from bivec.models import PackedBatch
 
 LORA_SITE, ATTENTION_SITE = 1, 2  # folded into the stage's seed: the two dropouts must not share bits
@@ -60,7 +61,12 @@ def mntp_loss(
     """
     hidden = model(batch.batch, attention_dropout=attention_dropout, seed=seed, backend=backend)
     return linear_cross_entropy(
-        hidden, lm_head_weight, batch.targets, batch.index, normalizer=normalizer, backend=backend
+        hidden,
+        lm_head_weight,
+        batch.targets,
+        batch.index,
+        normalizer=normalizer,
+        backend=preferred(backend, "linear_cross_entropy"),
     )
 
 
@@ -98,10 +104,10 @@ def simcse_loss(
         mode=pooling,
         span_starts=torch.minimum(spans[:-1] + skip_prefix, spans[1:]),
         span_ends=spans[1:],
-        backend=backend,
+        backend=preferred(backend, "segment_pool"),
     )
     first, second = pooled.chunk(2)
-    return info_nce(first, second, scale=scale, backend=backend)
+    return info_nce(first, second, scale=scale, backend=preferred(backend, "info_nce"))
 
 
 @contextmanager

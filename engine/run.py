@@ -359,7 +359,7 @@ def _device(options: RunOptions) -> str:
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
     try:
-        resolve(options.backend, "flash_attention")
+        resolve(options.backend, "flash_attention", torch.device(device))
     except (BackendError, ValueError) as error:
         raise RunError(f"--backend: {error}") from error
     return device

@@ -7,8 +7,9 @@ which ptxas printed; an array indexed at run time, which ptxas does not call a s
 too. A STACK without any LDL or STL is only reserved, and is reported beside it as ``stack``. On AMD, LLVM moves
 registers to the accumulator half of the register file before it moves them to scratch memory (240 spilled registers,
 of which 17 in scratch, in a matmul of 256 x 256 with 4 wavefronts); both are copies that a smaller tile does not need,
-so ``spills`` is four bytes for each spilled register, vector or scalar, or the widths of the scratch instructions where
-these are more.
+so ``spills`` is four bytes for each spilled vector register, or the widths of the scratch instructions where these are
+more. Scalar registers are spilled to single lanes of a vector register, once in a kernel and not in memory: they do
+not count.
 """
 
 from __future__ import annotations
@@ -140,9 +141,9 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
         RuntimeError: Triton's interpreter is on.
         Exception: whatever the compiler raises.
     """
-    job = specialise(launch, architecture)
+    backend_for(architecture)
     with tempfile.TemporaryDirectory() as folder, quiet_compiler(folder):
-        (outcome,) = compile_jobs([job])
+        (outcome,) = compile_jobs([specialise(launch, architecture)])
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -271,10 +272,9 @@ def read_amdgcn(assembly: str) -> Resources:
     metadata = dict(re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE))
     opcodes = _AMDGCN.findall(assembly)
     scratch = sum(_scratch_width(opcode) for opcode in opcodes if opcode.startswith("scratch_"))
-    spilled = int(metadata["vgpr_spill_count"]) + int(metadata["sgpr_spill_count"])
     return Resources(
         registers=int(metadata["vgpr_count"]),
-        spills=max(4 * spilled, scratch),
+        spills=max(4 * int(metadata["vgpr_spill_count"]), scratch),
         stack=int(metadata["private_segment_fixed_size"]),
         static_shared=int(metadata["group_segment_fixed_size"]),
         instructions=_count(opcodes, _AMDGCN_KINDS),

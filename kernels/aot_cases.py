@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 
 from bivec.kernels.aot import Case
 from bivec.kernels.attention_long import long_forward
 from bivec.kernels.attention_long_backward import long_backward
-from bivec.kernels.attention_short import MAX_TILE, short_backward, short_forward
+from bivec.kernels.attention_short import LENGTHS, short_backward, short_forward
 from bivec.kernels.attention_tiles import Problem
+from bivec.kernels.tuning import ARCHITECTURES, has_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPTIONS = {
     "plain": {},
-    "causal": {"right": 0},
-    "window": {"left": 64, "right": 64},
+    "window": {"left": 64, "right": 64},  # causal is the window (-1, 0)
     "softcap": {"softcap": 50.0},
     "dropout": {"dropout_p": 0.1},
     "all": {"left": 64, "right": 0, "softcap": 50.0, "dropout_p": 0.1},
 }
-SHORT_LENGTHS = (16, 32, 64, 128)
+HEAD_DIMS = (64, 128, 256)  # as the tables know them
 LONG_KERNELS = frozenset({"attention_forward", "attention_backward_q", "attention_backward_kv"})
 SHORT_KERNELS = frozenset({"attention_short_forward", "attention_short_backward"})
 
@@ -62,45 +62,73 @@ def attention_problem(
     )
 
 
-def run_long(problem: Problem) -> None:
-    """Forward and backward on the long path."""
-    out, lse = long_forward(problem)
+def run_long(problem: Problem, forward: bool = True) -> None:
+    """The kernels of the long path, or only those of its backward."""
+    out, lse = torch.empty_like(problem.q), problem.q.new_empty(problem.q.shape[1::-1], dtype=torch.float32)
+    if forward:
+        long_forward(problem)
     long_backward(problem, out, lse, out)
 
 
-def run_short(problem: Problem, length: int) -> None:
-    """Forward and backward on the short path."""
-    out, _ = short_forward(problem, length)
-    short_backward(problem, length, out)
+def run_short(problem: Problem, length: int, forward: bool = True) -> None:
+    """The kernels of the short path, or only that of its backward."""
+    out, lse = torch.empty_like(problem.q), problem.q.new_empty(problem.q.shape[1::-1], dtype=torch.float32)
+    if forward:
+        short_forward(problem, length)
+    short_backward(problem, length, lse, out)
 
 
-def _attention(
-    family: str, kernels: frozenset[str], call: Callable[[Problem], None], place: str, **shape: int
-) -> list[Case]:
-    """bf16 with every option; fp16, whose backward differs, and fp32 with none and with all."""
-    found = []
-    for dtype_name, dtype in DTYPES.items():
-        for option in OPTIONS if dtype_name == "bf16" else ("plain", "all"):
-            problem = attention_problem(dtype, **shape, **OPTIONS[option])
-            matmul = kernels if dtype_name != "fp32" else frozenset()
-            found.append(Case(family, f"{dtype_name} {place} {option}", partial(call, problem), matmul))
-    return found
+def variants(itemsize: int) -> list[tuple[str, torch.dtype, str, bool]]:
+    """Name, dtype, option and whether the forward too, of the calls that a table's row for ``itemsize`` serves.
+
+    bf16 is compiled with each option, fp32 with none and with all; fp16 differs from bf16 in the backward only, by code
+    that no option changes, and is compiled with all.
+    """
+    if itemsize == 4:
+        return [("fp32", torch.float32, option, True) for option in ("plain", "all")]
+    return [("bf16", torch.bfloat16, option, True) for option in OPTIONS] + [("fp16", torch.float16, "all", False)]
+
+
+def other_shapes(itemsize: int) -> list[Problem]:
+    """Padded head dims and other groups, which the rows of head dim 128 serve, with all options."""
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    return [
+        attention_problem(dtype, head_dim, group, **OPTIONS["all"]) for head_dim, group in ((80, 1), (96, 3), (128, 7))
+    ]
+
+
+def short_architectures(**key: int) -> tuple[str, ...]:
+    """Those on which the short path has a tile; elsewhere the long path serves these sequences."""
+    return tuple(a for a in ARCHITECTURES if has_config("attention", "attention_short_backward", a, **key))
+
+
+def may_spill(head_dim: int, itemsize: int) -> bool:
+    """fp32 at head dim 256: one operand of 16 rows, split in two for the tensor cores, takes 256 registers."""
+    return itemsize == 4 and head_dim == 256
 
 
 def cases() -> list[Case]:
     """All cases of all kernels."""
     found = []
-    for head_dim in (64, 128, 256):
-        found += _attention("attention_long", LONG_KERNELS, run_long, f"d{head_dim} g4", head_dim=head_dim)
-        for length in SHORT_LENGTHS:
-            if length * head_dim <= MAX_TILE:
-                call = partial(run_short, length=length)
-                place = f"d{head_dim} g4 L{length}"
-                found += _attention("attention_short", SHORT_KERNELS, call, place, head_dim=head_dim)
-    for head_dim, group in ((80, 1), (96, 3)):  # padded head dims, other groups, on the rows of 128
-        problem = attention_problem(torch.bfloat16, head_dim, group, **OPTIONS["all"])
-        place = f"bf16 d{head_dim} g{group}"
-        found.append(Case("attention_long", f"{place} all", partial(run_long, problem), LONG_KERNELS))
-        short = partial(run_short, problem, 64)
-        found.append(Case("attention_short", f"{place} L64 all", short, SHORT_KERNELS))
+    for head_dim, itemsize in product(HEAD_DIMS, (2, 4)):
+        for name, dtype, option, forward in variants(itemsize):
+            problem = attention_problem(dtype, head_dim, **OPTIONS[option])
+            place = f"{name} d{head_dim} g4"
+            used = frozenset(k for k in LONG_KERNELS | SHORT_KERNELS if itemsize == 2 and (forward or "backward" in k))
+            run = partial(run_long, problem, forward=forward)
+            spills = may_spill(head_dim, itemsize)
+            found.append(Case("attention_long", f"{place} {option}", run, used & LONG_KERNELS, may_spill=spills))
+            for length in LENGTHS:
+                key = {"head_dim": head_dim, "itemsize": itemsize, "length": length}
+                run = partial(run_short, problem, length, forward=forward)
+                label, architectures = f"{place} L{length} {option}", short_architectures(**key)
+                found.append(Case("attention_short", label, run, used & SHORT_KERNELS, architectures=architectures))
+    for itemsize in (2, 4):
+        for problem in other_shapes(itemsize):
+            place = f"{'bf16' if itemsize == 2 else 'fp32'} d{problem.q.shape[2]} g{problem.group}"
+            used = LONG_KERNELS if itemsize == 2 else frozenset()
+            found.append(Case("attention_long", f"{place} all", partial(run_long, problem), used))
+            if itemsize == 2:
+                short = partial(run_short, problem, 64)
+                found.append(Case("attention_short", f"{place} L64 all", short, SHORT_KERNELS))
     return found

@@ -9,8 +9,8 @@ For row i of a sequence, over the keys j that it sees::
     d p_ij = keep_ij / (1 - dropout_p) * <do_i, v_j>,   d s_ij = p_ij * (d p_ij - sum_j p_ij d p_ij)
 
 A sequence of L tokens costs 2 L^2 H Dh multiply-adds forward and 4 backward, 5 where the scores are computed again.
-Saved for the backward: q, k, v, and either the output with its lse (fused kernel), or the probabilities of short
-sequences, or nothing more.
+Saved for the backward: q, k, v, and either the output with its lse (fused kernel, long sequences in Triton), or the
+lse alone (short ones), or the probabilities of short sequences, or nothing more.
 
 The torch backend is in ``kernels/attention_torch.py``, the Triton backend in ``kernels/attention_triton.py``, with its
 kernels in ``attention_short.py``, ``attention_long.py`` and ``attention_long_backward.py``.
@@ -21,6 +21,7 @@ Source: Vaswani et al., "Attention is all you need" (2017); Ainslie et al., "GQA
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -159,7 +160,8 @@ def flash_attention(
         sample_ids: ``[B]`` int64, what the dropout mask of a sequence is keyed by; None = 0 … B-1.
         plan: ``attention_plan(cu_seqlens, max_seqlen)`` of this batch, shared by its layers; None = made here.
         return_lse: return the log-sum-exp of the scores too.
-        backend: None, "torch" or "triton" (``kernels/backend.py``).
+        backend: None, "torch" or "triton" (``kernels/backend.py``). None takes "triton" on a GPU whatever the dtype,
+            and float64 is refused there.
 
     Returns:
         ``[T, H, Dh]`` in q's dtype; with ``return_lse`` also ``[H, T]`` fp32, natural logarithm, not differentiable.
@@ -180,7 +182,7 @@ def flash_attention(
         >>> flash_attention(q, k, v, cu_seqlens, max_seqlen=5).shape
         torch.Size([8, 4, 16])
     """
-    _check_operands(q, k, v, cu_seqlens)
+    _check_operands(q, k, v, cu_seqlens, max_seqlen)
     _check_options(window, softcap)
     check_dropout(dropout_p, seed, "flash_attention")
     chosen = resolve(backend, "flash_attention", q.device)
@@ -242,26 +244,33 @@ def _triton_attention(
         )
     left, right = options.edges(max_seqlen)
     dropped = options.dropout_p > 0.0
-    out, lse = attention_triton.attention_op(
-        q,
-        k,
-        v,
-        plan.cu_seqlens,
+    out, lse2 = attention_triton.attention_op(
+        *(_with_int32_offsets(x) for x in (q, k, v)),
+        plan.cu_seqlens.contiguous(),
         plan.starts,
         plan.order,
-        attention_triton.length_bucket(max_seqlen, q.shape[2]),
+        attention_triton.length_bucket(max_seqlen),
         options.scale,
         options.softcap,
         left,
         right,
         options.dropout_p,
         seed_tensor(seed, q.device) if dropped else None,
-        sample_ids if dropped else None,
+        sample_ids.contiguous() if dropped else None,
     )
-    return out, lse.detach() if want_lse else None
+    return out, lse2.detach() * math.log(2.0) if want_lse else None
 
 
-def _check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
+def _with_int32_offsets(x: Tensor) -> Tensor:
+    """``x``, copied if the heads of a token or the tokens of a tile are further apart than int32 reaches.
+
+    The kernels use int64 from the start of the tensor to the first token of a tile, and int32 inside the tile.
+    """
+    far = max(x.shape[1] * x.stride(1), 128 * x.stride(0)) >= 2**31
+    return x.contiguous() if far else x
+
+
+def _check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     op = "flash_attention"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3 or 0 in x.shape[1:]:
@@ -278,6 +287,8 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None
         raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{op}: the heads of q must be a multiple of those of k, got {q.shape[1]} and {k.shape[1]}")
+    if isinstance(max_seqlen, Tensor):
+        raise ValueError(f"{op}: max_seqlen must be an int, got a tensor; reading it would stall a GPU")
     if cu_seqlens.device != q.device:
         raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, q on {q.device}; move it")
 

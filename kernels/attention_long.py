@@ -1,11 +1,13 @@
 """Attention of long sequences in Triton, forward (formulas: ``kernels/attention.py``).
 
 A program owns BLOCK_M rows and walks over the keys with an online softmax in base 2; K and V are read once for the
-query heads of a group. Saved for the backward: the output, and the lse ``[H, T]`` fp32.
+query heads of a group. Saved for the backward: the output, and the lse in base 2, lse2 ``[H, T]`` fp32.
 
-Without an edge of a window only the last block of keys needs a mask: it comes first, so that the loop over the others
-has none. With an edge, causal included, one masked loop visits the blocks of which some row sees a key. (An unmasked
-loop followed by a masked one made ptxas serialise the tensor-core instructions on sm_90.)
+Without a window only the last block of keys needs a mask: it comes first (TAIL_FIRST), so that the loop over the others
+has none. An unmasked loop followed by a masked one made ptxas serialise the tensor-core instructions on sm_90. With a
+window, causal included, one masked loop visits the blocks of which some row sees a key: a third copy of the step for
+the blocks in the middle would have to earn its registers first. One masked loop it is, too, where the first step's
+registers beside the loop's are too many: head dim 256 and fp32.
 
 Source: Dao, "FlashAttention-2" (2023); Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 """
@@ -18,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bivec.kernels.attention_tiles import (
-    LN2,
     Problem,
     base2_scores,
     find_block,
@@ -54,8 +55,7 @@ def _step(
     dims_ok,
     CHECK_DIMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -69,7 +69,7 @@ def _step(
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
     if MASKED:
-        seen = visible(positions[:, None], keys[None, :], length, left, right, HAS_LEFT, HAS_RIGHT)
+        seen = visible(positions[:, None], keys[None, :], length, left, right, HAS_WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     shift = new_max
@@ -90,7 +90,7 @@ def attention_forward(
     k_ptr,  # [T, Hkv, Dh]
     v_ptr,
     out_ptr,  # [T, H, Dh], contiguous
-    lse_ptr,  # [H, T] fp32
+    lse2_ptr,  # [H, T] fp32
     cu_seqlens_ptr,  # [B+1] int32
     starts_ptr,  # [B+1] int32
     order_ptr,  # [B] int32
@@ -116,14 +116,14 @@ def attention_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid: (slots of BLOCK_M rows) x KV_HEADS."""
     CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
+    TAIL_FIRST: tl.constexpr = not HAS_WINDOW and BLOCK_D <= 128 and q_ptr.dtype.element_ty != tl.float32
     kv_head = tl.program_id(0) % KV_HEADS
     sequence, block = find_block(tl.program_id(0) // KV_HEADS, starts_ptr, order_ptr, num_sequences, GROUP, BLOCK_M)
     start = tl.load(cu_seqlens_ptr + sequence)
@@ -153,20 +153,21 @@ def attention_forward(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     # fmt: off
-    if HAS_LEFT or HAS_RIGHT:
-        begin, end = key_range(first, last, length, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-    else:
-        begin, end = 0, last_block(length, BLOCK_N)
+    begin, end = 0, length
+    if HAS_WINDOW:
+        begin, end = key_range(first, last, length, left, right, BLOCK_N)
+    if TAIL_FIRST:
+        end = last_block(length, BLOCK_N)
         acc, row_max, row_sum = _step(
             end, q, acc, row_max, row_sum, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys, length, scale2,
-            cap2, left, right, threshold, dims_ok, CHECK_DIMS, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
+            cap2, left, right, threshold, dims_ok, CHECK_DIMS, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
             True, PRECISION,
         )
     for n in range(begin, end, BLOCK_N):
         acc, row_max, row_sum = _step(
             n, q, acc, row_max, row_sum, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys, length, scale2,
-            cap2, left, right, threshold, dims_ok, CHECK_DIMS, BLOCK_N, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT,
-            HAS_LEFT or HAS_RIGHT, PRECISION,
+            cap2, left, right, threshold, dims_ok, CHECK_DIMS, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
+            not TAIL_FIRST, PRECISION,
         )
     # fmt: on
 
@@ -175,17 +176,17 @@ def attention_forward(
     out_stride_t = KV_HEADS * GROUP * HEAD_DIM
     out_ptrs = out_ptr + (start + first) * out_stride_t + (offsets * out_stride_t + heads * HEAD_DIM)[:, None]
     tl.store(out_ptrs + dims[None, :], out.to(out_ptr.dtype.element_ty), mask=rows_ok[:, None] & dims_ok[None, :])
-    lse = (row_max + tl.log2(row_sum)) * LN2
-    tl.store(lse_ptr + heads.to(tl.int64) * total + start + positions, lse, mask=rows_ok)
+    lse2 = row_max + tl.log2(row_sum)
+    tl.store(lse2_ptr + heads.to(tl.int64) * total + start + positions, lse2, mask=rows_ok)
 
 
 def long_forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Output ``[T, H, Dh]`` in q's dtype and lse ``[H, T]`` fp32."""
+    """Output ``[T, H, Dh]`` in q's dtype and lse2 ``[H, T]`` fp32."""
     q = problem.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    lse2 = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     config = problem.config("attention_forward")
-    arguments = problem.arguments() | problem.schedule() | problem.hash() | {"out_ptr": out, "lse_ptr": lse}
+    arguments = problem.arguments() | problem.schedule() | problem.hash() | {"out_ptr": out, "lse2_ptr": lse2}
     launch(
         attention_forward,
         (problem.slots(problem.group, config.blocks["BLOCK_M"]) * problem.k.shape[1],),
@@ -193,4 +194,4 @@ def long_forward(problem: Problem) -> tuple[Tensor, Tensor]:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out, lse
+    return out, lse2

@@ -7,6 +7,9 @@ Two kernels, both computing the probabilities again from the lse:
 * the dK/dV kernel, which owns BLOCK_N keys and walks over the rows of *all* query heads of the group, so that their
   gradients add up in registers, in a fixed order, without atomics.
 
+P is kept at or below 1: at scores of 1e8, which fp16 operands can have, products that are summed up in another order
+than the forward's differ by more than exp2 can take.
+
 Multiply-adds: 7 L^2 H Dh; scores and dP are computed by both.
 
 Source: Dao, "FlashAttention-2" (2023).
@@ -20,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bivec.kernels.attention_tiles import (
-    LOG2E,
     SMALLEST_EXPONENT,
     Problem,
     base2_scores,
@@ -64,8 +66,7 @@ def _query_step(
     dims_ok,
     CHECK_DIMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
@@ -78,9 +79,9 @@ def _query_step(
     v = load_tile(v_ptrs + n_wide * v_stride_t, keys < length, dims_ok, MASKED, CHECK_DIMS)
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
-    p = tl.exp2(scores - lse2[:, None])
+    p = tl.exp2(tl.minimum(scores - lse2[:, None], 0.0))
     if MASKED:
-        p = tl.where(visible(positions[:, None], keys[None, :], length, left, right, HAS_LEFT, HAS_RIGHT), p, 0.0)
+        p = tl.where(visible(positions[:, None], keys[None, :], length, left, right, HAS_WINDOW), p, 0.0)
     d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if HAS_DROPOUT:
         d_p = tl.where(kept(row_keys[:, None], keys[None, :], threshold), d_p * inverse_keep, 0.0)
@@ -99,7 +100,7 @@ def attention_backward_q(
     out_ptr,  # [T, H, Dh], contiguous
     d_out_ptr,  # [T, H, Dh], contiguous
     d_q_ptr,  # [T, H, Dh], contiguous
-    lse_ptr,  # [H, T] fp32
+    lse2_ptr,  # [H, T] fp32
     delta_ptr,  # [H, T] fp32, written
     row_keys_ptr,  # [H, T] int32, written
     cu_seqlens_ptr,  # [B+1] int32
@@ -128,14 +129,14 @@ def attention_backward_q(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid: (slots of BLOCK_M rows) x KV_HEADS."""
     CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
+    TAIL_FIRST: tl.constexpr = not HAS_WINDOW and BLOCK_D <= 128 and q_ptr.dtype.element_ty != tl.float32
     kv_head = tl.program_id(0) % KV_HEADS
     sequence, block = find_block(tl.program_id(0) // KV_HEADS, starts_ptr, order_ptr, num_sequences, GROUP, BLOCK_M)
     start = tl.load(cu_seqlens_ptr + sequence)
@@ -164,8 +165,7 @@ def attention_backward_q(
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)  # [BLOCK_M]
     stat = heads.to(tl.int64) * total + start + positions
     tl.store(delta_ptr + stat, delta, mask=rows_ok)
-    lse2 = tl.load(lse_ptr + stat, mask=rows_ok, other=float("inf")) * LOG2E
-    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)  # a row without a visible key: p = 0
+    lse2 = tl.load(lse2_ptr + stat, mask=rows_ok, other=float("inf"))
     row_keys = positions  # not read without dropout
     if HAS_DROPOUT:
         row_keys = attention_row_keys(seed_ptr, sample_ids_ptr, sequence, heads, positions)
@@ -174,20 +174,21 @@ def attention_backward_q(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     exponent = tl.full([], SMALLEST_EXPONENT, dtype=tl.float32)
     # fmt: off
-    if HAS_LEFT or HAS_RIGHT:
-        begin, end = key_range(first, last, length, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-    else:
-        begin, end = 0, last_block(length, BLOCK_N)
+    begin, end = 0, length
+    if HAS_WINDOW:
+        begin, end = key_range(first, last, length, left, right, BLOCK_N)
+    if TAIL_FIRST:
+        end = last_block(length, BLOCK_N)
         acc, exponent = _query_step(
             end, q, d_out, acc, exponent, lse2, delta, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys,
-            length, scale2, cap2, left, right, threshold, inverse_keep, dims_ok, CHECK_DIMS, BLOCK_N, HAS_LEFT,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, True, PRECISION,
+            length, scale2, cap2, left, right, threshold, inverse_keep, dims_ok, CHECK_DIMS, BLOCK_N, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_DROPOUT, True, PRECISION,
         )
     for n in range(begin, end, BLOCK_N):
         acc, exponent = _query_step(
             n, q, d_out, acc, exponent, lse2, delta, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys,
-            length, scale2, cap2, left, right, threshold, inverse_keep, dims_ok, CHECK_DIMS, BLOCK_N, HAS_LEFT,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_DROPOUT, HAS_LEFT or HAS_RIGHT, PRECISION,
+            length, scale2, cap2, left, right, threshold, inverse_keep, dims_ok, CHECK_DIMS, BLOCK_N, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_DROPOUT, not TAIL_FIRST, PRECISION,
         )
     # fmt: on
     d_q = unscaled(acc * softmax_scale, exponent, q.dtype)
@@ -202,7 +203,7 @@ def attention_backward_kv(
     d_out_ptr,  # [T, H, Dh], contiguous
     d_k_ptr,  # [T, Hkv, Dh], contiguous
     d_v_ptr,
-    lse_ptr,  # [H, T] fp32
+    lse2_ptr,  # [H, T] fp32
     delta_ptr,  # [H, T] fp32
     row_keys_ptr,  # [H, T] int32
     cu_seqlens_ptr,  # [B+1] int32
@@ -229,8 +230,7 @@ def attention_backward_kv(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -268,11 +268,13 @@ def attention_backward_kv(
     k = load_tile(k_ptrs, keys_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_N, BLOCK_D]
     v = load_tile(v_ptrs, keys_ok, dims_ok, True, CHECK_DIMS)
 
-    begin, end = row_range(first_key, length, left, right, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    begin, end = 0, length * GROUP
+    if HAS_WINDOW:
+        begin, end = row_range(first_key, length, left, right, GROUP, BLOCK_M, BLOCK_N)
     d_k = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     d_v = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     exponent = tl.full([], SMALLEST_EXPONENT, dtype=tl.float32)
-    lse_ptr += start
+    lse2_ptr += start
     delta_ptr += start
     if HAS_DROPOUT:
         row_keys_ptr += start
@@ -287,23 +289,23 @@ def attention_backward_kv(
         q_ptrs = q_ptr + first_wide * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None] + dims[None, :]
         q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
         stat = heads.to(tl.int64) * total + positions
-        lse2 = tl.load(lse_ptr + stat, mask=rows_ok, other=float("inf")) * LOG2E  # [BLOCK_M]; behind the end p = 0
-        lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)  # and in a row without a visible key
+        lse2 = tl.load(lse2_ptr + stat, mask=rows_ok, other=float("inf"))  # [BLOCK_M]; behind the end p = 0
         scores = base2_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale2, cap2, HAS_SOFTCAP)
-        p = tl.exp2(scores - lse2[None, :])  # [BLOCK_N, BLOCK_M]
-        if HAS_LEFT or HAS_RIGHT or q.dtype == tl.float16:  # in fp16 a key behind the end must not set the exponent
-            seen = visible(positions[None, :], keys[:, None], length, left, right, HAS_LEFT, HAS_RIGHT)
+        p = tl.exp2(tl.minimum(scores - lse2[None, :], 0.0))  # [BLOCK_N, BLOCK_M]
+        if HAS_WINDOW or q.dtype == tl.float16:  # in fp16 a key behind the end must not set the exponent
+            seen = visible(positions[None, :], keys[:, None], length, left, right, HAS_WINDOW)
             p = tl.where(seen, p, 0.0)
         d_out_ptrs = d_out_ptr + first_wide * out_stride_t + (offsets * out_stride_t + heads * HEAD_DIM)[:, None]
         d_out = load_tile(d_out_ptrs + dims[None, :], rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
-        d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         used = p
         if HAS_DROPOUT:
             row_keys = tl.load(row_keys_ptr + stat, mask=rows_ok, other=0)  # [BLOCK_M]
             keep = kept(row_keys[None, :], keys[:, None], threshold)
             used = tl.where(keep, p, 0.0)
-            d_p = tl.where(keep, d_p * inverse_keep, 0.0)
         d_v = tl.dot(used.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+        d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if HAS_DROPOUT:
+            d_p = tl.where(keep, d_p * inverse_keep, 0.0)
         delta = tl.load(delta_ptr + stat, mask=rows_ok, other=0.0)  # [BLOCK_M]
         d_scores = p * (d_p - delta[None, :])
         if HAS_SOFTCAP:
@@ -318,15 +320,15 @@ def attention_backward_kv(
     tl.store(d_v_ptr + own, (d_v * inverse_keep).to(d_v_ptr.dtype.element_ty), mask=stored)
 
 
-def long_backward(problem: Problem, out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV in q's dtype, contiguous; ``out`` and ``lse`` are those of ``long_forward``."""
+def long_backward(problem: Problem, out: Tensor, lse2: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV in q's dtype, contiguous; ``out`` and ``lse2`` are those of ``long_forward``."""
     q, k = problem.q, problem.k
     d_out = d_out.contiguous()
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    delta = torch.empty_like(lse)
-    row_keys = torch.empty_like(lse, dtype=torch.int32) if problem.dropout_p > 0.0 else None
-    common = problem.arguments() | problem.schedule() | {"d_out_ptr": d_out, "lse_ptr": lse, "delta_ptr": delta}
+    delta = torch.empty_like(lse2)
+    row_keys = torch.empty_like(lse2, dtype=torch.int32) if problem.dropout_p > 0.0 else None
+    common = problem.arguments() | problem.schedule() | {"d_out_ptr": d_out, "lse2_ptr": lse2, "delta_ptr": delta}
     common |= {"row_keys_ptr": row_keys, "softmax_scale": problem.softmax_scale}
 
     config = problem.config("attention_backward_q")

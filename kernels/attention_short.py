@@ -1,13 +1,15 @@
 """Attention of short sequences in Triton: one tile a sequence (formulas: ``kernels/attention.py``).
 
-For sequences of at most BLOCK_N = 16, 32, 64 or 128 tokens, and ``BLOCK_N * Dh <= 128 * 128``, beyond which the
-accumulators of the backward do not fit the register file. A program owns one kv head of one sequence: it loads K and V
+For sequences of at most BLOCK_N = 32, 64 or 128 tokens. A program owns one kv head of one sequence: it loads K and V
 once, and walks over the rows of all the group's query heads, BLOCK_M at a time. A row sees its keys in one tile, so
-there is no online softmax.
+there is no online softmax. Two accumulators of the size of K must fit the register file in the backward: which tiles
+do, on which GPU, is what the tuning table has rows for (in half types, up to ``BLOCK_N * Dh = 128 * 128``).
 
-The backward is one kernel for dQ, dK and dV. Nothing is saved but q, k and v: a row's sum and
-``delta = sum_j P_ij dP_ij`` are sums over one tile, cheaper than reading the output again; dK and dV add up in
-registers, in a fixed order.
+The backward is one kernel for dQ, dK and dV. Saved are q, k, v and the lse (in base 2), but not the output:
+``delta = sum_j P_ij dP_ij`` is a sum over one tile. Its tiles have the keys as rows, so that P and dS go from the
+registers into the products for dV and dK, which add up in registers, in a fixed order. Without the lse the sums of a
+row would run across warps three times instead of once; and with the queries as rows (tried: 64 x 128, head dim 128, 8
+warps, sm_90) P and dS take a detour through shared memory, and the kernel spills kilobytes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from bivec.kernels.attention_tiles import (
-    LN2,
     SMALLEST_EXPONENT,
     Problem,
     base2_scores,
@@ -32,17 +33,7 @@ from bivec.kernels.attention_tiles import (
 from bivec.kernels.dropout_triton import attention_row_keys, kept
 from bivec.kernels.launch import launch
 
-MAX_LENGTH = 128  # of a sequence in one tile
-MAX_TILE = 128 * 128  # BLOCK_N * BLOCK_D
-
-
-@triton.jit
-def _softmax_parts(scores):
-    """2^(scores - row maximum), the row maximum and the row sum; a row that sees nothing has 0, -inf and 1."""
-    row_max = tl.max(scores, 1)
-    weights = tl.exp2(scores - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
-    row_sum = tl.sum(weights, 1)
-    return weights, row_max, tl.where(row_sum == 0.0, 1.0, row_sum)
+LENGTHS = (32, 64, 128)  # BLOCK_N; a tile of 16 would leave most of a tensor-core instruction's rows empty
 
 
 @triton.jit(do_not_specialize=["total", "left", "right", "threshold"])
@@ -51,7 +42,7 @@ def attention_short_forward(
     k_ptr,  # [T, Hkv, Dh]
     v_ptr,
     out_ptr,  # [T, H, Dh], contiguous
-    lse_ptr,  # [H, T] fp32
+    lse2_ptr,  # [H, T] fp32
     cu_seqlens_ptr,  # [B+1] int32
     seed_ptr,  # [1] int64
     sample_ids_ptr,  # [B] int64
@@ -74,8 +65,7 @@ def attention_short_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -104,9 +94,12 @@ def attention_short_forward(
         q_ptrs = q_ptr + (positions * q_stride_t + heads * q_stride_h)[:, None] + dims[None, :]
         q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        seen = visible(positions[:, None], keys[None, :], length, left, right, HAS_LEFT, HAS_RIGHT)
+        seen = visible(positions[:, None], keys[None, :], length, left, right, HAS_WINDOW)
         scores = tl.where(seen, base2_scores(products, scale2, cap2, HAS_SOFTCAP), float("-inf"))
-        weights, row_max, row_sum = _softmax_parts(scores)
+        row_max = tl.max(scores, 1)
+        weights = tl.exp2(scores - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
+        row_sum = tl.sum(weights, 1)
+        row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # a row without a visible key: output 0, lse -inf
         if HAS_DROPOUT:
             row_keys = attention_row_keys(seed_ptr, sample_ids_ptr, sequence, heads, positions)
             weights = tl.where(kept(row_keys[:, None], keys[None, :], threshold), weights, 0.0)
@@ -114,11 +107,11 @@ def attention_short_forward(
         out *= (inverse_keep / row_sum)[:, None]
         out_ptrs = out_ptr + (positions * out_stride_t + heads * HEAD_DIM)[:, None] + dims[None, :]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=rows_ok[:, None] & dims_ok[None, :])
-        lse = (row_max + tl.log2(row_sum)) * LN2
-        tl.store(lse_ptr + heads.to(tl.int64) * total + start + positions, lse, mask=rows_ok)
+        lse2 = row_max + tl.log2(row_sum)
+        tl.store(lse2_ptr + heads.to(tl.int64) * total + start + positions, lse2, mask=rows_ok)
 
 
-@triton.jit(do_not_specialize=["left", "right", "threshold"])
+@triton.jit(do_not_specialize=["total", "left", "right", "threshold"])
 def attention_short_backward(
     q_ptr,  # [T, H, Dh]
     k_ptr,  # [T, Hkv, Dh]
@@ -127,6 +120,7 @@ def attention_short_backward(
     d_q_ptr,  # [T, H, Dh], contiguous
     d_k_ptr,  # [T, Hkv, Dh], contiguous
     d_v_ptr,
+    lse2_ptr,  # [H, T] fp32
     cu_seqlens_ptr,  # [B+1] int32
     seed_ptr,  # [1] int64
     sample_ids_ptr,  # [B] int64
@@ -136,6 +130,7 @@ def attention_short_backward(
     k_stride_h,
     v_stride_t,
     v_stride_h,
+    total,  # T
     softmax_scale,
     scale2,
     cap2,
@@ -149,8 +144,7 @@ def attention_short_backward(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -184,27 +178,35 @@ def attention_short_backward(
         q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
         own = (positions * out_stride_t + heads * HEAD_DIM)[:, None] + dims[None, :]
         d_out = load_tile(d_out_ptr + own, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        capped = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
-        seen = visible(positions[:, None], keys[None, :], length, left, right, HAS_LEFT, HAS_RIGHT)
-        scores = tl.where(seen, capped, float("-inf"))
-        weights, _, row_sum = _softmax_parts(scores)
-        p = weights * (1.0 / row_sum)[:, None]
-        d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale2, cap2, HAS_SOFTCAP)
+        seen = visible(positions[None, :], keys[:, None], length, left, right, HAS_WINDOW)
+        if q.dtype == tl.float16:
+            # At scores of 1e8, which fp16 operands can have, the rounding of these products and of the forward's are
+            # powers of two apart: then P from the lse is not 1 where it should be, and dQ = dS K overflows.
+            top = tl.max(tl.where(seen, scores, float("-inf")), 0)  # [BLOCK_M]
+            p = tl.where(seen, tl.exp2(scores - top[None, :]), 0.0)  # [BLOCK_N, BLOCK_M]
+            row_sum = tl.sum(p, 0)
+            p *= (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[None, :]
+        else:
+            stat = heads.to(tl.int64) * total + start + positions
+            lse2 = tl.load(lse2_ptr + stat, mask=rows_ok, other=0.0)  # [BLOCK_M]
+            p = tl.where(seen, tl.exp2(tl.minimum(scores - lse2[None, :], 0.0)), 0.0)
         used = p
         if HAS_DROPOUT:
             row_keys = attention_row_keys(seed_ptr, sample_ids_ptr, sequence, heads, positions)
-            keep = kept(row_keys[:, None], keys[None, :], threshold)
+            keep = kept(row_keys[None, :], keys[:, None], threshold)
             used = tl.where(keep, p, 0.0)
-            d_p = tl.where(keep, d_p * inverse_keep, 0.0)
         # Rows behind the end have d_out = 0, and so add nothing.
-        d_v = tl.dot(tl.trans(used.to(d_out.dtype)), d_out, d_v, input_precision=PRECISION)
-        d_scores = p * (d_p - tl.sum(p * d_p, 1)[:, None])
+        d_v = tl.dot(used.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
+        d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if HAS_DROPOUT:
+            d_p = tl.where(keep, d_p * inverse_keep, 0.0)
+        d_scores = p * (d_p - tl.sum(p * d_p, 0)[None, :])
         if HAS_SOFTCAP:
-            d_scores *= cap_slope(capped, cap2)
+            d_scores *= cap_slope(scores, cap2)
         operand, d_k, exponent = rescaled(d_scores, d_k, exponent, q.dtype)
-        d_k = tl.dot(tl.trans(operand), q, d_k, input_precision=PRECISION)
-        d_q = tl.dot(operand, k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+        d_k = tl.dot(operand, q, d_k, input_precision=PRECISION)
+        d_q = tl.dot(tl.trans(operand), k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
         d_q = unscaled(d_q * softmax_scale, exponent, q.dtype)
         tl.store(d_q_ptr + own, d_q.to(d_q_ptr.dtype.element_ty), mask=rows_ok[:, None] & dims_ok[None, :])
     own = start * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
@@ -216,33 +218,34 @@ def attention_short_backward(
 
 
 def short_forward(problem: Problem, length: int) -> tuple[Tensor, Tensor]:
-    """Output ``[T, H, Dh]`` in q's dtype and lse ``[H, T]`` fp32; no sequence is longer than ``length``."""
+    """Output ``[T, H, Dh]`` in q's dtype and lse2 ``[H, T]`` fp32; no sequence is longer than ``length``."""
     q = problem.q
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    lse2 = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     config = problem.config("attention_short_forward", length=length)
     launch(
         attention_short_forward,
         (len(problem.order) * problem.k.shape[1],),
-        problem.arguments() | problem.hash() | {"out_ptr": out, "lse_ptr": lse, "BLOCK_N": length} | config.blocks,
+        problem.arguments() | problem.hash() | {"out_ptr": out, "lse2_ptr": lse2, "BLOCK_N": length} | config.blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out, lse
+    return out, lse2
 
 
-def short_backward(problem: Problem, length: int, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV in q's dtype, contiguous."""
+def short_backward(problem: Problem, length: int, lse2: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV in q's dtype, contiguous; ``lse2`` is that of ``short_forward``."""
     q, k = problem.q, problem.k
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     arguments = problem.arguments() | problem.hash() | {"softmax_scale": problem.softmax_scale, "BLOCK_N": length}
-    del arguments["total"]
     config = problem.config("attention_short_backward", length=length)
     launch(
         attention_short_backward,
         (len(problem.order) * k.shape[1],),
-        arguments | {"d_out_ptr": d_out.contiguous(), "d_q_ptr": d_q, "d_k_ptr": d_k, "d_v_ptr": d_v} | config.blocks,
+        arguments
+        | {"d_out_ptr": d_out.contiguous(), "d_q_ptr": d_q, "d_k_ptr": d_k, "d_v_ptr": d_v, "lse2_ptr": lse2}
+        | config.blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

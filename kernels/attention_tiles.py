@@ -1,5 +1,7 @@
 """What the Triton kernels of attention share: who works on what, scores, masks, and casts that do not overflow.
 
+(Kernels are longer than our functions: a third of one is parameters, and Triton has no structures to pass.)
+
 Rows. The G query heads of a kv head are interleaved with the positions: row r of a (sequence, kv head) is position
 ``r // G`` of head ``r % G`` of the group, so any G fills a tile, and K and V are read once for the whole group.
 
@@ -22,10 +24,10 @@ from torch import Tensor
 
 from bivec.kernels.dropout import drop_threshold
 from bivec.kernels.launch import architecture
-from bivec.kernels.tuning import Config, config_for
+from bivec.kernels.tuning import Config, config_for, has_config
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+UNBOUNDED = 1 << 30  # the edge of a window that is none; position ± edge + a tile fits int32
 SEARCH = tl.constexpr(256)  # ranks looked at in one step
 
 
@@ -97,13 +99,11 @@ def cap_slope(scores, cap2):
 
 
 @triton.jit
-def visible(positions, keys, length, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+def visible(positions, keys, length, left, right, HAS_WINDOW: tl.constexpr):
     """Whether rows see keys, for int32 positions and keys that broadcast to a tile."""
     seen = keys < length
-    if HAS_LEFT:
-        seen = seen & (keys >= positions - left)
-    if HAS_RIGHT:
-        seen = seen & (keys <= positions + right)
+    if HAS_WINDOW:
+        seen = seen & (keys >= positions - left) & (keys <= positions + right)
     return seen
 
 
@@ -114,35 +114,16 @@ def last_block(length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def key_range(first, last, length, left, right, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+def key_range(first, last, length, left, right, BLOCK_N: tl.constexpr):
     """begin and end of the keys of which some row at the positions first … last sees one; begin is that of a block."""
-    begin, end = 0, length
-    if HAS_LEFT:
-        begin = tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N
-    if HAS_RIGHT:
-        end = tl.minimum(end, last + right + 1)
-    return begin, end
+    return tl.maximum(first - left, 0) // BLOCK_N * BLOCK_N, tl.minimum(length, last + right + 1)
 
 
 @triton.jit
-def row_range(
-    first,
-    length,
-    left,
-    right,
-    GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-):
+def row_range(first, length, left, right, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """begin and end of the rows of which some sees one of the keys first … first + BLOCK_N - 1."""
-    begin, end = 0, length * GROUP
-    if HAS_RIGHT:
-        begin = tl.maximum(first - right, 0) * GROUP // BLOCK_M * BLOCK_M
-    if HAS_LEFT:
-        end = tl.minimum(length, first + BLOCK_N + left) * GROUP
-    return begin, end
+    begin = tl.maximum(first - right, 0) * GROUP // BLOCK_M * BLOCK_M
+    return begin, tl.minimum(length, first + BLOCK_N + left) * GROUP
 
 
 SMALLEST_EXPONENT = tl.constexpr(-100.0)  # where ``rescaled`` begins
@@ -203,13 +184,18 @@ class Problem:
     def slots(self, rows_per_token: int, block: int) -> int:
         """How many blocks of ``block`` rows the sequences take at most (module docstring)."""
         sequences = len(self.order)
-        return self.q.shape[0] * rows_per_token // block + sequences if self.q.shape[0] else 0
+        return self.q.shape[0] * rows_per_token // block + sequences if self.q.shape[0] and sequences else 0
 
     def config(self, kernel: str, **key: int) -> Config:
         """The row of the tuning table."""
-        arch = architecture(self.q.device)
-        head_dim = max(64, self.block_d)  # narrower heads take the rows of 64
-        return config_for("attention", kernel, arch, head_dim=head_dim, itemsize=self.q.element_size(), **key)
+        return config_for("attention", kernel, architecture(self.q.device), **self._key(), **key)
+
+    def has_config(self, kernel: str, **key: int) -> bool:
+        """Whether the tuning table has one."""
+        return has_config("attention", kernel, architecture(self.q.device), **self._key(), **key)
+
+    def _key(self) -> dict[str, int]:
+        return {"head_dim": max(64, self.block_d), "itemsize": self.q.element_size()}  # narrower heads: rows of 64
 
     def arguments(self) -> dict[str, Any]:
         """Operands, strides, options and constexprs that all kernels take."""
@@ -230,16 +216,15 @@ class Problem:
             "total": q.shape[0],
             "scale2": self.softmax_scale / self.softcap if capped else self.softmax_scale * math.log2(math.e),
             "cap2": self.softcap * math.log2(math.e) if capped else 1.0,
-            "left": self.left or 0,
-            "right": self.right or 0,
+            "left": UNBOUNDED if self.left is None else self.left,
+            "right": UNBOUNDED if self.right is None else self.right,
             "threshold": drop_threshold(self.dropout_p),
             "inverse_keep": 1.0 / (1.0 - self.dropout_p),
             "KV_HEADS": k.shape[1],
             "GROUP": self.group,
             "HEAD_DIM": q.shape[2],
             "BLOCK_D": self.block_d,
-            "HAS_LEFT": self.left is not None,
-            "HAS_RIGHT": self.right is not None,
+            "HAS_WINDOW": self.left is not None or self.right is not None,
             "HAS_SOFTCAP": capped,
             "HAS_DROPOUT": dropped,
             # fp32 products: TF32 alone is too coarse, and AMD's compiler knows no split TF32.

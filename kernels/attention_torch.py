@@ -59,7 +59,8 @@ class Options:
         """How many keys a row sees to its left and its right; None = all that sequences up to ``max_seqlen`` have."""
         left, right = self.window if self.window is not None else (-1, -1)
         right = 0 if self.causal else right
-        return tuple(edge if 0 <= edge < max_seqlen - 1 else None for edge in (left, right))
+        unbounded = min(max_seqlen - 1, 1 << 30)  # sequences are shorter; position + edge fits int32
+        return tuple(edge if 0 <= edge < unbounded else None for edge in (left, right))
 
 
 @dataclass(frozen=True)

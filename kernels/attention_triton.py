@@ -1,19 +1,18 @@
 """The Triton backend of ``flash_attention``: its operators in torch's dispatcher, and the choice of the path.
 
 ``bivec::flash_attention`` and ``bivec::flash_attention_backward`` are opaque to ``torch.compile``, which sees their
-shapes through the fake implementations; autograd is registered on the first. The short path saves q, k and v, the long
-one also the output and the lse.
+shapes through the fake implementations; autograd is registered on the first. Saved are q, k, v and
+the lse, on the long path also the output.
 """
 
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
 
 import torch
-import triton
 from torch import Tensor
 
 from bivec.kernels.attention_long import long_forward
 from bivec.kernels.attention_long_backward import long_backward
-from bivec.kernels.attention_short import MAX_LENGTH, MAX_TILE, short_backward, short_forward
+from bivec.kernels.attention_short import LENGTHS, short_backward, short_forward
 from bivec.kernels.attention_tiles import Problem
 
 LONG = 0  # the bucket of the long path
@@ -21,15 +20,20 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def length_bucket(max_seqlen: int, head_dim: int) -> int:
+def length_bucket(max_seqlen: int) -> int:
     """The tile length of the short path for sequences of at most ``max_seqlen`` tokens, or ``LONG``.
 
     Only comparisons, so that torch.compile compiles again for another bucket and not for another length.
     """
-    for bucket in (16, 32, 64, MAX_LENGTH):
+    for bucket in LENGTHS:
         if max_seqlen <= bucket:
-            return bucket if bucket * triton.next_power_of_2(head_dim) <= MAX_TILE else LONG
+            return bucket
     return LONG
+
+
+def _is_short(problem: Problem, bucket: int) -> bool:
+    """Whether the bucket has a tile on this GPU: fp32 has none, head dim 256 only short ones."""
+    return bucket != LONG and problem.has_config("attention_short_backward", length=bucket)
 
 
 @torch.library.custom_op("bivec::flash_attention", mutates_args=())
@@ -49,11 +53,11 @@ def attention_op(
     seed: Tensor | None,
     sample_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[T, H, Dh]`` and lse ``[H, T]`` fp32; the arguments are the fields of ``Problem``."""
+    """Output ``[T, H, Dh]`` and the lse in base 2, ``[H, T]`` fp32; the arguments are the fields of ``Problem``."""
     problem = Problem(
         q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
     )
-    return long_forward(problem) if bucket == LONG else short_forward(problem, bucket)
+    return short_forward(problem, bucket) if _is_short(problem, bucket) else long_forward(problem)
 
 
 @attention_op.register_fake
@@ -68,7 +72,7 @@ def attention_backward_op(
     k: Tensor,
     v: Tensor,
     out: Tensor | None,
-    lse: Tensor | None,
+    lse2: Tensor,
     cu_seqlens: Tensor,
     starts: Tensor,
     order: Tensor,
@@ -81,11 +85,13 @@ def attention_backward_op(
     seed: Tensor | None,
     sample_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV; ``out`` and ``lse`` are needed by the long path only."""
+    """dQ, dK, dV; ``out`` is needed by the long path only."""
     problem = Problem(
         q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
     )
-    return long_backward(problem, out, lse, d_out) if bucket == LONG else short_backward(problem, bucket, d_out)
+    if _is_short(problem, bucket):
+        return short_backward(problem, bucket, lse2, d_out)
+    return long_backward(problem, out, lse2, d_out)
 
 
 @attention_backward_op.register_fake
@@ -95,7 +101,7 @@ def _(
     k,
     v,
     out,
-    lse,
+    lse2,
     cu_seqlens,
     starts,
     order,
@@ -114,12 +120,15 @@ def _(
 def _save(ctx, inputs, output):
     q, k, v, cu_seqlens, starts, order, *options, seed, sample_ids = inputs
     ctx.options = options  # bucket, softmax_scale, softcap, left, right, dropout_p
-    out, lse = output if options[0] == LONG else (None, None)
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, starts, order, seed, sample_ids)
+    out, lse2 = output
+    bucket, *rest = options
+    if _is_short(Problem(q, k, v, cu_seqlens, starts, order, *rest, seed, sample_ids), bucket):
+        out = None
+    ctx.save_for_backward(q, k, v, out, lse2, cu_seqlens, starts, order, seed, sample_ids)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, d_out, d_lse):
+def _differentiate(ctx, d_out, d_lse2):
     """The lse has no gradient: ``flash_attention`` hands it out detached."""
     if d_out is None:
         return (None,) * 14

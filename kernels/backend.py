@@ -9,7 +9,6 @@ honoured raises and says why.
 from __future__ import annotations
 
 import os
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -17,16 +16,12 @@ import torch
 from bivec.kernels.launch import interpreting
 
 BACKENDS = ("torch", "triton")
+TRITON_INSTALLED = find_spec("triton") is not None
 TRITON_OPS = frozenset({"flash_attention"})  # the ops whose Triton kernels exist
 
 
 class BackendError(RuntimeError):
     """The requested backend cannot run this op."""
-
-
-@cache
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
 
 
 def checks_values(device: torch.device) -> bool:
@@ -55,14 +50,14 @@ def resolve(backend: str | None, op: str, device: torch.device | None = None) ->
     choice = backend if backend is not None else os.environ.get("BIVEC_BACKEND")
     if not choice and backend is None:
         on_gpu = device is not None and device.type == "cuda"
-        return "triton" if on_gpu and op in TRITON_OPS and _triton_installed() else "torch"
+        return "triton" if on_gpu and op in TRITON_OPS and TRITON_INSTALLED else "torch"
     if choice not in BACKENDS:
         raise ValueError(f"{op}: {source}{choice!r} is not a backend; choose one of {', '.join(BACKENDS)}")
     if choice == "triton":
         asked = f'{op}: {source}"triton" was asked for, but'
         if op not in TRITON_OPS:
             raise BackendError(f'{asked} bivec has no Triton kernel for it yet; use "torch"')
-        if not _triton_installed():
+        if not TRITON_INSTALLED:
             raise BackendError(f'{asked} triton is not installed; pip install triton, or use "torch"')
         if device is not None and device.type != "cuda" and not interpreting():
             raise BackendError(

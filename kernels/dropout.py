@@ -159,7 +159,9 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """``seed`` as an int64 tensor of one element on ``device``; an int is taken modulo 2^64."""
     if isinstance(seed, Tensor):
         return seed.detach().reshape(1)
-    return torch.full((1,), _signed(seed, 64), dtype=torch.int64, device=device)
+    if not -(2**63) <= seed < 2**63:  # no bit operations: torch.compile may hold the seed as a symbol
+        seed = (seed + 2**63) % 2**64 - 2**63
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def draw_dropped_(states: Tensor, dropout_p: float) -> Tensor:

@@ -7,8 +7,7 @@ A row::
      "compiled": {"registers": 168, "spills": 0, "shared": 65536}, "chosen_by": "compiled"}
 
 ``compiled`` is the worst over the kernel's options, from ``kernels/aot.py``; ``chosen_by`` is "compiled" (the first
-candidate that does not spill) or names the device on which ``benchmarks/tune.py`` timed it. An architecture without
-rows takes those of its nearest older relative.
+candidate that does not spill) or names the device on which ``benchmarks/tune.py`` timed it.
 """
 
 from __future__ import annotations
@@ -36,14 +35,20 @@ class Config:
 
 
 def table_architecture(architecture: str) -> str:
-    """The architecture whose rows serve ``architecture``: itself, or the newest older one of its maker."""
-    if architecture in ARCHITECTURES:
-        return architecture
+    """The architecture whose rows serve ``architecture``: its own, or those of a relative that it can run.
+
+    The rows of sm_80 fit into 99 KB of shared memory, which is what sm_86, sm_89 and sm_120 have; the tensor memory
+    that the rows of sm_100 count on is in sm_100 and sm_103 only.
+
+    Raises:
+        RuntimeError: a GPU older than sm_80.
+    """
     if architecture.startswith("gfx"):
         return "gfx942"
     capability = int(architecture.removeprefix("sm_"))
-    older = [a for a in ARCHITECTURES if a.startswith("sm_") and int(a.removeprefix("sm_")) <= capability]
-    return older[-1] if older else "sm_80"
+    if capability < 80:
+        raise RuntimeError(f'{architecture}: the Triton kernels need compute capability 8.0; use backend="torch"')
+    return {9: "sm_90", 10: "sm_100"}.get(capability // 10, "sm_80")
 
 
 @cache
@@ -78,6 +83,11 @@ def overriding(configs: dict[str, Config]) -> Iterator[None]:
         yield
     finally:
         _overrides.reset(token)
+
+
+def has_config(table: str, kernel: str, architecture: str, **key: int) -> bool:
+    """Whether :func:`config_for` finds a configuration."""
+    return kernel in _overrides.get() or (kernel, table_architecture(architecture), _key(key)) in _lookup(table)
 
 
 def config_for(table: str, kernel: str, architecture: str, **key: int) -> Config:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bivec.kernels import AttentionPlan, apply_rotary, attention_plan, flash_attention, fold_seed, rms_norm, swiglu
+from bivec.kernels.backend import preferred
 from bivec.models.batch import PackedBatch
 from bivec.models.config import DecoderConfig
 from bivec.models.rope import rotary_table
@@ -41,7 +42,7 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, backend: str | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return rms_norm(x, self.weight, self.eps, residual=residual, backend=backend)
+        return rms_norm(x, self.weight, self.eps, residual=residual, backend=preferred(backend, "rms_norm"))
 
 
 class Attention(nn.Module):
@@ -59,7 +60,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, Dh]
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
-        q, k = apply_rotary(q, k, context.cos, context.sin, batch.position_ids, inplace=True, backend=context.backend)
+        backend = preferred(context.backend, "apply_rotary")
+        q, k = apply_rotary(q, k, context.cos, context.sin, batch.position_ids, inplace=True, backend=backend)
         attended = flash_attention(
             q,
             k,
@@ -85,7 +87,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, backend: str | None) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=backend))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=preferred(backend, "swiglu")))
 
 
 class DecoderLayer(nn.Module):
@@ -148,7 +150,8 @@ class Llama(nn.Module):
             attention_dropout: on the attention probabilities (SimCSE, METHOD 4.2), in training and evaluation alike.
             seed: keys the dropout; the layer number is folded in.
             output_hidden_states: also return the residual stream: embedding, after each layer, and last the final norm.
-            backend: None, "torch" or "triton".
+            backend: None, "torch" or "triton": the Triton kernels that exist (``kernels.backend.TRITON_OPS``), and
+                torch for the other ops.
 
         Returns:
             hidden_states [T, D]; with ``output_hidden_states`` the pair (hidden_states, num_layers + 1 tensors).

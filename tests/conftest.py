@@ -7,6 +7,9 @@ import os
 from itertools import islice
 from pathlib import Path
 
+# OpenBLAS reads this as numpy is loaded; with more threads the interpreter's small products are many times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 

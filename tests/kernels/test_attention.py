@@ -6,7 +6,6 @@ import torch
 import bivec.kernels.attention_torch as attention_torch
 from bivec.kernels import reference
 from bivec.kernels.attention import attention_dropout_mask, attention_plan, flash_attention
-from bivec.kernels.backend import BackendError
 
 HEADS = [(3, 3), (9, 3), (8, 2), (8, 1)]  # group of 1, 3, 4, 8 query heads
 LENGTHS = [5, 0, 1, 17, 5, 33, 0, 1, 128, 2, 15, 5]
@@ -281,11 +280,6 @@ def int32(*values):
 def test_bad_arguments(changes, message):
     with pytest.raises(ValueError, match=message):
         bad(**changes)
-
-
-def test_triton_is_refused_until_it_exists():
-    with pytest.raises(BackendError, match="flash_attention"):
-        bad(backend="triton")
 
 
 def test_plan_of_a_smaller_bound():
