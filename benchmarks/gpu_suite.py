@@ -1,14 +1,17 @@
 """What a session with a GPU runs first: are the kernels right, and how fast are they? One summary.
 
-    python benchmarks/gpu_suite.py --output DIR            # pytest -m gpu, then benchmarks/attention.py
+    python benchmarks/gpu_suite.py --output DIR            # pytest, then benchmarks/attention.py
     python benchmarks/gpu_suite.py --output DIR --quick    # the short form of the benchmark
     python benchmarks/gpu_suite.py --output DIR --tune     # also benchmarks/tune.py, which writes a new tuning table
     python benchmarks/gpu_suite.py --output DIR --timeout 240 --tests tests/kernels/test_attention.py
 
+The tests are those of the attention kernels, dropout and the models on them, all of them and not only those marked
+`gpu`: where there is a GPU the same bodies run on it, kernels compiled and not interpreted.
+
 A part that fails, or takes longer than ``--timeout`` seconds, does not stop the next one. DIR holds a log of each part,
 the benchmark's JSON and plot, and summary.json, written after each part. Exit status: 0, 1 where a part failed, 2
 without a GPU. Needs bivec (``pip install --no-deps --no-build-isolation -e .`` where there is no network), triton and
-pytest; hypothesis for some tests, matplotlib for the plot. No `datasets`.
+pytest; transformers for the models' tests, matplotlib for the plot. No `datasets`.
 """
 
 from __future__ import annotations
@@ -31,7 +34,14 @@ import torch
 from timing import describe_run
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("bivec", "triton", "pytest", "hypothesis", "matplotlib")
+NEEDED = ("bivec", "triton", "pytest", "transformers", "matplotlib")
+TESTS = (
+    "tests/kernels/test_attention_triton.py",
+    "tests/kernels/test_attention_triton_edges.py",
+    "tests/kernels/test_attention_ops.py",
+    "tests/kernels/test_dropout.py",
+    "tests/models/test_triton_backend.py",
+)
 
 
 def pytest_command() -> str:
@@ -47,7 +57,7 @@ def parts(options: argparse.Namespace) -> dict[str, list[str]]:
     quick = ["--quick"] if options.quick else []
     output = str(options.output.resolve())
     commands = {
-        "tests": [pytest_command(), "-m", "gpu", "-q", *options.tests],
+        "tests": [pytest_command(), "-q", *options.tests],
         "attention": [sys.executable, str(benchmarks / "attention.py"), "--output", output, *quick],
     }
     if options.tune:
@@ -116,7 +126,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="the short form of the benchmark")
-    parser.add_argument("--tests", nargs="+", default=["tests/kernels"], metavar="PATH", help="what pytest runs")
+    parser.add_argument("--tests", nargs="+", default=TESTS, metavar="PATH", help="what pytest runs")
     parser.add_argument("--tune", action="store_true", help="also time the tiles and write the table")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="SECONDS", help="of each part")
     return parser.parse_args(arguments)

@@ -266,7 +266,7 @@ def _with_int32_offsets(x: Tensor) -> Tensor:
 
     The kernels use int64 from the start of the tensor to the first token of a tile, and int32 inside the tile.
     """
-    far = max(x.shape[1] * x.stride(1), 128 * x.stride(0)) >= 2**31
+    far = x.shape[1] * x.stride(1) + 128 * x.stride(0) >= 2**31
     return x.contiguous() if far else x
 
 

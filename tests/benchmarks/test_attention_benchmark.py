@@ -304,7 +304,8 @@ def test_suite_goes_on_after_a_failure(fake_gpu, tmp_path, monkeypatch, capfd):
     suite = fake_gpu.gpu_suite
     chosen = ["--output", str(tmp_path / "out"), "--timeout", "2", "--tune", "--quick"]
     commands = suite.parts(suite.parse(chosen))
-    assert Path(commands["tests"][0]).name == "pytest" and commands["tests"][1:] == ["-m", "gpu", "-q", "tests/kernels"]
+    assert Path(commands["tests"][0]).name == "pytest" and commands["tests"][1:] == ["-q", *suite.TESTS]
+    assert all((suite.ROOT / path).is_file() for path in suite.TESTS)
     assert commands["attention"][2:] == ["--output", str(tmp_path / "out"), "--quick"]
     assert commands["tune"][-1] == "--timed"
     replaced = {

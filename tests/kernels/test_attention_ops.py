@@ -1,5 +1,7 @@
 """The Triton backend of flash_attention inside torch: operators, torch.compile, checkpointing, and its errors."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -7,11 +9,14 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
+from bivec.kernels import attention as attention_module
 from bivec.kernels import flash_attention
 from bivec.kernels.attention import attention_plan
 from bivec.kernels.attention_triton import LONG, attention_backward_op, attention_op
-from bivec.kernels.backend import BackendError
+from bivec.kernels.backend import BackendError, checks_values
+from bivec.kernels.launch import architecture, recording
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (7, 0, 1, 19)
 LONG_SEQLEN = 4096  # a max_seqlen that takes the long path, whatever the lengths
 both_paths = pytest.mark.parametrize("max_seqlen", [32, LONG_SEQLEN], ids=["short", "long"])
@@ -120,6 +125,27 @@ def test_other_lengths_in_a_bucket_do_not_compile_again(attention):
 
 
 @both_paths
+def test_other_seeds_hardly_compile_again(max_seqlen, inputs):
+    """The first change makes a symbol of the seed, whatever its sign and size."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def layer(q, k, v, seed):
+        bounds = inputs.cu_seqlens
+        return flash_attention(q, k, v, bounds, max_seqlen, dropout_p=0.3, seed=seed, backend="triton")
+
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    outputs = []
+    for seed in (11, 12, 977, 2**40 + 3, -5):
+        got = gradients(lambda *x, seed=seed: compiled(*x, seed), inputs)
+        for a, b in zip(got, gradients(lambda *x, seed=seed: layer(*x, seed), inputs), strict=True):
+            assert torch.equal(a, b)
+        outputs.append(got[0])
+    assert counter.frame_count <= 3
+    assert not any(torch.equal(a, b) for a, b in combinations(outputs, 2))
+
+
+@both_paths
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_recomputes_the_same_mask(reentrant, max_seqlen, inputs):
     def layer(q, k, v):
@@ -141,53 +167,135 @@ def test_gradients_of_some_operands_only(inputs):
         assert torch.equal(flash_attention(q, k, v, inputs.cu_seqlens, 32, backend="triton"), everything[0])
 
 
+def zeros(*shape, **options):
+    return torch.zeros(shape, **{"device": DEVICE} | options)
+
+
 def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def call(**changes):
+def call(device=DEVICE, **changes):
     """Five tokens of two sequences, 4 and 2 heads."""
-    q, k = torch.zeros(5, 4, 16), torch.zeros(5, 2, 16)
-    arguments = {"q": q, "k": k, "v": k, "cu_seqlens": int32(0, 3, 5), "max_seqlen": 3, "backend": "triton"}
+    q, k = zeros(5, 4, 16, device=device), zeros(5, 2, 16, device=device)
+    bounds = int32(0, 3, 5).to(device)
+    arguments = {"q": q, "k": k, "v": k, "cu_seqlens": bounds, "max_seqlen": 3, "backend": "triton"}
     arguments |= changes
     return flash_attention(**arguments)
+
+
+WRONG_VALUES = [  # which one has to read on the host
+    ({"cu_seqlens": int32(1, 3, 5)}, "cu_seqlens must start at 0"),
+    ({"cu_seqlens": int32(0, 4, 3, 5), "max_seqlen": 9}, "cu_seqlens must not decrease"),
+    ({"cu_seqlens": int32(0, 3, 4)}, "cu_seqlens must end at"),
+    ({"max_seqlen": 2}, "max_seqlen=2"),
+    ({"plan": attention_plan(int32(0, 2, 5), 3)}, "plan was made from other cu_seqlens"),
+    ({"plan": attention_plan(int32(0, 3, 5), 3), "max_seqlen": 2}, "max_seqlen=2"),
+]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.zeros(5, 64)}, "q must have shape"),
-        ({"q": torch.zeros(5, 4, 16, dtype=torch.int64)}, "q must be floating"),
-        ({"k": torch.zeros(5, 2, 16).half()}, "k must be floating point and of one dtype"),
-        ({"k": torch.zeros(4, 2, 16)}, "k must have q's tokens"),
-        ({"k": torch.zeros(5, 2, 8)}, "k must have q's tokens and head_dim"),
-        ({"v": torch.zeros(5, 1, 16)}, "v must have k's shape"),
-        ({"v": torch.zeros(5, 2, 16, device="meta")}, "v is on meta"),
-        ({"k": torch.zeros(5, 3, 16), "v": torch.zeros(5, 3, 16)}, "heads of q must be a multiple of those of k"),
-        ({"q": torch.zeros(5, 16, 4).transpose(1, 2)}, "last dimension of q must be contiguous"),
-        ({"v": torch.zeros(5, 16, 2).transpose(1, 2)}, "last dimension of v must be contiguous"),
-        ({"cu_seqlens": torch.tensor([0, 3, 5])}, "cu_seqlens must be an int32"),
+        ({"q": zeros(5, 64)}, "q must have shape"),
+        ({"q": zeros(5, 4, 16, dtype=torch.int64)}, "q must be floating"),
+        ({"k": zeros(5, 2, 16).half()}, "k must be floating point and of one dtype"),
+        ({"k": zeros(4, 2, 16)}, "k must have q's tokens"),
+        ({"k": zeros(5, 2, 8)}, "k must have q's tokens and head_dim"),
+        ({"v": zeros(5, 1, 16)}, "v must have k's shape"),
+        ({"v": zeros(5, 2, 16, device="meta")}, "v is on meta"),
+        ({"k": zeros(5, 3, 16), "v": zeros(5, 3, 16)}, "heads of q must be a multiple of those of k"),
+        ({"q": zeros(5, 16, 4).transpose(1, 2)}, "last dimension of q must be contiguous"),
+        ({"v": zeros(5, 16, 2).transpose(1, 2)}, "last dimension of v must be contiguous"),
+        ({"cu_seqlens": int32(0, 3, 5).long()}, "cu_seqlens must be an int32"),
         ({"cu_seqlens": int32(0, 3, 5).to("meta")}, "cu_seqlens is on meta"),
-        ({"cu_seqlens": int32(1, 3, 5)}, "cu_seqlens must start at 0"),
-        ({"cu_seqlens": int32(0, 4, 3, 5), "max_seqlen": 9}, "cu_seqlens must not decrease"),
-        ({"cu_seqlens": int32(0, 3, 4)}, "cu_seqlens must end at"),
-        ({"max_seqlen": 2}, "max_seqlen=2"),
+        ({"max_seqlen": torch.tensor(3, device=DEVICE)}, "max_seqlen must be an int"),
+        ({"plan": attention_plan(int32(0, 5), 5)}, "plan was made from other cu_seqlens"),
         ({"window": (-2, 0)}, "window"),
         ({"softcap": -1.0}, "softcap"),
         ({"dropout_p": 1.0, "seed": 0}, "dropout_p"),
         ({"dropout_p": 0.1}, "seed"),
-        ({"dropout_p": 0.1, "seed": torch.tensor([1, 2])}, "seed"),
-        ({"dropout_p": 0.1, "seed": 1, "sample_ids": torch.arange(3)}, "sample_ids"),
-        ({"plan": attention_plan(int32(0, 2, 5), 3)}, "plan was made from other cu_seqlens"),
+        ({"dropout_p": 0.1, "seed": torch.tensor([1, 2], device=DEVICE)}, "seed"),
+        ({"dropout_p": 0.1, "seed": torch.tensor([1], device="meta")}, "seed is on meta"),
+        ({"dropout_p": 0.1, "seed": 1, "sample_ids": torch.arange(3, device=DEVICE)}, "sample_ids"),
     ],
 )
-def test_bad_arguments(changes, message):
+def test_bad_arguments(changes, message, monkeypatch):
+    """Those that no value decides: refused on a GPU, too, without BIVEC_CHECK."""
+    monkeypatch.delenv("BIVEC_CHECK", raising=False)
     with pytest.raises(ValueError, match=f"^(flash_attention|attention_plan): .*{message}"):
         call(**changes)
 
 
+@pytest.mark.parametrize(("changes", "message"), WRONG_VALUES)
+def test_bad_values(changes, message, monkeypatch):
+    """Always refused on a CPU, and on a GPU with BIVEC_CHECK=1."""
+    if DEVICE.type == "cuda":
+        monkeypatch.setenv("BIVEC_CHECK", "1")
+    else:
+        monkeypatch.delenv("BIVEC_CHECK", raising=False)
+    with pytest.raises(ValueError, match=f"^(flash_attention|attention_plan): .*{message}"):
+        call(**changes)
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG_VALUES)
+def test_a_gpu_refuses_values_only_if_asked(changes, message, monkeypatch):
+    """On a CPU the operands pass for a GPU's where it is decided whether to read them."""
+    monkeypatch.setattr(attention_module, "checks_values", lambda device: checks_values(torch.device("cuda")))
+    for unasked in ("0", ""):
+        monkeypatch.setenv("BIVEC_CHECK", unasked)
+        with recording(architecture(DEVICE)) as launches:  # made, they would read and write past the tensors
+            call(**changes)
+        assert len(launches) == 1
+    monkeypatch.setenv("BIVEC_CHECK", "1")
+    with pytest.raises(ValueError, match=f"^(flash_attention|attention_plan): .*{message}"):
+        call(**changes)
+
+
+def test_no_value_is_read_unasked(inputs, monkeypatch):
+    """Reading stalls a GPU, where torch is told to refuse it, and fails for tensors without values, on a CPU."""
+    monkeypatch.delenv("BIVEC_CHECK", raising=False)
+
+    def layer(q, k, v, cu_seqlens):
+        return flash_attention(q, k, v, cu_seqlens, 19, dropout_p=0.2, seed=3, backend="triton", return_lse=True)
+
+    if DEVICE.type == "cuda":
+        operands = (*leaves(inputs), inputs.cu_seqlens)
+        layer(*operands)[0].backward(inputs.d_out)  # compiles and loads the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(*operands)[0].backward(inputs.d_out)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return
+    operands = [x.to("meta") for x in (inputs.q, inputs.k, inputs.v, inputs.cu_seqlens)]
+    assert layer(*operands)[0].shape == inputs.q.shape
+    monkeypatch.setenv("BIVEC_CHECK", "1")
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        layer(*operands)
+
+
+@both_paths
+def test_checks_asked_for_do_not_break_the_graph(max_seqlen, inputs, monkeypatch):
+    """Compiled code reads nothing, also with BIVEC_CHECK=1: a wrong bound goes unnoticed, a plain call refuses it."""
+    torch._dynamo.reset()
+    monkeypatch.setenv("BIVEC_CHECK", "1")
+
+    def layer(q, k, v, cu_seqlens):
+        return flash_attention(q, k, v, cu_seqlens, max_seqlen, backend="triton")
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    early = inputs.cu_seqlens.clone()
+    early[-1] -= 1  # one token belongs to no sequence
+    last = int(early[-1])
+    with pytest.raises(ValueError, match="cu_seqlens must end at"):
+        layer(inputs.q, inputs.k, inputs.v, early)
+    got = compiled(inputs.q, inputs.k, inputs.v, early)
+    assert torch.equal(got[:last], layer(inputs.q[:last], inputs.k[:last], inputs.v[:last], early))
+
+
 def test_what_the_kernels_cannot_take():
-    double, wide = torch.zeros(5, 4, 16).double(), torch.zeros(5, 4, 257)
+    double, wide = zeros(5, 4, 16).double(), zeros(5, 4, 257)
     with pytest.raises(BackendError, match=r'float64.*backend="torch"'):
         call(q=double, k=double, v=double)
     with pytest.raises(BackendError, match=r'257.*backend="torch"'):
@@ -197,13 +305,11 @@ def test_what_the_kernels_cannot_take():
 def test_on_a_cpu_the_interpreter_is_needed(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
-        call()
+        call(torch.device("cpu"))
 
 
-def test_values_are_read_where_that_costs_nothing(monkeypatch):
+def test_whose_values_are_read(monkeypatch):
     """On a CPU always; on a GPU, which reading would stall, with BIVEC_CHECK=1."""
-    from bivec.kernels.backend import checks_values
-
     monkeypatch.delenv("BIVEC_CHECK", raising=False)
     assert checks_values(torch.device("cpu")) and not checks_values(torch.device("cuda"))
     monkeypatch.setenv("BIVEC_CHECK", "1")

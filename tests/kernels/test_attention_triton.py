@@ -38,10 +38,7 @@ FACTORS = {
     "dtype": (torch.float16, torch.bfloat16, torch.float32),
     "path": ("short", "long"),
 }
-ON_A_GPU = (
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="takes hours in the interpreter"),
-)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="takes hours in the interpreter")
 LONG_SEQLEN = 4096  # a max_seqlen that takes the long path, whatever the lengths
 LONG_KERNELS = ("forward", "backward_q", "backward_kv")
 SHORT_KERNELS = ("short_forward", "short_backward")
@@ -120,8 +117,8 @@ def test_error_is_at_most_twice_that_of_plain_torch(case, attention):
     check_case(attention, family_of(case), case)
 
 
-@ON_A_GPU[0]
-@ON_A_GPU[1]
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("path", FACTORS["path"])
 @pytest.mark.parametrize("dtype", FACTORS["dtype"], ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
@@ -131,20 +128,18 @@ def test_error_is_at_most_twice_that_of_plain_torch_in_the_full_product(option, 
             check_case(attention, f"{family_of(case)}, full product", case)
 
 
-# bf16 as in a model; the second size is the interpreter's, so that no line runs first on a GPU
-REAL_SIZES = [
-    pytest.param(lengths, heads, head_dim, marks=marks, id=name)
-    for name, lengths, heads, head_dim, marks in (
-        ("128 x 64", (128,) * 64, (32, 8), 128, ON_A_GPU),
-        ("tiny", (40, 9), (4, 2), 16, ()),
-        ("512 x 8", (512,) * 8, (32, 8), 128, ON_A_GPU),
-        ("8192", (8192,), (32, 8), 128, ON_A_GPU),
-    )
-]
+REAL_SIZES = [((128,) * 64, (32, 8), 128), ((512,) * 8, (32, 8), 128), ((8192,), (32, 8), 128)]
 
 
 @pytest.mark.parametrize("options", [{}, {"dropout_p": 0.1, "seed": 3}], ids=["plain", "dropout"])
-@pytest.mark.parametrize(("lengths", "heads", "head_dim"), REAL_SIZES)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "head_dim"),
+    [
+        ((40, 9), (4, 2), 16),  # the interpreter's, so that no line runs first on a GPU
+        *(pytest.param(*size, marks=(pytest.mark.gpu, needs_gpu)) for size in REAL_SIZES),
+    ],
+    ids=["tiny", "128 x 64", "512 x 8", "8192"],
+)
 def test_error_at_real_sizes(lengths, heads, head_dim, options, attention):
     """The whole batch at once, judged by one kv head after the other: 8192 tokens of one with its 4 query heads make
     2 GB of float64 probabilities, of which the oracle holds several; of all 32 query heads they would be 17 GB.

@@ -1,5 +1,7 @@
 """flash_attention's Triton kernels where it gets narrow: empty rows, the range of fp16, layouts, schedules, offsets."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -112,12 +114,17 @@ def test_small_gradients_keep_their_bits_in_fp16(max_seqlen, attention):
 
 
 @both_paths
-def test_layouts_change_nothing(max_seqlen, attention):
-    """Slices of one projection, a gradient that is a transposed view, and the expanded one of ``out.sum()``."""
+@pytest.mark.parametrize("layout", ["slices of one projection", "head-major"])
+def test_layouts_change_nothing(layout, max_seqlen, attention):
+    """With a gradient that is a transposed view."""
     inputs = attention.make((5, 20), 4, 2, 16, torch.float16)
     contiguous = attention.ours(inputs, {}, max_seqlen)
-    fused = torch.cat([inputs.q, inputs.k, inputs.v], dim=1)
-    q, k, v = fused.split([4, 2, 2], dim=1)
+    operands = (inputs.q, inputs.k, inputs.v)
+    if layout == "head-major":
+        q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in operands)
+        assert q.stride() == (16, 25 * 16, 1)
+    else:
+        q, k, v = torch.cat(operands, dim=1).split([4, 2, 2], dim=1)
     d_out = inputs.d_out.transpose(0, 1).contiguous().transpose(0, 1)
     assert not q.is_contiguous() and not d_out.is_contiguous()
     views = type(inputs)(inputs.cu_seqlens, q, k, v, d_out)
@@ -125,12 +132,40 @@ def test_layouts_change_nothing(max_seqlen, attention):
     for name in contiguous:
         assert torch.equal(got[name], contiguous[name]), name
 
+
+@both_paths
+def test_an_expanded_gradient(max_seqlen, attention):
+    """That of ``out.sum()``, all strides 0."""
+    inputs = attention.make((5, 20), 4, 2, 16, torch.float16)
     ones = type(inputs)(inputs.cu_seqlens, inputs.q, inputs.k, inputs.v, torch.ones_like(inputs.d_out))
     expected = attention.ours(ones, {}, max_seqlen)
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     flash_attention(*leaves, inputs.cu_seqlens, max_seqlen, backend="triton").sum().backward()
     for name, leaf in zip(GRADIENTS, leaves, strict=True):
         assert torch.equal(leaf.grad, expected[name])
+
+
+def every_second(x):
+    """The values of ``x`` with those of its reverse between them."""
+    spaced = torch.stack([x, x.flip(0)], dim=1).flatten()[::2]
+    assert torch.equal(spaced, x) and spaced.stride() == (2,)
+    return spaced
+
+
+@both_paths
+@pytest.mark.parametrize("expanded", [False, True], ids=["every second id", "one id expanded"])
+def test_strides_of_bounds_and_ids_change_nothing(expanded, max_seqlen, attention):
+    inputs = attention.make((5, 0, 19), 4, 2, 16, torch.float16)
+    ids = torch.tensor([9, 9, 9] if expanded else [7, 2, 5], device=attention.device)
+    noise = {"dropout_p": 0.3, "seed": 5}
+    expected = attention.ours(inputs, noise | {"sample_ids": ids}, max_seqlen)
+    strided = every_second(inputs.cu_seqlens)
+    inputs = type(inputs)(strided, inputs.q, inputs.k, inputs.v, inputs.d_out)
+    noise["sample_ids"] = ids[:1].expand(3) if expanded else every_second(ids)
+    for plan in (None, attention_plan(strided, max_seqlen)):
+        got = attention.ours(inputs, noise | {"plan": plan}, max_seqlen)
+        for name in expected:
+            assert torch.equal(got[name], expected[name]), name
 
 
 @pytest.mark.parametrize("max_seqlen", [0, 1, LONG_SEQLEN])
@@ -209,18 +244,22 @@ def test_every_block_of_every_sequence_has_one_slot(kind, group, block, attentio
     assert visits.sum() == slots
 
 
-def test_launches_follow_the_tokens_and_not_the_longest_sequence():
+def test_launches_follow_the_tokens_and_not_the_longest_sequence(attention):
     """8192 tokens and 999 sequences of 2: no padded grid."""
     lengths = torch.tensor([2] * 500 + [8192] + [2] * 499)
     heads, kv_heads, head_dim = 32, 8, 128
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(attention.device)
     total, sequences = int(cu_seqlens[-1]), len(lengths)
+    plan = attention_plan(cu_seqlens, 8192)
+    q, k, v = (
+        torch.empty(total, h, head_dim, dtype=torch.bfloat16, device=attention.device)
+        for h in (heads, kv_heads, kv_heads)
+    )
     with recording("sm_90") as launches:
-        q, k, v = (
-            torch.empty(total, h, head_dim, dtype=torch.bfloat16, requires_grad=True)
-            for h in (heads, kv_heads, kv_heads)
-        )
-        flash_attention(q, k, v, cu_seqlens, 8192, backend="triton").sum().backward()
+        out, lse = flash_attention(q, k, v, cu_seqlens, 8192, plan=plan, return_lse=True, backend="triton")
+        # not by autograd, which runs a GPU's backward in a thread of its own, where nothing is recorded
+        schedule = (plan.cu_seqlens, plan.starts, plan.order, LONG)
+        attention_backward_op(out, q, k, v, out, lse, *schedule, 0.1, None, None, None, 0.0, None, None)
     assert [launch.kernel.__name__ for launch in launches] == [
         "attention_forward",
         "attention_backward_q",
@@ -233,26 +272,40 @@ def test_launches_follow_the_tokens_and_not_the_longest_sequence():
         assert launch.grid[0] < kv_heads * sequences * (8192 * per_token // block) / 50
 
 
-@both_paths
+SPREADS = {  # lengths, and the strides of a token and of a head, in elements
+    "tokens": ((30, 30, 30, 30, 30, 20), 2**24 - 64, 16),  # the last that int32 spans in a tile: tokens 128 and up
+    "tokens of one sequence": ((150, 2), 2**24 - 64, 16),
+    "distant tokens": ((20, 13, 2), 2**26, 16),
+    "heads": ((20, 13, 2), 16, 2**30),
+    "tokens and heads together": ((100, 2), 2**24 - 64, 2**29),
+}
+
+
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-def test_offsets_beyond_2_31_elements(which, max_seqlen, attention):
-    """A stride of 2^26 elements starts the last sequence behind 2^31; 32 bits would land 2^32 elements before.
+@pytest.mark.parametrize(
+    ("spread", "path"),
+    [("tokens", "short"), ("tokens of one sequence", "long"), *product(list(SPREADS)[2:], ("short", "long"))],
+)
+def test_offsets_beyond_2_31_elements(spread, which, path, attention):
+    """Something of every operand begins behind 2^31; 32 bits would land 2^32 elements before.
 
     The memory is reserved and hardly touched. It begins 2^31 elements before the tensor, so that wrong offsets read
     zeros or another token instead of ending the process.
     """
-    stride, lengths = 2**26, (20, 13, 2)
-    inputs = attention.make(lengths, 2, 1, 16, torch.float16)
-    before = 2**31
+    lengths, token_stride, head_stride = SPREADS[spread]
+    inputs = attention.make(lengths, 3, 3, 16, torch.float16)
+    max_seqlen = max(lengths) if path == "short" else LONG_SEQLEN
+    before, last = 2**31, (sum(lengths) - 1) * token_stride + 2 * head_stride
+    assert last >= 2**31
     try:
-        memory = torch.empty(before + stride * sum(lengths), dtype=torch.float16, device=attention.device)
+        memory = torch.empty(before + last + 16, dtype=torch.float16, device=attention.device)
     except RuntimeError:
-        pytest.skip("9 GB of address space cannot be reserved")
+        pytest.skip("10 GB of address space cannot be reserved")
     x = getattr(inputs, which)
-    spread = memory.as_strided(x.shape, (stride, x.shape[2], 1), before)
-    spread.copy_(x)
+    far = memory.as_strided(x.shape, (token_stride, head_stride, 1), before)
+    far.copy_(x)
     expected = attention.ours(inputs, {}, max_seqlen)
     fields = {name: getattr(inputs, name) for name in ("cu_seqlens", "q", "k", "v", "d_out")}
-    got = attention.ours(type(inputs)(**(fields | {which: spread})), {}, max_seqlen)
+    got = attention.ours(type(inputs)(**(fields | {which: far})), {}, max_seqlen)
     for name in expected:
         assert torch.equal(got[name], expected[name]), name

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from bivec.kernels.dropout import attention_keep_mask, check_dropout, fold_seed, linear_keep_mask
+from bivec.kernels import dropout
+from bivec.kernels.dropout import check_dropout, fold_seed, linear_keep_mask
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MASK64 = 2**64 - 1
 
 
@@ -33,6 +35,14 @@ def kept(row_key: int, column: int, p: float) -> bool:
     return x >= min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
+def arange(end: int) -> torch.Tensor:
+    return torch.arange(end, device=DEVICE)
+
+
+def attention_keep_mask(*arguments, **options) -> torch.Tensor:
+    return dropout.attention_keep_mask(*arguments, **options, device=DEVICE)
+
+
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     """Correlation of two masks in standard errors."""
     a, b = a.double().flatten(), b.double().flatten()
@@ -52,7 +62,7 @@ def test_attention_mask_follows_the_recipe(seed):
 
 @pytest.mark.parametrize("seed", [0, 9, 2**63 + 1])
 def test_linear_mask_follows_the_recipe(seed):
-    token_ids = torch.tensor([0, 1, 5 << 24 | 3, 2**62])
+    token_ids = torch.tensor([0, 1, 5 << 24 | 3, 2**62], device=DEVICE)
     mask = linear_keep_mask(seed, token_ids, 11, 0.3)
     for row, token in enumerate(token_ids.tolist()):
         key = absorb(mix64(seed), token)
@@ -64,7 +74,7 @@ def test_linear_mask_follows_the_recipe(seed):
 def test_fold_seed_int_and_tensor_agree(seed, data):
     as_int = fold_seed(seed, *data)
     signed = (seed + 2**63) % 2**64 - 2**63
-    as_tensor = fold_seed(torch.tensor([signed]), *data)
+    as_tensor = fold_seed(torch.tensor([signed], device=DEVICE), *data)
     assert 0 <= as_int < 2**63
     assert as_tensor.dtype == torch.int64 and as_tensor.shape == (1,)
     assert int(as_tensor) == as_int
@@ -73,28 +83,36 @@ def test_fold_seed_int_and_tensor_agree(seed, data):
 def test_fold_seed_separates_parts_and_leaves_its_argument():
     seeds = [fold_seed(s, *d) for s in range(20) for d in [(), (0,), (1,), (0, 0), (0, 1), (1, 0), (1, 1)]]
     assert len(set(seeds)) == len(seeds)
-    seed = torch.tensor([4])
+    seed = torch.tensor([4], device=DEVICE)
     fold_seed(seed, 1)
     assert seed.tolist() == [4]
 
 
 def test_seed_tensor_and_int_draw_the_same_bits():
-    token_ids = torch.arange(9)
-    assert torch.equal(linear_keep_mask(77, token_ids, 33, 0.5), linear_keep_mask(torch.tensor(77), token_ids, 33, 0.5))
+    token_ids, scalar = arange(9), torch.tensor(77, device=DEVICE)
+    assert torch.equal(linear_keep_mask(77, token_ids, 33, 0.5), linear_keep_mask(scalar, token_ids, 33, 0.5))
     a = attention_keep_mask(77, 3, 2, 9, 0.5)
-    assert torch.equal(a, attention_keep_mask(torch.tensor([77]), 3, 2, 9, 0.5))
+    assert torch.equal(a, attention_keep_mask(scalar.reshape(1), 3, 2, 9, 0.5))
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63), 2**63, 2**64 + 5, -(2**63) - 1, torch.tensor(7)])
+def test_seed_tensor_holds_the_seed_modulo_2_64(seed):
+    seed = seed.to(DEVICE) if isinstance(seed, torch.Tensor) else seed
+    held = dropout.seed_tensor(seed, DEVICE)
+    assert held.shape == (1,) and held.dtype == torch.int64 and held.device.type == DEVICE.type
+    assert (int(held) - int(seed)) % 2**64 == 0
 
 
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.3, 0.5, 0.9])
 def test_drop_rate(p):
-    for mask in (linear_keep_mask(1, torch.arange(700), 700, p), attention_keep_mask(2, 0, 9, 233, p)):
+    for mask in (linear_keep_mask(1, arange(700), 700, p), attention_keep_mask(2, 0, 9, 233, p)):
         drops, n = int((~mask).sum()), mask.numel()
         assert abs(drops - n * p) <= 4.5 * math.sqrt(n * p * (1 - p))
 
 
 def test_drop_rate_of_every_row_and_column():
     p, n = 0.3, 1000
-    mask = linear_keep_mask(5, torch.arange(n), n, p)
+    mask = linear_keep_mask(5, arange(n), n, p)
     sigma = math.sqrt(p * (1 - p) / n)
     for means in (mask.double().mean(0), mask.double().mean(1)):
         z = (means - (1 - p)) / sigma
@@ -103,7 +121,7 @@ def test_drop_rate_of_every_row_and_column():
 
 
 def test_neighbours_are_independent():
-    mask = linear_keep_mask(11, torch.arange(600), 600, 0.4)
+    mask = linear_keep_mask(11, arange(600), 600, 0.4)
     for lag in (1, 2, 3, 16, 64, 128):
         assert abs(correlation(mask[:, lag:], mask[:, :-lag])) < 4.5
         assert abs(correlation(mask[lag:], mask[:-lag])) < 4.5
@@ -126,7 +144,7 @@ def test_heads_samples_and_seeds_are_independent():
 
 def test_runs_have_the_length_of_independent_draws():
     """Joint patterns of four neighbours: a linear correlation would miss an xor."""
-    mask = linear_keep_mask(21, torch.arange(1000), 1000, 0.5).long()
+    mask = linear_keep_mask(21, arange(1000), 1000, 0.5).long()
     pattern = mask[:, 0:-3:4] * 8 + mask[:, 1:-2:4] * 4 + mask[:, 2:-1:4] * 2 + mask[:, 3::4]
     counts = torch.bincount(pattern.flatten(), minlength=16).double()
     expected = counts.sum() / 16
@@ -134,7 +152,7 @@ def test_runs_have_the_length_of_independent_draws():
 
 
 def test_a_mask_does_not_depend_on_the_batch():
-    token_ids = torch.randperm(50)
+    token_ids = torch.randperm(50).to(DEVICE)
     whole = linear_keep_mask(3, token_ids, 40, 0.5)
     assert torch.equal(whole[7:19], linear_keep_mask(3, token_ids[7:19], 40, 0.5))
     # rows are drawn in blocks: more columns than a block holds, and a row count that no block divides
@@ -145,8 +163,8 @@ def test_a_mask_does_not_depend_on_the_batch():
 
 
 def test_empty_masks():
-    assert linear_keep_mask(0, torch.empty(0, dtype=torch.int64), 5, 0.5).shape == (0, 5)
-    assert linear_keep_mask(0, torch.arange(3), 0, 0.5).shape == (3, 0)
+    assert linear_keep_mask(0, arange(0), 5, 0.5).shape == (0, 5)
+    assert linear_keep_mask(0, arange(3), 0, 0.5).shape == (3, 0)
     assert attention_keep_mask(0, 0, 2, 0, 0.5).shape == (2, 0, 0)
 
 
@@ -159,19 +177,19 @@ def test_empty_masks():
         (0.3, None, "seed"),
         (0.3, 1.5, "seed"),
         (0.3, True, "seed"),
-        (0.3, torch.tensor([1, 2]), "seed"),
-        (0.3, torch.tensor([1], dtype=torch.int32), "seed"),
+        (0.3, torch.tensor([1, 2], device=DEVICE), "seed"),
+        (0.3, torch.tensor([1], dtype=torch.int32, device=DEVICE), "seed"),
     ],
 )
 def test_bad_arguments(p, seed, message):
     with pytest.raises(ValueError, match=message):
         check_dropout(p, seed, "op")
     with pytest.raises(ValueError, match=message):
-        linear_keep_mask(seed, torch.arange(3), 4, p)
+        linear_keep_mask(seed, arange(3), 4, p)
 
 
 def test_bad_token_ids():
     with pytest.raises(ValueError, match="token_ids"):
-        linear_keep_mask(1, torch.arange(3, dtype=torch.int32), 4, 0.5)
+        linear_keep_mask(1, arange(3).int(), 4, 0.5)
     with pytest.raises(ValueError, match="seed"):
         fold_seed(1.0)
