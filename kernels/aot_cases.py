@@ -1,7 +1,8 @@
-"""The calls that ``kernels/aot.py`` checks: every default configuration, each option alone, and all together."""
+"""The calls that ``kernels/aot.py`` checks: every default configuration, options alone, and all together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 
@@ -92,9 +93,8 @@ def variants(itemsize: int) -> list[tuple[str, torch.dtype, str, bool]]:
 def other_shapes(itemsize: int) -> list[Problem]:
     """Padded head dims and other groups, which the rows of head dim 128 serve, with all options."""
     dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-    return [
-        attention_problem(dtype, head_dim, group, **OPTIONS["all"]) for head_dim, group in ((80, 1), (96, 3), (128, 7))
-    ]
+    shapes = ((80, 1), (128, 7)) if itemsize == 2 else ((96, 3), (128, 7))
+    return [attention_problem(dtype, head_dim, group, **OPTIONS["all"]) for head_dim, group in shapes]
 
 
 def short_architectures(**key: int) -> tuple[str, ...]:
@@ -108,10 +108,31 @@ def may_spill(head_dim: int, itemsize: int) -> bool:
 
 
 def cases() -> list[Case]:
-    """All cases of all kernels."""
+    """What ``--check`` compiles, 7 minutes on two cores: a half of :func:`all_cases`.
+
+    Every row of the tables with all options together, and in bf16 without any; at head dim 128, which most models have,
+    each option alone too.
+    """
+    return _cases(
+        lambda name, head_dim, option: option == "all" or (name == "bf16" and option == "plain") or head_dim == 128
+    )
+
+
+def all_cases() -> list[Case]:
+    """What ``benchmarks/tune.py`` compiles before it writes a row: every row with each option alone as well.
+
+    ``python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases:all_cases``
+    """
+    return _cases(lambda *_: True)
+
+
+def _cases(wanted: Callable[[str, int, str], bool]) -> list[Case]:
+    """The cases of which dtype, head dim and option are wanted."""
     found = []
     for head_dim, itemsize in product(HEAD_DIMS, (2, 4)):
         for name, dtype, option, forward in variants(itemsize):
+            if not wanted(name, head_dim, option):
+                continue
             problem = attention_problem(dtype, head_dim, **OPTIONS[option])
             place = f"{name} d{head_dim} g4"
             used = frozenset(k for k in LONG_KERNELS | SHORT_KERNELS if itemsize == 2 and (forward or "backward" in k))
