@@ -1,8 +1,8 @@
 """The Triton backend of ``flash_attention``: its operators in torch's dispatcher, and the choice of the path.
 
 ``bivec::flash_attention`` and ``bivec::flash_attention_backward`` are opaque to ``torch.compile``, which sees their
-shapes through the fake implementations; autograd is registered on the first. Saved are q, k, v and
-the lse, on the long path also the output.
+shapes through the fake implementations; autograd is registered on the first. Saved are q, k, v and the lse, on the long
+path also the output.
 """
 
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
