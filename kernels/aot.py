@@ -63,7 +63,6 @@ class Case:
     call: Callable[[], None]  # calls the launcher with meta tensors
     matmul: frozenset[str]  # names of the kernels that must use tensor cores in this case; none where it is fp32
     architectures: tuple[str, ...] = ARCHITECTURES  # those that have it
-    may_spill: bool = False  # a spill is shown in the table, and does not fail the check
 
 
 @dataclass(frozen=True)
@@ -288,7 +287,7 @@ def _problems(outcome: Report | Failure, case: Case) -> tuple[str, ...]:
     if isinstance(outcome, Failure):
         return (f"does not compile: {outcome.error}",)
     problems = []
-    if outcome.spills and not case.may_spill:
+    if outcome.spills:
         instructions = outcome.instructions
         moves = f"{instructions.local_loads} loads and {instructions.local_stores} stores of local memory"
         problems.append(f"spills {outcome.spills} bytes ({outcome.registers} registers, {moves})")

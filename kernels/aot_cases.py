@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 
@@ -82,11 +81,11 @@ def run_short(problem: Problem, length: int, forward: bool = True) -> None:
 def variants(itemsize: int) -> list[tuple[str, torch.dtype, str, bool]]:
     """Name, dtype, option and whether the forward too, of the calls that a table's row for ``itemsize`` serves.
 
-    bf16 is compiled with each option, fp32 with none and with all; fp16 differs from bf16 in the backward only, by code
-    that no option changes, and is compiled with all.
+    Each option alone, none, and all. fp16 differs from bf16 in the backward only, by code that no option changes: it is
+    compiled with all.
     """
     if itemsize == 4:
-        return [("fp32", torch.float32, option, True) for option in ("plain", "all")]
+        return [("fp32", torch.float32, option, True) for option in OPTIONS]
     return [("bf16", torch.bfloat16, option, True) for option in OPTIONS] + [("fp16", torch.float16, "all", False)]
 
 
@@ -102,48 +101,30 @@ def short_architectures(**key: int) -> tuple[str, ...]:
     return tuple(a for a in ARCHITECTURES if has_config("attention", "attention_short_backward", a, **key))
 
 
-def may_spill(head_dim: int, itemsize: int) -> bool:
-    """fp32 at head dim 256: one operand of 16 rows, split in two for the tensor cores, takes 256 registers."""
-    return itemsize == 4 and head_dim == 256
-
-
 def cases() -> list[Case]:
-    """What ``--check`` compiles, in 8.4 minutes on two cores: 487 of the 691 kernels of :func:`all_cases`.
-
-    Every row of the tables with all options together, and in bf16 without any; at head dim 128, which most models have,
-    each option alone too.
-    """
-    return _cases(
-        lambda name, head_dim, option: option == "all" or (name == "bf16" and option == "plain") or head_dim == 128
-    )
-
-
-def all_cases() -> list[Case]:
-    """What ``benchmarks/tune.py`` compiles before it writes a row: every row with each option alone as well.
-
-    ``python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases:all_cases``
-    """
-    return _cases(lambda *_: True)
-
-
-def _cases(wanted: Callable[[str, int, str], bool]) -> list[Case]:
-    """The cases of which dtype, head dim and option are wanted."""
+    """What ``--check`` compiles: every row of the tables with each option alone, with none and with all."""
     found = []
     for head_dim, itemsize in product(HEAD_DIMS, (2, 4)):
         for name, dtype, option, forward in variants(itemsize):
-            if not wanted(name, head_dim, option):
-                continue
             problem = attention_problem(dtype, head_dim, **OPTIONS[option])
             place = f"{name} d{head_dim} g4"
             used = frozenset(k for k in LONG_KERNELS | SHORT_KERNELS if itemsize == 2 and (forward or "backward" in k))
             run = partial(run_long, problem, forward=forward)
-            spills = may_spill(head_dim, itemsize)
-            found.append(Case("attention_long", f"{place} {option}", run, used & LONG_KERNELS, may_spill=spills))
+            found.append(Case("attention_long", f"{place} {option}", run, used & LONG_KERNELS))
             for length in LENGTHS:
                 key = {"head_dim": head_dim, "itemsize": itemsize, "length": length}
                 run = partial(run_short, problem, length, forward=forward)
                 label, architectures = f"{place} L{length} {option}", short_architectures(**key)
                 found.append(Case("attention_short", label, run, used & SHORT_KERNELS, architectures=architectures))
+    return found
+
+
+def all_cases() -> list[Case]:
+    """:func:`cases`, and padded head dims and other groups: what ``benchmarks/tune.py`` compiles to choose a row.
+
+    ``python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases:all_cases``
+    """
+    found = cases()
     for itemsize in (2, 4):
         for problem in other_shapes(itemsize):
             place = f"{'bf16' if itemsize == 2 else 'fp32'} d{problem.q.shape[2]} g{problem.group}"

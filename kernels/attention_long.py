@@ -7,7 +7,8 @@ Without a window only the last block of keys needs a mask: it comes first (TAIL_
 has none. An unmasked loop followed by a masked one made ptxas serialise the tensor-core instructions on sm_90. With a
 window, causal included, one masked loop visits the blocks of which some row sees a key: a third copy of the step for
 the blocks in the middle would have to earn its registers first. One masked loop it is, too, where the first step's
-registers beside the loop's are too many: head dim 256 and fp32.
+registers beside the loop's are too many: head dim 256 and fp32. At head dim 256 in fp32 the operands of the scores are
+read in chunks of the head dimension (IN_CHUNKS), of q again at every step.
 
 Source: Dao, "FlashAttention-2" (2023); Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from bivec.kernels.attention_tiles import (
     Problem,
     base2_scores,
+    chunked_products,
     find_block,
     key_range,
     last_block,
@@ -36,12 +38,12 @@ from bivec.kernels.launch import launch
 @triton.jit
 def _step(
     n,  # the first key of the block
-    q,  # [BLOCK_M, BLOCK_D]
+    q,  # [BLOCK_M, BLOCK_D]; if IN_CHUNKS pointers to its rows, [BLOCK_M, 1]
     acc,  # [BLOCK_M, BLOCK_D] fp32
     row_max,  # [BLOCK_M] fp32, base 2
     row_sum,  # [BLOCK_M] fp32
-    k_ptrs,  # [BLOCK_N, BLOCK_D], of key 0
-    v_ptrs,
+    k_rows,  # [BLOCK_N, 1] pointers, of key 0
+    v_rows,
     k_stride_t,
     v_stride_t,
     positions,  # [BLOCK_M]
@@ -52,21 +54,33 @@ def _step(
     left,
     right,
     threshold,
-    dims_ok,
-    CHECK_DIMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
+    IN_CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The online softmax over one block of keys."""
+    CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
+    dims = tl.arange(0, BLOCK_D)
+    dims_ok = dims < HEAD_DIM
     keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    keys_ok = keys < length
     n_wide = tl.cast(n, tl.int64)
-    k = load_tile(k_ptrs + n_wide * k_stride_t, keys < length, dims_ok, MASKED, CHECK_DIMS)
-    v = load_tile(v_ptrs + n_wide * v_stride_t, keys < length, dims_ok, MASKED, CHECK_DIMS)
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    k_rows += n_wide * k_stride_t
+    v = load_tile(v_rows + n_wide * v_stride_t + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
+    if IN_CHUNKS:
+        products = chunked_products(
+            q, k_rows, positions < length, keys_ok, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
+        )  # [BLOCK_M, BLOCK_N]
+    else:
+        k = load_tile(k_rows + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
     if MASKED:
         seen = visible(positions[:, None], keys[None, :], length, left, right, HAS_WINDOW)
@@ -124,6 +138,7 @@ def attention_forward(
     """Grid: (slots of BLOCK_M rows) x KV_HEADS."""
     CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
     TAIL_FIRST: tl.constexpr = not HAS_WINDOW and BLOCK_D <= 128 and q_ptr.dtype.element_ty != tl.float32
+    IN_CHUNKS: tl.constexpr = BLOCK_D > 128 and q_ptr.dtype.element_ty == tl.float32
     kv_head = tl.program_id(0) % KV_HEADS
     sequence, block = find_block(tl.program_id(0) // KV_HEADS, starts_ptr, order_ptr, num_sequences, GROUP, BLOCK_M)
     start = tl.load(cu_seqlens_ptr + sequence)
@@ -141,10 +156,11 @@ def attention_forward(
     dims_ok = dims < HEAD_DIM
     keys = tl.arange(0, BLOCK_N)
 
-    q_ptrs = q_ptr + (start + first) * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None] + dims[None, :]
-    q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
-    k_ptrs = k_ptr + start * k_stride_t + kv_head * k_stride_h + keys[:, None] * k_stride_t + dims[None, :]
-    v_ptrs = v_ptr + start * v_stride_t + kv_head * v_stride_h + keys[:, None] * v_stride_t + dims[None, :]
+    q = q_ptr + (start + first) * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None]  # its rows
+    if not IN_CHUNKS:
+        q = load_tile(q + dims[None, :], rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
+    k_rows = k_ptr + start * k_stride_t + kv_head * k_stride_h + keys[:, None] * k_stride_t
+    v_rows = v_ptr + start * v_stride_t + kv_head * v_stride_h + keys[:, None] * v_stride_t
     row_keys = positions  # not read without dropout
     if HAS_DROPOUT:
         row_keys = attention_row_keys(seed_ptr, sample_ids_ptr, sequence, heads, positions)
@@ -159,15 +175,15 @@ def attention_forward(
     if TAIL_FIRST:
         end = last_block(length, BLOCK_N)
         acc, row_max, row_sum = _step(
-            end, q, acc, row_max, row_sum, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys, length, scale2,
-            cap2, left, right, threshold, dims_ok, CHECK_DIMS, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
-            True, PRECISION,
+            end, q, acc, row_max, row_sum, k_rows, v_rows, k_stride_t, v_stride_t, positions, row_keys, length, scale2,
+            cap2, left, right, threshold, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
+            True, IN_CHUNKS, PRECISION,
         )
     for n in range(begin, end, BLOCK_N):
         acc, row_max, row_sum = _step(
-            n, q, acc, row_max, row_sum, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys, length, scale2,
-            cap2, left, right, threshold, dims_ok, CHECK_DIMS, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
-            not TAIL_FIRST, PRECISION,
+            n, q, acc, row_max, row_sum, k_rows, v_rows, k_stride_t, v_stride_t, positions, row_keys, length, scale2,
+            cap2, left, right, threshold, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
+            not TAIL_FIRST, IN_CHUNKS, PRECISION,
         )
     # fmt: on
 

@@ -27,6 +27,7 @@ from bivec.kernels.attention_tiles import (
     Problem,
     base2_scores,
     cap_slope,
+    chunked_products,
     find_block,
     key_range,
     last_block,
@@ -44,14 +45,14 @@ from bivec.kernels.launch import launch
 @triton.jit
 def _query_step(
     n,  # the first key of the block
-    q,  # [BLOCK_M, BLOCK_D]
-    d_out,  # [BLOCK_M, BLOCK_D]
+    q,  # [BLOCK_M, BLOCK_D]; if IN_CHUNKS pointers to its rows, [BLOCK_M, 1]
+    d_out,  # likewise
     acc,  # [BLOCK_M, BLOCK_D] fp32
     exponent,
     lse2,  # [BLOCK_M] fp32, base 2
     delta,  # [BLOCK_M] fp32
-    k_ptrs,  # [BLOCK_N, BLOCK_D], of key 0
-    v_ptrs,
+    k_rows,  # [BLOCK_N, 1] pointers, of key 0
+    v_rows,
     k_stride_t,
     v_stride_t,
     positions,  # [BLOCK_M]
@@ -63,26 +64,41 @@ def _query_step(
     right,
     threshold,
     inverse_keep,
-    dims_ok,
-    CHECK_DIMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
+    IN_CHUNKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the contribution of one block of keys to dQ."""
+    CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
+    dims = tl.arange(0, BLOCK_D)
+    dims_ok = dims < HEAD_DIM
     keys = n + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    keys_ok = keys < length
     n_wide = tl.cast(n, tl.int64)
-    k = load_tile(k_ptrs + n_wide * k_stride_t, keys < length, dims_ok, MASKED, CHECK_DIMS)
-    v = load_tile(v_ptrs + n_wide * v_stride_t, keys < length, dims_ok, MASKED, CHECK_DIMS)
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+    k_rows += n_wide * k_stride_t
+    v_rows += n_wide * v_stride_t
+    k = load_tile(k_rows + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
+    if IN_CHUNKS:
+        rows_ok = positions < length
+        products = chunked_products(
+            q, k_rows, rows_ok, keys_ok, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
+        )  # [BLOCK_M, BLOCK_N]
+        d_p = chunked_products(d_out, v_rows, rows_ok, keys_ok, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION)
+    else:
+        v = load_tile(v_rows + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
     p = tl.exp2(tl.minimum(scores - lse2[:, None], 0.0))
     if MASKED:
         p = tl.where(visible(positions[:, None], keys[None, :], length, left, right, HAS_WINDOW), p, 0.0)
-    d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if HAS_DROPOUT:
         d_p = tl.where(kept(row_keys[:, None], keys[None, :], threshold), d_p * inverse_keep, 0.0)
     d_scores = p * (d_p - delta[:, None])
@@ -137,6 +153,7 @@ def attention_backward_q(
     """Grid: (slots of BLOCK_M rows) x KV_HEADS."""
     CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
     TAIL_FIRST: tl.constexpr = not HAS_WINDOW and BLOCK_D <= 128 and q_ptr.dtype.element_ty != tl.float32
+    IN_CHUNKS: tl.constexpr = BLOCK_D > 128 and q_ptr.dtype.element_ty == tl.float32
     kv_head = tl.program_id(0) % KV_HEADS
     sequence, block = find_block(tl.program_id(0) // KV_HEADS, starts_ptr, order_ptr, num_sequences, GROUP, BLOCK_M)
     start = tl.load(cu_seqlens_ptr + sequence)
@@ -154,15 +171,19 @@ def attention_backward_q(
     dims_ok = dims < HEAD_DIM
     keys = tl.arange(0, BLOCK_N)
 
-    q_ptrs = q_ptr + (start + first) * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None] + dims[None, :]
-    q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
-    k_ptrs = k_ptr + start * k_stride_t + kv_head * k_stride_h + keys[:, None] * k_stride_t + dims[None, :]
-    v_ptrs = v_ptr + start * v_stride_t + kv_head * v_stride_h + keys[:, None] * v_stride_t + dims[None, :]
+    q = q_ptr + (start + first) * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None]  # its rows
+    k_rows = k_ptr + start * k_stride_t + kv_head * k_stride_h + keys[:, None] * k_stride_t
+    v_rows = v_ptr + start * v_stride_t + kv_head * v_stride_h + keys[:, None] * v_stride_t
     out_stride_t = KV_HEADS * GROUP * HEAD_DIM
-    own = (start + first) * out_stride_t + (offsets * out_stride_t + heads * HEAD_DIM)[:, None] + dims[None, :]
+    own_rows = (start + first) * out_stride_t + (offsets * out_stride_t + heads * HEAD_DIM)[:, None]
+    own = own_rows + dims[None, :]
     d_out = load_tile(d_out_ptr + own, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
     out = load_tile(out_ptr + own, rows_ok, dims_ok, True, CHECK_DIMS)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)  # [BLOCK_M]
+    if IN_CHUNKS:
+        d_out = d_out_ptr + own_rows
+    else:
+        q = load_tile(q + dims[None, :], rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
     stat = heads.to(tl.int64) * total + start + positions
     tl.store(delta_ptr + stat, delta, mask=rows_ok)
     lse2 = tl.load(lse2_ptr + stat, mask=rows_ok, other=float("inf"))
@@ -180,18 +201,18 @@ def attention_backward_q(
     if TAIL_FIRST:
         end = last_block(length, BLOCK_N)
         acc, exponent = _query_step(
-            end, q, d_out, acc, exponent, lse2, delta, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys,
-            length, scale2, cap2, left, right, threshold, inverse_keep, dims_ok, CHECK_DIMS, BLOCK_N, HAS_WINDOW,
-            HAS_SOFTCAP, HAS_DROPOUT, True, PRECISION,
+            end, q, d_out, acc, exponent, lse2, delta, k_rows, v_rows, k_stride_t, v_stride_t, positions, row_keys,
+            length, scale2, cap2, left, right, threshold, inverse_keep, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, True, IN_CHUNKS, PRECISION,
         )
     for n in range(begin, end, BLOCK_N):
         acc, exponent = _query_step(
-            n, q, d_out, acc, exponent, lse2, delta, k_ptrs, v_ptrs, k_stride_t, v_stride_t, positions, row_keys,
-            length, scale2, cap2, left, right, threshold, inverse_keep, dims_ok, CHECK_DIMS, BLOCK_N, HAS_WINDOW,
-            HAS_SOFTCAP, HAS_DROPOUT, not TAIL_FIRST, PRECISION,
+            n, q, d_out, acc, exponent, lse2, delta, k_rows, v_rows, k_stride_t, v_stride_t, positions, row_keys,
+            length, scale2, cap2, left, right, threshold, inverse_keep, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, not TAIL_FIRST, IN_CHUNKS, PRECISION,
         )
     # fmt: on
-    d_q = unscaled(acc * softmax_scale, exponent, q.dtype)
+    d_q = unscaled(acc * softmax_scale, exponent, q_ptr.dtype.element_ty)
     tl.store(d_q_ptr + own, d_q.to(d_q_ptr.dtype.element_ty), mask=rows_ok[:, None] & dims_ok[None, :])
 
 
@@ -237,6 +258,7 @@ def attention_backward_kv(
 ):
     """Grid: (slots of BLOCK_N keys) x KV_HEADS."""
     CHECK_DIMS: tl.constexpr = HEAD_DIM != BLOCK_D
+    IN_CHUNKS: tl.constexpr = BLOCK_D > 128 and q_ptr.dtype.element_ty == tl.float32
     kv_head = tl.program_id(0) % KV_HEADS
     sequence, block = find_block(tl.program_id(0) // KV_HEADS, starts_ptr, order_ptr, num_sequences, 1, BLOCK_N)
     start = tl.load(cu_seqlens_ptr + sequence)
@@ -250,23 +272,13 @@ def attention_backward_kv(
     keys_ok = keys < length
     dims = tl.arange(0, BLOCK_D)
     dims_ok = dims < HEAD_DIM
-    k_ptrs = (
-        k_ptr
-        + (start + first_key) * k_stride_t
-        + kv_head * k_stride_h
-        + key_offsets[:, None] * k_stride_t
-        + dims[None, :]
-    )
-    v_ptrs = (
-        v_ptr
-        + (start + first_key) * v_stride_t
-        + kv_head * v_stride_h
-        + key_offsets[:, None] * v_stride_t
-        + dims[None, :]
-    )
-    # Keys behind the end are zeros; what they give stays in their own rows of dK and dV, which are not stored.
-    k = load_tile(k_ptrs, keys_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_N, BLOCK_D]
-    v = load_tile(v_ptrs, keys_ok, dims_ok, True, CHECK_DIMS)
+    first_wide = start + first_key
+    k_rows = k_ptr + first_wide * k_stride_t + kv_head * k_stride_h + key_offsets[:, None] * k_stride_t
+    v_rows = v_ptr + first_wide * v_stride_t + kv_head * v_stride_h + key_offsets[:, None] * v_stride_t
+    if not IN_CHUNKS:
+        # Keys behind the end are zeros; what they give stays in their own rows of dK and dV, which are not stored.
+        k = load_tile(k_rows + dims[None, :], keys_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_N, BLOCK_D]
+        v = load_tile(v_rows + dims[None, :], keys_ok, dims_ok, True, CHECK_DIMS)
 
     begin, end = 0, length * GROUP
     if HAS_WINDOW:
@@ -286,24 +298,35 @@ def attention_backward_kv(
         positions = first + offsets  # [BLOCK_M]
         rows_ok = positions < length
         first_wide = tl.cast(first, tl.int64)
-        q_ptrs = q_ptr + first_wide * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None] + dims[None, :]
-        q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
+        q_rows = q_ptr + first_wide * q_stride_t + (offsets * q_stride_t + heads * q_stride_h)[:, None]
+        q = load_tile(q_rows + dims[None, :], rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
+        d_out_rows = d_out_ptr + first_wide * out_stride_t + (offsets * out_stride_t + heads * HEAD_DIM)[:, None]
         stat = heads.to(tl.int64) * total + positions
         lse2 = tl.load(lse2_ptr + stat, mask=rows_ok, other=float("inf"))  # [BLOCK_M]; behind the end p = 0
-        scores = base2_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale2, cap2, HAS_SOFTCAP)
+        if IN_CHUNKS:
+            products = chunked_products(
+                k_rows, q_rows, keys_ok, rows_ok, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, PRECISION
+            )  # [BLOCK_N, BLOCK_M]
+        else:
+            products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        scores = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
         p = tl.exp2(tl.minimum(scores - lse2[None, :], 0.0))  # [BLOCK_N, BLOCK_M]
         if HAS_WINDOW or q.dtype == tl.float16:  # in fp16 a key behind the end must not set the exponent
             seen = visible(positions[None, :], keys[:, None], length, left, right, HAS_WINDOW)
             p = tl.where(seen, p, 0.0)
-        d_out_ptrs = d_out_ptr + first_wide * out_stride_t + (offsets * out_stride_t + heads * HEAD_DIM)[:, None]
-        d_out = load_tile(d_out_ptrs + dims[None, :], rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
+        d_out = load_tile(d_out_rows + dims[None, :], rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
         used = p
         if HAS_DROPOUT:
             row_keys = tl.load(row_keys_ptr + stat, mask=rows_ok, other=0)  # [BLOCK_M]
             keep = kept(row_keys[None, :], keys[:, None], threshold)
             used = tl.where(keep, p, 0.0)
         d_v = tl.dot(used.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
-        d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        if IN_CHUNKS:
+            d_p = chunked_products(
+                v_rows, d_out_rows, keys_ok, rows_ok, BLOCK_N, BLOCK_M, HEAD_DIM, BLOCK_D, PRECISION
+            )  # [BLOCK_N, BLOCK_M]
+        else:
+            d_p = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if HAS_DROPOUT:
             d_p = tl.where(keep, d_p * inverse_keep, 0.0)
         delta = tl.load(delta_ptr + stat, mask=rows_ok, other=0.0)  # [BLOCK_M]
@@ -315,7 +338,7 @@ def attention_backward_kv(
     own = (start + first_key) * (KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM
     own = own + (key_offsets * (KV_HEADS * HEAD_DIM))[:, None] + dims[None, :]
     stored = keys_ok[:, None] & dims_ok[None, :]
-    d_k = unscaled(d_k * softmax_scale, exponent, k.dtype)
+    d_k = unscaled(d_k * softmax_scale, exponent, q_ptr.dtype.element_ty)
     tl.store(d_k_ptr + own, d_k.to(d_k_ptr.dtype.element_ty), mask=stored)
     tl.store(d_v_ptr + own, (d_v * inverse_keep).to(d_v_ptr.dtype.element_ty), mask=stored)
 

@@ -66,6 +66,35 @@ def load_tile(ptrs, rows_ok, dims_ok, CHECK_ROWS: tl.constexpr, CHECK_DIMS: tl.c
         return tl.load(ptrs)
 
 
+DIM_CHUNK = tl.constexpr(32)  # head dims that ``chunked_products`` reads at a time
+
+
+@triton.jit
+def chunked_products(
+    a_rows,  # [BLOCK_A, 1]: where the rows begin
+    b_rows,  # [BLOCK_B, 1]
+    a_ok,  # [BLOCK_A] bool
+    b_ok,  # [BLOCK_B] bool
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``a b^T`` ``[BLOCK_A, BLOCK_B]`` fp32, of operands that no thread could hold, read a few dimensions at a time.
+
+    Of fp32 operands at head dim 256, 16 rows, which every warp needs whole and split in two, fill all registers.
+    """
+    acc = tl.zeros([BLOCK_A, BLOCK_B], dtype=tl.float32)
+    for first in range(0, BLOCK_D, DIM_CHUNK):
+        dims = first + tl.arange(0, DIM_CHUNK)
+        dims_ok = dims < HEAD_DIM
+        a = load_tile(a_rows + dims[None, :], a_ok, dims_ok, True, HEAD_DIM != BLOCK_D)
+        b = load_tile(b_rows + dims[None, :], b_ok, dims_ok, True, HEAD_DIM != BLOCK_D)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit
 def tanh(x):
     """tanh in fp32, to 2 units in the last place: a series near 0, where 1 - 2 / (e^2x + 1) would cancel."""

@@ -41,8 +41,7 @@ def test_the_table_has_every_row_that_a_kernel_looks_up(tune):
     for key, row in table.items():
         assert tuning.config_of(row) in wanted[key].candidates
         assert row["chosen_by"] == "compiled" or row["chosen_by"].startswith("timed on ")
-        tolerated = (row["key"]["head_dim"], row["key"]["itemsize"]) == (256, 4)
-        assert (row["compiled"]["spills"] == 0 or tolerated) and 0 < row["compiled"]["registers"] <= 512
+        assert row["compiled"]["spills"] == 0 and 0 < row["compiled"]["registers"] <= 512
         assert 0 < row["compiled"]["shared"] <= tune.aot.SHARED_LIMITS[row["arch"]]
         assert row["compiled"]["tensor_core"] > 0 or row["key"]["itemsize"] == 4
         if key[0] == "attention_short_backward":  # what decides on the path
