@@ -211,6 +211,14 @@ def test_many_small_blocks(max_seqlen, dtype, tile, heads, name, attention):
         attention.check(f"small tiles, {path}, {dtype}", inputs, OPTIONS[name], max_seqlen)
 
 
+@pytest.mark.parametrize("name", ["plain", "all"])
+@pytest.mark.parametrize("head_dim", [136, 200, 256])
+def test_wide_fp32_operands_are_read_in_chunks(head_dim, name, attention):
+    """Head dims that end before, inside and at the end of a chunk."""
+    inputs = attention.make((33, 0, 1, 20), 3, 1, head_dim, torch.float32)
+    attention.check("fp32 in chunks", inputs, OPTIONS[name], LONG_SEQLEN)
+
+
 @pytest.mark.parametrize("window", [(1, 1), (17, 15)])
 def test_windows_that_reach_one_key_into_another_block(window, attention):
     """One off in the range of a loop would lose a whole block, and no other test would see it."""
