@@ -73,13 +73,15 @@ def _step(
     keys_ok = keys < length
     n_wide = tl.cast(n, tl.int64)
     k_rows += n_wide * k_stride_t
-    v = load_tile(v_rows + n_wide * v_stride_t + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
+    v_rows += n_wide * v_stride_t
+    if not IN_CHUNKS:
+        k = load_tile(k_rows + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
+    v = load_tile(v_rows + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
     if IN_CHUNKS:
         products = chunked_products(
             q, k_rows, positions < length, keys_ok, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )  # [BLOCK_M, BLOCK_N]
     else:
-        k = load_tile(k_rows + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
     if MASKED:

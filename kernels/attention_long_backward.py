@@ -84,21 +84,23 @@ def _query_step(
     n_wide = tl.cast(n, tl.int64)
     k_rows += n_wide * k_stride_t
     v_rows += n_wide * v_stride_t
+    rows_ok = positions < length
     k = load_tile(k_rows + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
     if IN_CHUNKS:
-        rows_ok = positions < length
         products = chunked_products(
             q, k_rows, rows_ok, keys_ok, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )  # [BLOCK_M, BLOCK_N]
-        d_p = chunked_products(d_out, v_rows, rows_ok, keys_ok, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION)
     else:
         v = load_tile(v_rows + dims[None, :], keys_ok, dims_ok, MASKED, CHECK_DIMS)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     scores = base2_scores(products, scale2, cap2, HAS_SOFTCAP)
     p = tl.exp2(tl.minimum(scores - lse2[:, None], 0.0))
     if MASKED:
         p = tl.where(visible(positions[:, None], keys[None, :], length, left, right, HAS_WINDOW), p, 0.0)
+    if IN_CHUNKS:
+        d_p = chunked_products(d_out, v_rows, rows_ok, keys_ok, BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION)
+    else:
+        d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     if HAS_DROPOUT:
         d_p = tl.where(kept(row_keys[:, None], keys[None, :], threshold), d_p * inverse_keep, 0.0)
     d_scores = p * (d_p - delta[:, None])
