@@ -1,15 +1,15 @@
 """What a session with a GPU runs first: are the kernels right, and how fast are they? One summary.
 
-    python benchmarks/gpu_suite.py --output DIR            # pytest, then benchmarks/attention.py
-    python benchmarks/gpu_suite.py --output DIR --quick    # the short form of the benchmark
+    python benchmarks/gpu_suite.py --output DIR            # pytest, then benchmarks/attention.py and losses.py
+    python benchmarks/gpu_suite.py --output DIR --quick    # the short forms of the benchmarks
     python benchmarks/gpu_suite.py --output DIR --tune     # also benchmarks/tune.py, which writes a new tuning table
     python benchmarks/gpu_suite.py --output DIR --timeout 240 --tests tests/kernels/test_attention.py
 
-The tests are those of the attention kernels, dropout and the models on them, all of them and not only those marked
+The tests are those of the Triton kernels, dropout and the models on them, all of them and not only those marked
 `gpu`: where there is a GPU the same bodies run on it, kernels compiled and not interpreted.
 
 A part that fails, or takes longer than ``--timeout`` seconds, does not stop the next one. DIR holds a log of each part,
-the benchmark's JSON and plot, and summary.json, written after each part. Exit status: 0, 1 where a part failed, 2
+the benchmarks' JSON and plots, and summary.json, written after each part. Exit status: 0, 1 where a part failed, 2
 without a GPU. Needs bivec (``pip install --no-deps --no-build-isolation -e .`` where there is no network), triton and
 pytest; transformers for the models' tests, matplotlib for the plot. No `datasets`.
 """
@@ -40,6 +40,10 @@ TESTS = (
     "tests/kernels/test_attention_triton_edges.py",
     "tests/kernels/test_attention_ops.py",
     "tests/kernels/test_dropout.py",
+    "tests/kernels/test_linear_cross_entropy_triton.py",
+    "tests/kernels/test_linear_cross_entropy_ops.py",
+    "tests/kernels/test_info_nce_triton.py",
+    "tests/kernels/test_segment_pool_triton.py",
     "tests/models/test_triton_backend.py",
 )
 
@@ -54,11 +58,12 @@ def pytest_command() -> str:
 def parts(options: argparse.Namespace) -> dict[str, list[str]]:
     """The commands, by name, in their order."""
     benchmarks = Path(__file__).resolve().parent
-    quick = ["--quick"] if options.quick else []
+    quick, small = (["--quick"], ["--size", "small"]) if options.quick else ([], [])
     output = str(options.output.resolve())
     commands = {
         "tests": [pytest_command(), "-q", *options.tests],
         "attention": [sys.executable, str(benchmarks / "attention.py"), "--output", output, *quick],
+        "losses": [sys.executable, str(benchmarks / "losses.py"), "--output", output, *small],
     }
     if options.tune:
         commands["tune"] = [sys.executable, str(benchmarks / "tune.py"), "--timed"]

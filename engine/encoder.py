@@ -23,7 +23,6 @@ from bivec.engine.lora import load_adapter
 from bivec.engine.packing import token_budget_batches
 from bivec.engine.tokenizer import load_tokenizer, prefix_length
 from bivec.kernels import segment_pool
-from bivec.kernels.backend import preferred
 from bivec.models import PackedBatch, load_pretrained, save_pretrained
 from bivec.models.files import atomic_directory
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, resolve_checkpoint
@@ -173,7 +172,7 @@ class Encoder:
                     mode=POOLINGS[self.config.pooling],
                     span_starts=starts,
                     span_ends=batch.cu_seqlens[1:].long(),
-                    backend=preferred(self.backend, "segment_pool"),
+                    backend=self.backend,
                 )
             embeddings[indices] = pooled.float().cpu()
         if normalize_embeddings:

@@ -21,7 +21,6 @@ from bivec.engine.lora import Adapter
 from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
 from bivec.engine.packing import indices_for_step
 from bivec.kernels import fold_seed, info_nce, linear_cross_entropy, segment_pool
-from bivec.kernels.backend import preferred
 from bivec.models import PackedBatch
 
 LORA_SITE, ATTENTION_SITE = 1, 2  # folded into the stage's seed: the two dropouts must not share bits
@@ -40,7 +39,7 @@ def mntp_loss(
     lm_head_weight: Tensor,
     batch: MntpBatch,
     *,
-    normalizer: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
     attention_dropout: float = 0.0,
     seed: int | None = None,
     backend: str | None = None,
@@ -66,7 +65,7 @@ def mntp_loss(
         batch.targets,
         batch.index,
         normalizer=normalizer,
-        backend=preferred(backend, "linear_cross_entropy"),
+        backend=backend,
     )
 
 
@@ -104,10 +103,10 @@ def simcse_loss(
         mode=pooling,
         span_starts=torch.minimum(spans[:-1] + skip_prefix, spans[1:]),
         span_ends=spans[1:],
-        backend=preferred(backend, "segment_pool"),
+        backend=backend,
     )
     first, second = pooled.chunk(2)
-    return info_nce(first, second, scale=scale, backend=preferred(backend, "info_nce"))
+    return info_nce(first, second, scale=scale, backend=backend)
 
 
 @contextmanager
@@ -154,7 +153,7 @@ class MntpObjective:
             )
             for i in range(0, len(rows), per_micro)
         ]
-        normalizer = torch.tensor(float(max(1, sum(len(micro.index) for micro in micro_batches))), device=device)
+        normalizer = float(max(1, sum(len(micro.index) for micro in micro_batches)))
         for micro in micro_batches:
             micro = micro.to(device)
             with _lora_noise(self.adapter, self.seed, micro.batch, self.backend):

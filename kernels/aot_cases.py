@@ -1,4 +1,4 @@
-"""The calls that ``kernels/aot.py`` checks: every default configuration, options alone, and all together."""
+"""The calls that ``kernels/aot.py`` checks: those of attention, and where those of the other operators are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import product
 
 import torch
 
+from bivec.kernels import aot_cases_cross_entropy, aot_cases_info_nce, aot_cases_segment_pool
 from bivec.kernels.aot import Case
 from bivec.kernels.attention_long import long_forward
 from bivec.kernels.attention_long_backward import long_backward
@@ -102,7 +103,13 @@ def short_architectures(**key: int) -> tuple[str, ...]:
 
 
 def cases() -> list[Case]:
-    """What ``--check`` compiles: every row of the tables with each option alone, with none and with all."""
+    """What ``--check`` compiles."""
+    losses = [*aot_cases_cross_entropy.cases(), *aot_cases_info_nce.cases(), *aot_cases_segment_pool.cases()]
+    return attention_cases() + losses
+
+
+def attention_cases() -> list[Case]:
+    """Every row of attention's table with each option alone, with none and with all."""
     found = []
     for head_dim, itemsize in product(HEAD_DIMS, (2, 4)):
         for name, dtype, option, forward in variants(itemsize):

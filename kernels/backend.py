@@ -17,7 +17,9 @@ from bivec.kernels.launch import interpreting
 
 BACKENDS = ("torch", "triton")
 TRITON_INSTALLED = find_spec("triton") is not None
-TRITON_OPS = frozenset({"flash_attention"})  # the ops whose Triton kernels exist
+TRITON_OPS = frozenset(
+    {"flash_attention", "info_nce", "linear_cross_entropy", "segment_pool"}
+)  # the ops whose Triton kernels exist
 
 
 class BackendError(RuntimeError):

@@ -13,6 +13,8 @@ and ``last`` are spans of one token. Sums are fp32 (fp64 for fp64).
 Saved for backward: the slot list (span, token, weight), 20 bytes a slot; no activation. Memory beyond input and output:
 the slots, and for half-precision input one fp32 copy. FLOPs: 2 D a slot in either direction.
 
+This is the torch backend; ``kernels/segment_pool_triton.py`` needs no slots, and no copy.
+
 Source: mean and EOS pooling as in LLM2Vec (arXiv:2404.05961, section 3.2); weighted mean as in SGPT (Muennighoff 2022,
 arXiv:2202.08904).
 """
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import resolve
+from bivec.kernels.backend import BackendError, checks_values, resolve
 
 MODES = ("mean", "weighted_mean", "first", "last")
 
@@ -92,8 +94,8 @@ def _check(hidden: Tensor, cu_seqlens: Tensor, mode: str, starts: Tensor | None,
         raise ValueError(f"{name}: {starts.shape[0]} span_starts but {ends.shape[0]} span_ends; one pair a span")
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name}: cu_seqlens must be [B + 1] offsets beginning with 0; it is empty")
-    if hidden.device.type != "cpu":
-        return  # value checks would synchronise
+    if not checks_values(hidden.device):
+        return
     num_tokens = hidden.shape[0]
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(
@@ -127,21 +129,31 @@ def segment_pool(
         mode: "mean", "weighted_mean" (weights 1 … n inside the span, normalised), "first" or "last" token.
         span_starts: [S] int32 or int64, absolute positions in T; None = one span a sequence.
         span_ends: [S], exclusive. Spans may overlap, repeat, leave tokens out and be of any number. On a GPU explicit
-            spans under the mean modes cost one synchronisation (the total of their lengths).
-        backend: None, "torch" or "triton".
+            spans cost no synchronisation with the Triton backend; with the torch backend those of the mean modes cost
+            one (the total of their lengths).
+        backend: None, "torch" or "triton" (fp16, bf16 and fp32).
 
     Returns:
         [S, D] in hidden's dtype, accumulated in fp32 (fp64 for fp64); zeros for an empty span.
 
     Raises:
-        ValueError: wrong shapes, dtypes or mode; on CPU tensors also offsets or spans that do not fit T.
+        ValueError: wrong shapes, dtypes or mode; on CPU tensors, and with BIVEC_CHECK=1, also offsets or spans that do
+            not fit T.
+        BackendError: the backend cannot be used here; fp64 with the Triton backend.
 
     Source:
         LLM2Vec (arXiv:2404.05961), section 3.2; weighted mean: SGPT (arXiv:2202.08904).
     """
-    resolve(backend, "segment_pool")
+    chosen = resolve(backend, "segment_pool", hidden.device)
     _check(hidden, cu_seqlens, mode, span_starts, span_ends)
-    if span_starts is None:
-        offsets = cu_seqlens.long()
-        return _SegmentPool.apply(hidden, offsets[:-1], offsets[1:], mode, hidden.shape[0])
-    return _SegmentPool.apply(hidden, span_starts.long(), span_ends.long(), mode, None)
+    in_sequences = span_starts is None
+    starts, ends = (cu_seqlens[:-1], cu_seqlens[1:]) if in_sequences else (span_starts, span_ends)
+    if chosen == "triton":
+        from bivec.kernels import segment_pool_triton  # triton is an optional dependency
+
+        if hidden.dtype not in segment_pool_triton.DTYPES:
+            raise BackendError(
+                f'segment_pool: the Triton kernels take fp16, bf16 and fp32, got {hidden.dtype}; use backend="torch"'
+            )
+        return segment_pool_triton.pool(hidden, starts, ends, mode, in_order=in_sequences)
+    return _SegmentPool.apply(hidden, starts.long(), ends.long(), mode, hidden.shape[0] if in_sequences else None)

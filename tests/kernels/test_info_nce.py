@@ -7,7 +7,6 @@ import torch
 
 from bivec.kernels import info_nce
 from bivec.kernels import reference as ref
-from bivec.kernels.backend import BackendError
 
 B, N, M, K, D = 11, 17, 5, 3, 24
 FLOOR = 2e-6  # fp32 rounding of logits up to 20, seen through exp, relative
@@ -297,8 +296,3 @@ BAD = [
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         info_nce(**({"queries": torch.ones(B, D), "candidates": torch.ones(N, D)} | change))
-
-
-def test_triton_is_refused_until_it_exists():
-    with pytest.raises(BackendError, match="info_nce"):
-        info_nce(torch.ones(B, D), torch.ones(N, D), backend="triton")

@@ -7,7 +7,6 @@ import torch
 
 from bivec.kernels import linear_cross_entropy
 from bivec.kernels import reference as ref
-from bivec.kernels.backend import BackendError
 
 T, D, V, N = 37, 29, 211, 23  # multiples of nothing
 FLOOR = 1e-6  # fp32 rounding of a sum of a few hundred terms, relative
@@ -240,8 +239,3 @@ def test_bad_tensors_are_refused(message):
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(*example(), **options)
-
-
-def test_triton_is_refused_until_it_exists():
-    with pytest.raises(BackendError, match="linear_cross_entropy"):
-        linear_cross_entropy(*example(), backend="triton")

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from bivec.kernels import reference as ref
 from bivec.kernels import segment_pool
-from bivec.kernels.backend import BackendError
 
 MODES = ["mean", "weighted_mean", "first", "last"]
 CU_SEQLENS = torch.tensor([0, 5, 5, 6, 37, 37, 44], dtype=torch.int32)  # two empty; one longer than all the others
@@ -127,8 +126,3 @@ def test_bad_input_is_refused(change, message):
     arguments = {"hidden": torch.zeros(T, D), "cu_seqlens": CU_SEQLENS} | change
     with pytest.raises(ValueError, match=message):
         segment_pool(arguments.pop("hidden"), arguments.pop("cu_seqlens"), **arguments)
-
-
-def test_triton_is_refused_until_it_exists():
-    with pytest.raises(BackendError, match="segment_pool"):
-        segment_pool(torch.zeros(T, D), CU_SEQLENS, backend="triton")
