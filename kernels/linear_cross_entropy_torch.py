@@ -1,8 +1,9 @@
 """The torch backend of ``linear_cross_entropy``: the chunk loop in plain torch, on every device and in every dtype.
 
-LSE and top-1 come from the softmax that overwrites the logits: with m = max z, the softmax of the largest logit is
-exp(m - LSE), at least 1/V, so LSE = m - log(max softmax) without a second exponential. Half-precision operands are
-multiplied in fp32, tile by tile of the vocabulary inside the same workspace.
+The softmax that overwrites the logits is that of all but the target's (``_softmax_rows``); their LSE and top-1 come
+from it too: with m their maximum, the softmax of the largest is exp(m - LSE), at least 1/V, so LSE = m - log(max
+softmax) without a second exponential. Half-precision operands are multiplied in fp32, tile by tile of the vocabulary
+inside the same workspace.
 """
 
 from __future__ import annotations
