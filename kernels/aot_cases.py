@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 
@@ -23,6 +24,7 @@ OPTIONS = {
     "dropout": {"dropout_p": 0.1},
     "all": {"left": 64, "right": 0, "softcap": 50.0, "dropout_p": 0.1},
 }
+PASSES = ("forward", "backward")
 HEAD_DIMS = (64, 128, 256)  # as the tables know them
 LONG_KERNELS = frozenset({"attention_forward", "attention_backward_q", "attention_backward_kv"})
 SHORT_KERNELS = frozenset({"attention_short_forward", "attention_short_backward"})
@@ -63,31 +65,35 @@ def attention_problem(
     )
 
 
-def run_long(problem: Problem, forward: bool = True) -> None:
-    """The kernels of the long path, or only those of its backward."""
+def run_long(problem: Problem, passes: Sequence[str] = PASSES) -> None:
+    """The kernels of the long path, or those of one pass."""
     out, lse = torch.empty_like(problem.q), problem.q.new_empty(problem.q.shape[1::-1], dtype=torch.float32)
-    if forward:
+    if "forward" in passes:
         long_forward(problem)
-    long_backward(problem, out, lse, out)
+    if "backward" in passes:
+        long_backward(problem, out, lse, out)
 
 
-def run_short(problem: Problem, length: int, forward: bool = True) -> None:
-    """The kernels of the short path, or only that of its backward."""
+def run_short(problem: Problem, length: int, passes: Sequence[str] = PASSES) -> None:
+    """The kernels of the short path, or that of one pass."""
     out, lse = torch.empty_like(problem.q), problem.q.new_empty(problem.q.shape[1::-1], dtype=torch.float32)
-    if forward:
+    if "forward" in passes:
         short_forward(problem, length)
-    short_backward(problem, length, lse, out)
+    if "backward" in passes:
+        short_backward(problem, length, lse, out)
 
 
-def variants(itemsize: int) -> list[tuple[str, torch.dtype, str, bool]]:
-    """Name, dtype, option and whether the forward too, of the calls that a table's row for ``itemsize`` serves.
+def variants(itemsize: int) -> list[tuple[str, torch.dtype, str, Sequence[str]]]:
+    """Name, dtype, option and passes of the calls that a table's row for ``itemsize`` serves.
 
-    Each option alone, none, and all. fp16 differs from bf16 in the backward only, by code that no option changes: it is
-    compiled with all.
+    Each option alone, none, and all. fp16's forward is that of bf16; its backward has code that no option changes and
+    that bf16 lacks, so that the backward with all options is compiled in fp16. fp32 has one kernel for every window
+    and softcap.
     """
     if itemsize == 4:
-        return [("fp32", torch.float32, option, True) for option in OPTIONS]
-    return [("bf16", torch.bfloat16, option, True) for option in OPTIONS] + [("fp16", torch.float16, "all", False)]
+        return [("fp32", torch.float32, option, PASSES) for option in OPTIONS]
+    alone = [("bf16", torch.bfloat16, option, PASSES) for option in OPTIONS if option != "all"]
+    return [*alone, ("bf16", torch.bfloat16, "all", PASSES[:1]), ("fp16", torch.float16, "all", PASSES[1:])]
 
 
 def other_shapes(itemsize: int) -> list[Problem]:
@@ -112,15 +118,15 @@ def attention_cases() -> list[Case]:
     """Every row of attention's table with each option alone, with none and with all."""
     found = []
     for head_dim, itemsize in product(HEAD_DIMS, (2, 4)):
-        for name, dtype, option, forward in variants(itemsize):
+        for name, dtype, option, passes in variants(itemsize):
             problem = attention_problem(dtype, head_dim, **OPTIONS[option])
             place = f"{name} d{head_dim} g4"
-            used = frozenset(k for k in LONG_KERNELS | SHORT_KERNELS if itemsize == 2 and (forward or "backward" in k))
-            run = partial(run_long, problem, forward=forward)
+            used = frozenset(k for k in LONG_KERNELS | SHORT_KERNELS if itemsize == 2 and any(p in k for p in passes))
+            run = partial(run_long, problem, passes=passes)
             found.append(Case("attention_long", f"{place} {option}", run, used & LONG_KERNELS))
             for length in LENGTHS:
                 key = {"head_dim": head_dim, "itemsize": itemsize, "length": length}
-                run = partial(run_short, problem, length, forward=forward)
+                run = partial(run_short, problem, length, passes=passes)
                 label, architectures = f"{place} L{length} {option}", short_architectures(**key)
                 found.append(Case("attention_short", label, run, used & SHORT_KERNELS, architectures=architectures))
     return found

@@ -31,9 +31,12 @@ def length_bucket(max_seqlen: int) -> int:
     return LONG
 
 
-def _is_short(problem: Problem, bucket: int) -> bool:
-    """Whether the bucket has a tile on this GPU: fp32 has none, head dim 256 only short ones."""
-    return bucket != LONG and problem.has_config("attention_short_backward", length=bucket)
+def _tile_length(problem: Problem, bucket: int) -> int:
+    """The smallest tile on this GPU that holds the bucket, or ``LONG``: fp32 has none, head dim 256 only short ones."""
+    for length in LENGTHS:
+        if bucket != LONG and length >= bucket and problem.has_config("attention_short_backward", length=length):
+            return length
+    return LONG
 
 
 @torch.library.custom_op("bivec::flash_attention", mutates_args=())
@@ -57,7 +60,8 @@ def attention_op(
     problem = Problem(
         q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
     )
-    return short_forward(problem, bucket) if _is_short(problem, bucket) else long_forward(problem)
+    length = _tile_length(problem, bucket)
+    return long_forward(problem) if length == LONG else short_forward(problem, length)
 
 
 @attention_op.register_fake
@@ -89,9 +93,10 @@ def attention_backward_op(
     problem = Problem(
         q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
     )
-    if _is_short(problem, bucket):
-        return short_backward(problem, bucket, lse2, d_out)
-    return long_backward(problem, out, lse2, d_out)
+    length = _tile_length(problem, bucket)
+    if length == LONG:
+        return long_backward(problem, out, lse2, d_out)
+    return short_backward(problem, length, lse2, d_out)
 
 
 @attention_backward_op.register_fake
@@ -122,7 +127,7 @@ def _save(ctx, inputs, output):
     ctx.options = options  # bucket, softmax_scale, softcap, left, right, dropout_p
     out, lse2 = output
     bucket, *rest = options
-    if _is_short(Problem(q, k, v, cu_seqlens, starts, order, *rest, seed, sample_ids), bucket):
+    if _tile_length(Problem(q, k, v, cu_seqlens, starts, order, *rest, seed, sample_ids), bucket) != LONG:
         out = None
     ctx.save_for_backward(q, k, v, out, lse2, cu_seqlens, starts, order, seed, sample_ids)
     ctx.set_materialize_grads(False)

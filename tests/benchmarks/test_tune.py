@@ -101,7 +101,7 @@ def test_the_first_usable_candidate_is_chosen(tune, monkeypatch):
 
 def test_the_fastest_candidate_is_chosen(tune, monkeypatch):
     rows = [row for row in tune.rows(("sm_90",)) if (row.head_dim, row.itemsize) == (64, 2)]
-    long, short = rows[0], next(row for row in rows if row.length == 32)
+    long, short = rows[0], next(row for row in rows if row.length == 64)
     monkeypatch.setattr(tune, "usable", lambda attempts, *_: [{"registers": 1} for _ in attempts])
     ran = []
     monkeypatch.setattr(tune.Row, "run", lambda row, problem, config: ran.append((problem, config)))
@@ -116,10 +116,10 @@ def test_the_fastest_candidate_is_chosen(tune, monkeypatch):
 
     entries = tune.choose_timed([long, short], torch.device("cpu"), "a test", Meter())
     assert [tuning.config_of(e) for e in entries] == [long.candidates[2], short.candidates[2]]
-    assert entries[0]["chosen_by"].startswith("timed on a test, 20") and entries[1]["key"]["length"] == 32
+    assert entries[0]["chosen_by"].startswith("timed on a test, 20") and entries[1]["key"]["length"] == 64
     problem = ran[-1][0]
     lengths = problem.cu_seqlens.diff()
-    assert lengths.max() <= 32 and lengths.min() >= 8 and 8_000 < problem.q.shape[0] < 20_000
+    assert lengths.max() <= 64 and lengths.min() >= 16 and 8_000 < problem.q.shape[0] < 20_000
     assert torch.equal(lengths, lengths.sort(descending=True).values)  # so that cu_seqlens is the schedule too
 
 
