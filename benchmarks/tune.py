@@ -96,6 +96,8 @@ class Row:
         for _, dtype, option, passes in aot_cases.variants(self.itemsize):
             if option in options and any(name in self.kernel for name in passes):
                 problems.append(aot_cases.attention_problem(dtype, self.head_dim, **aot_cases.OPTIONS[option]))
+        if "all" in options and self.itemsize == 2:
+            problems.append(aot_cases.attention_problem(torch.bfloat16, self.head_dim, **aot_cases.OPTIONS["all"]))
         if "all" in options and self.head_dim == 128 and self.length in (None, 64):
             problems += aot_cases.other_shapes(self.itemsize)
         found = []

@@ -133,8 +133,9 @@ def attention_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """:func:`cases`, and padded head dims and other groups: what ``benchmarks/tune.py`` compiles to choose a row.
+    """:func:`cases`, padded head dims and other groups, and bf16's backward with all options.
 
+    What ``benchmarks/tune.py`` compiles before it writes a row.
     ``python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases:all_cases``
     """
     found = cases()
@@ -146,4 +147,11 @@ def all_cases() -> list[Case]:
             if itemsize == 2:
                 short = partial(run_short, problem, 64)
                 found.append(Case("attention_short", f"{place} L64 all", short, SHORT_KERNELS))
+    for head_dim in HEAD_DIMS:
+        problem, place = attention_problem(torch.bfloat16, head_dim, **OPTIONS["all"]), f"bf16 d{head_dim} g4"
+        found.append(Case("attention_long", f"{place} all", partial(run_long, problem), LONG_KERNELS))
+        for length in LENGTHS:
+            architectures = short_architectures(head_dim=head_dim, itemsize=2, length=length)
+            run = partial(run_short, problem, length)
+            found.append(Case("attention_short", f"{place} L{length} all", run, SHORT_KERNELS, architectures))
     return found

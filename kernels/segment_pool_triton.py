@@ -13,9 +13,9 @@ blocks inside it walk over all the short ones before them. The order of the sum 
 nothing is read on the host. The order is made in the backward, by a stable sort on the device; the spans of sequences
 are in order already.
 
-Saved for backward: the spans' bounds; no activation. Memory beyond input and output: 28 bytes a span in the backward,
-and a copy of an input whose rows are not contiguous. FLOPs: 2 D for each token of each span, in either direction; both
-are bound by reading the rows, once a span.
+Saved for backward: the spans' bounds; no activation. Memory beyond input and output: up to 40 bytes a span in the
+backward, and a copy of an input whose rows are not contiguous. FLOPs: 2 D for each token of each span, in either
+direction; both are bound by reading the rows, once a span.
 """
 
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
@@ -67,7 +67,7 @@ def segment_pool_forward(
     tl.store(out_ptr + span * DIM + dims, pooled.to(out_ptr.dtype.element_ty), mask=dims_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_spans"])
 def segment_pool_backward(
     d_out_ptr,
     starts_ptr,

@@ -7,6 +7,7 @@ import torch
 
 from bivec.kernels import info_nce
 from bivec.kernels import reference as ref
+from bivec.kernels.backend import checks_values
 
 B, N, M, K, D = 11, 17, 5, 3, 24
 FLOOR = 2e-6  # fp32 rounding of logits up to 20, seen through exp, relative
@@ -264,6 +265,52 @@ def test_memory_stays_within_the_workspace(dtype, extra):
     gradients = 2 * size * width * (4 + dtype.itemsize)  # fp32 sums kept for backward, and the results
     vectors = 10 * size * 8  # targets, losses, LSE, positives, flags
     assert peak_bytes(step) <= budget + gradients + vectors < size * size * 4 / 8
+
+
+@pytest.mark.parametrize("name", ["hard negatives", "matryoshka", "single losses"])
+def test_memory_with_options_stays_within_the_workspace(name):
+    size, width, budget = 2000, 8, 2**19
+    g = torch.Generator().manual_seed(0)
+    count = 3 if name == "hard negatives" else 2
+    vectors = [torch.randn(size, width, generator=g).requires_grad_() for _ in range(count)]
+    options = {
+        "hard negatives": {},
+        "matryoshka": {"matryoshka_dims": (4, 8)},
+        "single losses": {"reduction": "none"},
+    }[name]
+
+    def step():
+        hard = {"hard_negatives": vectors[2]} if name == "hard negatives" else {}
+        loss = info_nce(*vectors[:2], **hard, workspace_bytes=budget, **options).sum()
+        loss.backward()
+        return loss
+
+    # fp32 sums, the results, and under matryoshka the prefixes' contiguous copies and padded gradients
+    gradients = (count if name != "matryoshka" else 3 * count) * size * width * 8
+    assert peak_bytes(step) <= budget + gradients + 16 * size * 8 < size * size * 4 / 8
+
+
+def test_16384_by_16384_within_256_mb():
+    size, width, budget = 16384, 32, 256 * 10**6
+    g = torch.Generator().manual_seed(0)
+    queries, candidates = (torch.randn(size, width, generator=g).requires_grad_() for _ in range(2))
+
+    def step():
+        loss = info_nce(queries, candidates, workspace_bytes=budget // 2)
+        loss.backward()
+        return loss
+
+    inputs_and_gradients = 2 * 2 * size * width * 4
+    assert peak_bytes(step) <= budget + inputs_and_gradients < size * size * 4
+    assert queries.grad.isfinite().all() and queries.grad.abs().max() > 0
+
+
+def test_values_on_a_gpu_are_checked_under_the_debug_flag(monkeypatch):
+    """``BIVEC_CHECK=1`` asks for the checks that would wait for a GPU; unasked, a CPU checks and a GPU does not."""
+    monkeypatch.delenv("BIVEC_CHECK", raising=False)
+    assert checks_values(torch.device("cpu")) and not checks_values(torch.device("cuda"))
+    monkeypatch.setenv("BIVEC_CHECK", "1")
+    assert checks_values(torch.device("cuda"))
 
 
 BAD = [

@@ -208,6 +208,38 @@ def test_memory_stays_within_the_workspace(dtype):
     assert peak_bytes(step) <= budget + gradients + vectors < rows * vocab * 4 / 8
 
 
+@pytest.mark.parametrize(
+    ("softcap", "reduction", "trained"), [(3.0, "mean", False), (None, "none", False), (None, "sum", True)]
+)
+def test_memory_with_options_stays_within_the_workspace(softcap, reduction, trained):
+    rows, width, vocab, budget = 500, 16, 4001, 2**18
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, width, generator=g).requires_grad_()
+    weight = torch.randn(vocab, width, generator=g).requires_grad_(trained)
+    targets = torch.randint(0, vocab, (rows,), generator=g)
+
+    def step():
+        options = {"softcap": softcap, "reduction": reduction, "workspace_bytes": budget}
+        loss = linear_cross_entropy(hidden, weight, targets, **options).sum()
+        loss.backward()
+        return loss
+
+    gradients = 3 * (rows * width + trained * vocab * width) * 4
+    assert peak_bytes(step) <= budget + gradients + 12 * rows * 8 < rows * vocab * 4 / 8 + trained * gradients
+
+
+@pytest.mark.parametrize("vocab", [32000, 49152, 50257, 128256, 151936])
+def test_vocabularies_of_real_models(vocab):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 8, generator=g), torch.randn(vocab, 8, generator=g)
+    targets = torch.tensor([0, vocab - 1, vocab // 2, -100, 1, 31999, 5])
+    truth = run(ref.linear_cross_entropy, hidden.double(), weight.double(), targets, None)
+    plain = run(ref.linear_cross_entropy, hidden, weight, targets, None)
+    ours = run(linear_cross_entropy, hidden, weight, targets, None, workspace_bytes=3 * vocab * 4)
+    for name, value, same_dtype, exact in zip(("loss", "hidden", "weight"), ours, plain, truth, strict=True):
+        assert relative_error(value, exact) <= 2 * relative_error(same_dtype, exact) + FLOOR, name
+
+
 BAD = {
     "share D": lambda h, w, t, i: (h[:, :-1], w, t, i),
     "floating point": lambda h, w, t, i: (h.long(), w, t, i),

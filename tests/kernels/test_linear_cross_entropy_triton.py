@@ -70,7 +70,7 @@ def test_matches_float64(dtype, reduction, softcap, selected):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("vocab", [1, 32, 1000, 2048, 2049, 4100, 50257])
+@pytest.mark.parametrize("vocab", [1, 32, 1000, 2048, 2049, 4100, 49152, 50257, 128256, 151936])
 def test_vocabularies(vocab, softcap, dtype):
     """Below, at and beyond the size of a block; several blocks, where dz is written over logits of other blocks."""
     inputs = example(vocab, dtype, rows=3 if vocab > 5000 else 7)
