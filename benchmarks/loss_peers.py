@@ -13,10 +13,14 @@ from torch import Tensor
 
 from bivec.kernels import info_nce, linear_cross_entropy
 from bivec.kernels import reference as exact
+from bivec.kernels.gemm import multiply_
 
-CROSS_ENTROPY, ONE_WAY, SYMMETRIC = "linear_cross_entropy", "info_nce", "info_nce symmetric"
-LOSSES = (CROSS_ENTROPY, ONE_WAY, SYMMETRIC)
+CROSS_ENTROPY, SELECTED = "linear_cross_entropy", "linear_cross_entropy of 20 %"
+ONE_WAY, SYMMETRIC = "info_nce", "info_nce symmetric"
+CROSS_ENTROPIES, INFO_NCE = (CROSS_ENTROPY, SELECTED), (ONE_WAY, SYMMETRIC)
+LOSSES = CROSS_ENTROPIES + INFO_NCE
 MINI_BATCH_BYTES = 32 * 2**20  # fp32 logits of a mini-batch of sentence-transformers' cached loss
+GEMM_BYTES = 256 * 2**20  # fp32 logits of a chunk of the products alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,10 +28,16 @@ class Work:
     """One batch; ``x`` requires its gradient, ``y`` may."""
 
     loss: str  # of LOSSES
-    x: Tensor  # [N, D] hidden states, or queries
+    x: Tensor  # [T, D] hidden states, or [N, D] queries
     y: Tensor  # [V, D] the head's weight, or [N, D] candidates
     targets: Tensor  # [N] int64
     scale: float  # of info_nce
+    index: Tensor | None = None  # [N] int64, the rows of x that have a target; None = all
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of x that have a target, gathered."""
+        return self.x if self.index is None else self.x[self.index]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -42,6 +52,7 @@ class Peer:
     losses: tuple[str, ...]
     module: str | None = None  # what must be importable
     needs_gpu: bool = False
+    is_loss: bool = True  # whether it has gradients to judge
 
 
 def gradients(step: Callable[[], None], work: Work) -> list[Tensor]:
@@ -58,9 +69,10 @@ def gradients(step: Callable[[], None], work: Work) -> list[Tensor]:
 def reference(work: Work) -> list[Tensor]:
     """The gradients in float64, of the same (already rounded) operands, on the CPU."""
     x, y = (leaf.detach().cpu().double().requires_grad_(leaf.requires_grad) for leaf in (work.x, work.y))
-    wide = Work(work.loss, x, y, work.targets.cpu(), work.scale)
-    if work.loss == CROSS_ENTROPY:
-        loss = exact.linear_cross_entropy(x, y, wide.targets)
+    index = None if work.index is None else work.index.cpu()
+    wide = Work(work.loss, x, y, work.targets.cpu(), work.scale, index)
+    if work.loss in CROSS_ENTROPIES:
+        loss = exact.linear_cross_entropy(x, y, wide.targets, index)
     else:
         loss = exact.info_nce(x, y, scale=work.scale, symmetric=work.loss == SYMMETRIC)
     return gradients(loss.backward, wide)
@@ -72,8 +84,8 @@ def _backward(loss: Callable[[], Tensor]) -> Callable[[], None]:
 
 def bivec_step(work: Work) -> Callable[[], None]:
     """Ours, with the device's default backend."""
-    if work.loss == CROSS_ENTROPY:
-        return _backward(partial(linear_cross_entropy, work.x, work.y, work.targets))
+    if work.loss in CROSS_ENTROPIES:
+        return _backward(partial(linear_cross_entropy, work.x, work.y, work.targets, work.index))
     return _backward(partial(info_nce, work.x, work.y, scale=work.scale, symmetric=work.loss == SYMMETRIC))
 
 
@@ -90,8 +102,9 @@ def _plain_info_nce(x: Tensor, y: Tensor, targets: Tensor, scale: float, symmetr
 def plain_step(work: Work, compiled: bool = False) -> Callable[[], None]:
     """What one writes by hand, all logits at once and in the operands' dtype; or that, compiled."""
     wrap = torch.compile if compiled else lambda function: function
-    if work.loss == CROSS_ENTROPY:
-        return _backward(partial(wrap(_plain_cross_entropy), work.x, work.y, work.targets))
+    if work.loss in CROSS_ENTROPIES:
+        plain = wrap(_plain_cross_entropy)
+        return _backward(lambda: plain(work.rows, work.y, work.targets))
     loss = partial(wrap(_plain_info_nce), work.x, work.y, work.targets, work.scale, work.loss == SYMMETRIC)
     return _backward(loss)
 
@@ -100,14 +113,15 @@ def liger_step(work: Work) -> Callable[[], None]:
     """Liger-Kernel's fused linear cross-entropy, as it comes."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
-    return _backward(partial(LigerFusedLinearCrossEntropyLoss(), work.y, work.x, work.targets))
+    liger = LigerFusedLinearCrossEntropyLoss()
+    return _backward(lambda: liger(work.y, work.rows, work.targets))
 
 
 def cut_cross_entropy_step(work: Work) -> Callable[[], None]:
     """Cut Cross-Entropy, as it comes: small gradients are skipped (``filter_eps``)."""
     from cut_cross_entropy import linear_cross_entropy as cut
 
-    return _backward(partial(cut, work.x, work.y, work.targets))
+    return _backward(lambda: cut(work.rows, work.y, work.targets))
 
 
 def memeff_step(work: Work) -> Callable[[], None]:
@@ -133,13 +147,32 @@ def sentence_transformers_step(work: Work) -> Callable[[], None]:
     return lambda: loss.calculate_loss([[work.x], [work.y]], with_backward=True)
 
 
-INFO_NCE = (ONE_WAY, SYMMETRIC)
+def products_step(work: Work) -> Callable[[], None]:
+    """Only the GEMMs of a loss in chunks: the logits, and for each gradient one with what has their shape."""
+    x, y = work.rows.detach(), work.y.detach()
+    size = min(len(x), max(1, GEMM_BYTES // (4 * len(y))))
+
+    def step() -> None:
+        logits = x.new_empty(size, len(y), dtype=torch.float32)
+        slopes, d_x = x.new_zeros(size, len(y)), torch.empty_like(x)
+        d_y = torch.zeros_like(y, dtype=torch.float32) if work.y.requires_grad else None
+        for first in range(0, len(x), size):
+            part = x[first : first + size]
+            multiply_(logits[: len(part)], part, y.T, add=False)
+            torch.mm(slopes[: len(part)], y, out=d_x[first : first + size])
+            if d_y is not None:
+                multiply_(d_y, slopes[: len(part)].T, part, add=True)
+
+    return step
+
+
 PEERS = {
     "bivec": Peer(bivec_step, LOSSES),
     "torch": Peer(plain_step, LOSSES),
+    "GEMMs alone": Peer(products_step, LOSSES, is_loss=False),
     "torch.compile": Peer(partial(plain_step, compiled=True), LOSSES, needs_gpu=True),
-    "liger": Peer(liger_step, (CROSS_ENTROPY,), "liger_kernel"),
-    "cut-cross-entropy": Peer(cut_cross_entropy_step, (CROSS_ENTROPY,), "cut_cross_entropy"),
+    "liger": Peer(liger_step, CROSS_ENTROPIES, "liger_kernel"),
+    "cut-cross-entropy": Peer(cut_cross_entropy_step, CROSS_ENTROPIES, "cut_cross_entropy"),
     "memeff": Peer(memeff_step, (SYMMETRIC,), "memeff"),
     "sentence-transformers": Peer(sentence_transformers_step, INFO_NCE, "sentence_transformers"),
 }

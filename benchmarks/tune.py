@@ -1,12 +1,12 @@
-"""Chooses the tiles, warps and stages of the attention kernels, and writes them to kernels/tuning/attention.json.
+"""Chooses the tiles, warps and stages of the kernels, and writes them to the tables kernels/tuning/*.json.
 
     python benchmarks/tune.py --compiled   # no GPU: the first candidate without a spill, for all architectures
     python benchmarks/tune.py --timed      # on a GPU: the fastest candidate without a spill, for its architecture
 
 Candidates are listed by preference, larger tiles first: they read K and V less often. A candidate counts as not
 spilling when no option of the kernel spills, alone or with all others, in any dtype that the row serves, and its
-shared memory fits. ``--timed`` measures forward and backward on batches of real lengths, every candidate in turn, and
-the table says where.
+shared memory fits. ``--timed`` measures forward and backward, attention's on batches of real lengths, every candidate
+in turn, and the table says where. The candidates of the other kernels are in ``tune_rows.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from itertools import islice, product
 from typing import Any
 
 import torch
+import tune_rows
 from timing import GpuMeter, Meter, interleaved
 
 from bivec.kernels import aot, aot_cases, tuning
@@ -30,7 +31,6 @@ from bivec.kernels.attention_tiles import Problem
 from bivec.kernels.launch import Launch, architecture, recording
 from bivec.kernels.tuning import ARCHITECTURES, Config, has_config, overriding
 
-TABLE = tuning.FOLDER / "attention.json"
 # (BLOCK_M, BLOCK_N, num_warps, num_stages), by itemsize and head_dim
 LONG_CANDIDATES = {
     "attention_forward": {
@@ -84,6 +84,17 @@ class Row:
     itemsize: int
     length: int | None  # of the short path's tile
     candidates: tuple[Config, ...]
+    table: str = "attention"
+
+    @property
+    def may_lack(self) -> bool:
+        """Whether the table can do without: what the short path lacks, the long one serves."""
+        return self.length is not None
+
+    @property
+    def matmul(self) -> bool:
+        """Whether it must use tensor cores."""
+        return self.itemsize == 2
 
     @property
     def key(self) -> dict[str, int]:
@@ -107,6 +118,10 @@ class Row:
             found += [launch for launch in launches if launch.kernel.__name__ == self.kernel]
         return found
 
+    def problem(self, device: torch.device) -> Problem:
+        """The call that is timed."""
+        return timing_problem(self, device)
+
     def run(self, problem: Problem, config: Config) -> None:
         """All kernels of the path: this one with ``config``, and so those for which the table has no row."""
         path = LONG_CANDIDATES if self.length is None else SHORT_CANDIDATES
@@ -118,8 +133,11 @@ class Row:
                 aot_cases.run_short(problem, self.length)
 
 
+AnyRow = Row | tune_rows.RowsRow
+
+
 def rows(architectures: tuple[str, ...]) -> Iterator[Row]:
-    """All rows that the kernels look up."""
+    """All rows that attention looks up."""
     for arch, head_dim, itemsize in product(architectures, aot_cases.HEAD_DIMS, (2, 4)):
         for kernel, table in LONG_CANDIDATES.items():
             configs = [Config({"BLOCK_M": m, "BLOCK_N": n}, w, s) for m, n, w, s in table[itemsize, head_dim]]
@@ -145,23 +163,25 @@ def for_architecture(configs: list[Config], arch: str, short: bool = False) -> t
     return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])
 
 
-def compiled(row: Row, reports: list[aot.Report | aot.Failure]) -> dict[str, Any] | None:
+def compiled(row: AnyRow, reports: list[aot.Report | aot.Failure]) -> dict[str, Any] | None:
     """The worst figures over the options; None where one of them cannot be used."""
     limit = aot.SHARED_LIMITS[row.arch]
     for report in reports:
         failed = isinstance(report, aot.Failure) or report.shared > limit or report.spills
-        if failed or (row.itemsize == 2 and not report.instructions.tensor_core):
+        if failed or (row.matmul and not report.instructions.tensor_core):
             return None
-    return {
+    figures = {
         "registers": max(r.registers for r in reports),
         "spills": max(r.spills for r in reports),
         "shared": max(r.shared for r in reports),
-        "tensor_core": min(r.instructions.tensor_core for r in reports),
     }
+    if row.table == "attention":
+        figures["tensor_core"] = min(r.instructions.tensor_core for r in reports)
+    return figures
 
 
 def usable(
-    attempts: list[tuple[Row, Config]], jobs: int | None, options: Container[str] = tuple(aot_cases.OPTIONS)
+    attempts: list[tuple[AnyRow, Config]], jobs: int | None, options: Container[str] = tuple(aot_cases.OPTIONS)
 ) -> list[dict[str, Any] | None]:
     """For rows and configurations, the worst figures over ``options``; None where one of them cannot be used."""
     launches = [row.launches(config, options) for row, config in attempts]
@@ -170,13 +190,13 @@ def usable(
     return [compiled(row, list(islice(outcomes, len(own)))) for (row, _), own in zip(attempts, launches, strict=True)]
 
 
-def choose_compiled(wanted: list[Row], jobs: int | None) -> list[dict[str, Any]]:
-    """Every row with its first usable candidate; a row of the short path that has none is left out.
+def choose_compiled(wanted: list[AnyRow], jobs: int | None) -> list[dict[str, Any]]:
+    """Every row with its first usable candidate; a row that the table may lack and that has none is left out.
 
     Raises:
-        RuntimeError: a row of the long path has none.
+        RuntimeError: another row has none.
     """
-    chosen: dict[Row, dict[str, Any]] = {}
+    chosen: dict[AnyRow, dict[str, Any]] = {}
     for attempt in range(max(len(row.candidates) for row in wanted)):
         still = [
             (row, row.candidates[attempt]) for row in wanted if row not in chosen and attempt < len(row.candidates)
@@ -190,12 +210,12 @@ def choose_compiled(wanted: list[Row], jobs: int | None) -> list[dict[str, Any]]
     missing = [row for row in wanted if row not in chosen]
     for row in missing:
         print(f"every candidate spills or does not fit: {row.kernel} on {row.arch}, {row.key}")
-    if any(row.length is None for row in missing):
-        raise RuntimeError("the long path needs a configuration for every head dim and dtype")
-    return [chosen[row] for row in wanted if row in chosen]  # what the short path lacks, the long one serves
+    if not all(row.may_lack for row in missing):
+        raise RuntimeError("each of these rows needs a configuration, but for those of the short path")
+    return [chosen[row] for row in wanted if row in chosen]
 
 
-def entry(row: Row, config: Config, figures: dict[str, Any], chosen_by: str) -> dict[str, Any]:
+def entry(row: AnyRow, config: Config, figures: dict[str, Any], chosen_by: str) -> dict[str, Any]:
     settings = config.blocks | {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return {
         "kernel": row.kernel,
@@ -225,7 +245,7 @@ def timing_problem(row: Row, device: torch.device) -> Problem:
     return Problem(q, k, v, cu_seqlens, cu_seqlens, order, softmax_scale=row.head_dim**-0.5, dropout_p=0.0, **none)
 
 
-def choose_timed(wanted: list[Row], device: torch.device, where: str, meter: Meter) -> list[dict[str, Any]]:
+def choose_timed(wanted: list[AnyRow], device: torch.device, where: str, meter: Meter) -> list[dict[str, Any]]:
     """Every row with the fastest of its usable candidates, run in turns: forward and backward of the row's path."""
     found = []
     for row in wanted:
@@ -235,7 +255,7 @@ def choose_timed(wanted: list[Row], device: torch.device, where: str, meter: Met
             for (_, config), figures in zip(attempts, usable(attempts, None), strict=True)
             if figures is not None
         }
-        problem = timing_problem(row, device)
+        problem = row.problem(device)
         if not runnable:
             print(f"{row.kernel} {row.key}: no candidate can be used, the table's row stays")
             continue
@@ -248,15 +268,16 @@ def choose_timed(wanted: list[Row], device: torch.device, where: str, meter: Met
     return found
 
 
-def write(entries: list[dict[str, Any]], wanted: list[Row]) -> None:
+def write(table: str, entries: list[dict[str, Any]], wanted: list[AnyRow]) -> None:
     """Replaces the rows ``wanted`` of the table by ``entries``; one line a row."""
-    old = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else []
+    path = tuning.FOLDER / f"{table}.json"
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     replaced = [(row.kernel, row.arch, row.key) for row in wanted]
     kept = [row for row in old if (row["kernel"], row["arch"], row["key"]) not in replaced]
     lines = ",\n".join(json.dumps(row) for row in sorted(kept + entries, key=place))
-    temporary = TABLE.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-    temporary.replace(TABLE)
+    temporary.replace(path)
 
 
 def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -281,15 +302,18 @@ def main() -> None:
         architectures = (tuning.table_architecture(architecture(device)),)
     else:
         architectures = tuple(options.arch or ARCHITECTURES)
-    wanted = [row for row in rows(architectures) if not options.kernel or row.kernel in options.kernel]
-    if options.timed:
-        entries = choose_timed(wanted, device, torch.cuda.get_device_name(), GpuMeter(device))
-        timed = [(entry["kernel"], entry["key"]) for entry in entries]
-        wanted = [row for row in wanted if (row.kernel, row.key) in timed]
-    else:
-        entries = choose_compiled(wanted, options.jobs)
-    write(entries, wanted)
-    print(f"{len(entries)} rows written to {TABLE} in {time.perf_counter() - begin:.0f} s")
+    all_rows: list[AnyRow] = [*rows(architectures), *tune_rows.rows(architectures)]
+    chosen = [row for row in all_rows if not options.kernel or row.kernel in options.kernel]
+    for table in dict.fromkeys(row.table for row in chosen):
+        wanted = [row for row in chosen if row.table == table]
+        if options.timed:
+            entries = choose_timed(wanted, device, torch.cuda.get_device_name(), GpuMeter(device))
+            timed = [(entry["kernel"], entry["key"]) for entry in entries]
+            wanted = [row for row in wanted if (row.kernel, row.key) in timed]
+        else:
+            entries = choose_compiled(wanted, options.jobs)
+        write(table, entries, wanted)
+        print(f"{len(entries)} rows of {table} written to {tuning.FOLDER} in {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":

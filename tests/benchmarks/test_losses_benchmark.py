@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from bivec.kernels import info_nce, linear_cross_entropy
 
@@ -61,12 +62,12 @@ def test_runs(scripts, tmp_path, monkeypatch, capsys):
     status, content = run(scripts, tmp_path)
     assert status == 0
     rows, errors = content["rows"], content["errors"]
-    assert len(rows) == 3 * 2 * 2  # losses, sizes, implementations
+    assert len(rows) == 4 * 2 * 3  # losses, sizes, implementations
     assert all(row["timing"]["repeats"] == 3 and row["peak_bytes"] > 0 for row in rows)
     assert all(row["ours_is_faster_by"] == row["ours_is_smaller_by"] == 1.0 for row in rows if is_ours(row))
-    assert len(errors) == (2 + 4 + 4) * 2 * 2 * 2  # scales, batches, dtypes, implementations
+    assert len(errors) == (2 + 2 + 4 + 4) * 2 * 2 * 2  # scales, batches, dtypes, implementations
     assert all(row["error"] is None for row in (*rows, *errors))
-    assert set(content["missing"]) == set(scripts.loss_peers.PEERS) - {"bivec", "torch"}
+    assert set(content["missing"]) == set(scripts.loss_peers.PEERS) - {"bivec", "torch", "GEMMs alone"}
     assert content["missing"]["torch.compile"] == "only on a GPU"
     assert (tmp_path / "losses_cpu.png").stat().st_size > 1000
     printed = capsys.readouterr().out
@@ -93,6 +94,31 @@ def test_the_head_is_frozen_unless_asked(scripts):
     (gradient,) = scripts.loss_peers.reference(frozen)
     assert gradient.dtype == torch.float64 and gradient.shape == (9, 8) and frozen.x.grad is None
     assert torch.equal(frozen.x, trained.x) and frozen.targets.max() < 21
+
+
+def test_only_every_fifth_row_has_a_target(scripts):
+    work = scripts.losses.make_work("linear_cross_entropy of 20 %", (9, 8, 21), torch.float32, CPU)
+    assert work.x.shape == (45, 8) and work.rows.shape == (9, 8)
+    for gradient in (scripts.loss_peers.reference(work)[0], *steps_gradients(scripts, work)):
+        scored = gradient.abs().sum(1) > 0
+        assert scored[::5].all() and scored.sum() == 9
+
+
+def steps_gradients(scripts, work):
+    peers = scripts.loss_peers
+    return [peers.gradients(step(work), work)[0] for step in (peers.bivec_step, peers.plain_step)]
+
+
+def test_the_products_alone_are_those_of_the_loss(scripts, monkeypatch):
+    """One for the logits and one for each gradient, in every chunk."""
+    flops = []
+    for loss in scripts.loss_peers.LOSSES:
+        work = scripts.losses.make_work(loss, (9, 8, 9), torch.float32, CPU)
+        monkeypatch.setattr(scripts.loss_peers, "GEMM_BYTES", 4 * 9 * 4)  # four rows
+        with FlopCounterMode(display=False) as counter:
+            scripts.loss_peers.products_step(work)()
+        flops.append(counter.get_total_flops())
+    assert flops == [2 * 2 * 9 * 8 * 9] * 2 + [3 * 2 * 9 * 8 * 9] * 2
 
 
 def test_solved_batches_are_solved(scripts):
@@ -181,7 +207,7 @@ def test_a_peer_that_fails_is_shown(scripts, tmp_path, monkeypatch, capsys):
         ("liger", 12): "TypeError: fp32 is not for us",
         ("cut-cross-entropy", 12): "OutOfMemoryError: CUDA out of memory.",
     }
-    assert sum(row["timing"] is not None for row in content["rows"]) == 2 * 2 + 1
+    assert sum(row["timing"] is not None for row in content["rows"]) == 2 * 3 + 1
     assert "failed" in capsys.readouterr().out
 
 

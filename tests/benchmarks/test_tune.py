@@ -15,16 +15,17 @@ from bivec.kernels import tuning
 from bivec.kernels.tuning import ARCHITECTURES, Config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MODULES = ("timing", "tune_rows", "tune")
 
 
 @pytest.fixture
 def tune(monkeypatch):
     """benchmarks/tune.py, imported as when the script runs: its folder on the path."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("timing", "tune"):
+    for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("tune")
-    for name in ("timing", "tune"):
+    for name in MODULES:
         sys.modules.pop(name, None)
 
 
@@ -93,7 +94,7 @@ def test_the_first_usable_candidate_is_chosen(tune, monkeypatch):
     first, second = tune.choose_compiled(wanted, 1)
     assert tuning.config_of(first) == wanted[0].candidates[2] and tuning.config_of(second) == wanted[1].candidates[0]
     monkeypatch.setattr(tune, "usable", lambda attempts, *_: [None] * len(attempts))
-    with pytest.raises(RuntimeError, match="the long path needs a configuration"):
+    with pytest.raises(RuntimeError, match="each of these rows needs a configuration"):
         tune.choose_compiled(wanted, 1)
     short = [row for row in tune.rows(("sm_90",)) if row.length][:1]
     assert tune.choose_compiled(short, 1) == []
@@ -125,15 +126,50 @@ def test_the_fastest_candidate_is_chosen(tune, monkeypatch):
 
 def test_writing_replaces_rows_and_keeps_the_others(tune, monkeypatch, tmp_path):
     table = tmp_path / "attention.json"
-    monkeypatch.setattr(tune, "TABLE", table)
+    monkeypatch.setattr(tune.tuning, "FOLDER", tmp_path)
     all_rows = list(tune.rows(("sm_80", "sm_90")))
     there, here = all_rows[0], next(row for row in all_rows if row.arch == "sm_90")
     short = next(row for row in all_rows if row.arch == "sm_90" and row.length)
     one, other = tune.entry(here, here.candidates[0], {}, "a"), tune.entry(there, there.candidates[0], {}, "b")
     third = tune.entry(short, short.candidates[0], {}, "c")
-    tune.write([one, third, other], [here, there, short])
+    tune.write("attention", [one, third, other], [here, there, short])
     assert json.loads(table.read_text()) == [other, one, third]  # by architecture
     changed = tune.entry(here, here.candidates[1], {}, "d")
-    tune.write([changed], [here, short])  # nothing was found for the short one
+    tune.write("attention", [changed], [here, short])  # nothing was found for the short one
     assert json.loads(table.read_text()) == [other, changed]
     assert [p.name for p in tmp_path.iterdir()] == ["attention.json"]
+
+
+def test_the_rows_of_the_other_tables(tune):
+    """All have candidates, the one in the table among them, and are launched by some case."""
+    rows = list(tune.tune_rows.rows(ARCHITECTURES))
+    assert {row.table for row in rows} == {path.stem for path in tuning.FOLDER.glob("*.json")} - {"attention"}
+    for row in rows:
+        assert tuning.config_for(row.table, row.kernel, row.arch, **row.key) in row.candidates
+        other = row.candidates[-1]
+        launches = row.launches(other)
+        assert launches and all(launch.num_warps == other.num_warps for launch in launches)
+        for name, value in other.blocks.items():
+            assert all(launch.arguments[name] == value for launch in launches)
+
+
+def test_the_calls_that_the_other_kernels_are_timed_with(tune, monkeypatch):
+    """Forward and backward of the public function, with the candidate."""
+    called = []
+
+    def call(name):
+        def fake(x, *others, backend):
+            config = tuning.config_for(row.table, row.kernel, "sm_90", **row.key)
+            called.append((name, x.dtype, backend, config))
+            return x.float().sum()
+
+        return fake
+
+    for name in ("linear_cross_entropy", "info_nce", "segment_pool"):
+        monkeypatch.setattr(tune.tune_rows, name, call(name))
+    monkeypatch.setattr(tune.tune_rows.torch, "randn", lambda *shape, **options: torch.zeros(2, 2, **options))
+    for row in tune.tune_rows.rows(("sm_90",)):
+        row.run(row.problem(torch.device("cpu")), row.candidates[-1])
+        dtype = torch.float32 if row.key.get("itemsize") == 4 else torch.bfloat16
+        function = "linear_cross_entropy" if row.table == "cross_entropy" else row.table
+        assert called.pop() == (function, dtype, "triton", row.candidates[-1])
