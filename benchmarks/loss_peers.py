@@ -148,7 +148,10 @@ def sentence_transformers_step(work: Work) -> Callable[[], None]:
 
 
 def products_step(work: Work) -> Callable[[], None]:
-    """Only the GEMMs of a loss in chunks: the logits, and for each gradient one with what has their shape."""
+    """Only the GEMMs of a loss in chunks: the logits, and for each gradient one with what has their shape.
+
+    The least of them: a symmetric loss whose chunks hold rows or columns, as ours, makes twice as many.
+    """
     x, y = work.rows.detach(), work.y.detach()
     size = min(len(x), max(1, GEMM_BYTES // (4 * len(y))))
 

@@ -59,7 +59,7 @@ LONG_CANDIDATES = {
     },
 }
 # (BLOCK_M, num_warps, num_stages), by itemsize and the elements of the tile: length * head_dim. Tiles of 32 tokens are
-# for head dim 256, where 64 do not fit every GPU: elsewhere only batches without a longer sequence would use them.
+# for where 64 do not fit: elsewhere only batches without a longer sequence would use them.
 SHORT_CANDIDATES = {
     "attention_short_forward": {
         (2, 4096): [(64, 4, 2), (64, 4, 1), (32, 4, 1)],
@@ -107,8 +107,6 @@ class Row:
         for _, dtype, option, passes in aot_cases.variants(self.itemsize):
             if option in options and any(name in self.kernel for name in passes):
                 problems.append(aot_cases.attention_problem(dtype, self.head_dim, **aot_cases.OPTIONS[option]))
-        if "all" in options and self.itemsize == 2:
-            problems.append(aot_cases.attention_problem(torch.bfloat16, self.head_dim, **aot_cases.OPTIONS["all"]))
         if "all" in options and self.head_dim == 128 and self.length in (None, 64):
             problems += aot_cases.other_shapes(self.itemsize)
         found = []
@@ -142,7 +140,8 @@ def rows(architectures: tuple[str, ...]) -> Iterator[Row]:
         for kernel, table in LONG_CANDIDATES.items():
             configs = [Config({"BLOCK_M": m, "BLOCK_N": n}, w, s) for m, n, w, s in table[itemsize, head_dim]]
             yield Row(kernel, arch, head_dim, itemsize, None, for_architecture(configs, arch))
-        for kernel, length in product(SHORT_CANDIDATES, LENGTHS if head_dim == 256 else LENGTHS[1:]):
+        narrow = head_dim == 256 and arch in ("sm_80", "sm_90")
+        for kernel, length in product(SHORT_CANDIDATES, LENGTHS if narrow else LENGTHS[1:]):
             configs = [
                 Config({"BLOCK_M": m}, w, s)
                 for m, w, s in SHORT_CANDIDATES[kernel].get((itemsize, length * head_dim), ())

@@ -51,7 +51,7 @@ __all__ = ["Case", "Compiled", "Failure", "Report", "Row", "compile_launch", "ma
 # What a block can have; of sm_80's 163 KB its rows use the 99 KB that sm_86, sm_89 and sm_120 have too.
 SHARED_LIMITS = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # a block's
 TENSOR_MEMORY_LIMIT = 512  # columns of sm_100
-CHUNK = 8  # launches a worker takes at once: they share one start of nvdisasm
+CHUNK = 16  # launches a worker takes at once: they share one start of nvdisasm
 
 
 @dataclass(frozen=True)

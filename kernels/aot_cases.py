@@ -86,14 +86,14 @@ def run_short(problem: Problem, length: int, passes: Sequence[str] = PASSES) -> 
 def variants(itemsize: int) -> list[tuple[str, torch.dtype, str, Sequence[str]]]:
     """Name, dtype, option and passes of the calls that a table's row for ``itemsize`` serves.
 
-    Each option alone, none, and all. fp16's forward is that of bf16; its backward has code that no option changes and
-    that bf16 lacks, so that the backward with all options is compiled in fp16. fp32 has one kernel for every window
-    and softcap.
+    Each option alone, none, and all. fp16 differs from bf16 in the backward only, by code that no option changes: it is
+    compiled with all. fp32 has one kernel for every window and softcap.
     """
     if itemsize == 4:
         return [("fp32", torch.float32, option, PASSES) for option in OPTIONS]
-    alone = [("bf16", torch.bfloat16, option, PASSES) for option in OPTIONS if option != "all"]
-    return [*alone, ("bf16", torch.bfloat16, "all", PASSES[:1]), ("fp16", torch.float16, "all", PASSES[1:])]
+    return [("bf16", torch.bfloat16, option, PASSES) for option in OPTIONS] + [
+        ("fp16", torch.float16, "all", ("backward",))
+    ]
 
 
 def other_shapes(itemsize: int) -> list[Problem]:
@@ -133,9 +133,8 @@ def attention_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """:func:`cases`, padded head dims and other groups, and bf16's backward with all options.
+    """:func:`cases`, and padded head dims and other groups: what ``benchmarks/tune.py`` compiles to choose a row.
 
-    What ``benchmarks/tune.py`` compiles before it writes a row.
     ``python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases:all_cases``
     """
     found = cases()
@@ -147,11 +146,4 @@ def all_cases() -> list[Case]:
             if itemsize == 2:
                 short = partial(run_short, problem, 64)
                 found.append(Case("attention_short", f"{place} L64 all", short, SHORT_KERNELS))
-    for head_dim in HEAD_DIMS:
-        problem, place = attention_problem(torch.bfloat16, head_dim, **OPTIONS["all"]), f"bf16 d{head_dim} g4"
-        found.append(Case("attention_long", f"{place} all", partial(run_long, problem), LONG_KERNELS))
-        for length in LENGTHS:
-            architectures = short_architectures(head_dim=head_dim, itemsize=2, length=length)
-            run = partial(run_short, problem, length)
-            found.append(Case("attention_short", f"{place} L{length} all", run, SHORT_KERNELS, architectures))
     return found

@@ -16,7 +16,8 @@ they share.
 Saved for backward: the fp32 gradients of queries, candidates and hard negatives, not divided by B, and the scalar one
 of scale; with ``reduction="none"`` the inputs, and all is computed again in the backward with the row weights.
 
-Memory beyond inputs and gradients: the workspace (and with several matryoshka dims one more set of gradients).
+Memory beyond inputs and gradients: the workspace, and the saved gradients until the backward has scaled them (with
+several matryoshka dims one more set).
 FLOPs: 6 B (N + M + B·[query-query]) D + 6 B K D; twice that for ``symmetric``, once more per matryoshka dim.
 
 Source: van den Oord et al. 2018 (arXiv:1807.03748) for the loss, SimCSE (arXiv:2104.08821) and LLM2Vec

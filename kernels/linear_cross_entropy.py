@@ -15,10 +15,10 @@ underflow), and with a trainable head the fp32 dweight [V, D]. The backward only
 ``reduction="none"`` a head's gradient cannot be rescaled per row afterwards, so it is computed again in the backward.
 
 Cost: 2NVD FLOP for the logits, 2NVD for dhidden, 2NVD for dweight where it is wanted (plus 2NVD to recompute the logits
-with ``reduction="none"``). Memory beyond inputs and gradients: the workspace, and the fp32 product [chunk, D] of one
-chunk. Half-precision operands give fp32 logits: on NVIDIA GPUs the Triton backend has cuBLAS multiply them as they are,
-with dz rounded to their dtype for the gradient GEMMs; everywhere else they are multiplied in fp32, tile by tile of the
-vocabulary inside the same workspace.
+with ``reduction="none"``). Memory beyond inputs and gradients: the workspace, and up to three fp32 [chunk, D] (the
+gathered rows and their product: 3 D / V of the workspace). Half-precision operands give fp32 logits: on NVIDIA GPUs
+the Triton backend has cuBLAS multiply them as they are, with dz rounded to their dtype for the gradient GEMMs;
+everywhere else they are multiplied in fp32, tile by tile of the vocabulary inside the same workspace.
 
 The idea of forming the gradient in the forward pass, chunk by chunk, is that of Liger-Kernel (Hsu et al. 2024,
 arXiv:2410.10989); Wijmans et al. 2024 (arXiv:2411.09009) is the recomputing alternative, which costs one more GEMM.
@@ -79,6 +79,8 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None
                 f"{name}: index must hold row numbers in [0, {hidden.shape[0]}); "
                 f"found {int(index.min())} … {int(index.max())}"
             )
+        if index is not None and index.unique().numel() != expected:
+            raise ValueError(f"{name}: index must not repeat a row: each is written once, not summed")
 
 
 def _factor(hidden: Tensor, weight: Tensor, reduction: str, count: Tensor, normalizer: Tensor | float | None) -> Tensor:

@@ -52,8 +52,9 @@ def attention(
             seen &= distance >= -left
         if right >= 0:
             seen &= distance <= right
-        lse = torch.logsumexp(scores.masked_fill(~seen, -torch.inf), dim=-1)  # [H, L]
-        probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]) * seen
+        scores = scores.masked_fill(~seen, -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1)  # [H, L]
+        probabilities = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
         if keep_masks is not None:
             probabilities = probabilities * keep_masks[b] / (1.0 - dropout_p)
         outputs.append((probabilities @ v_b).transpose(0, 1))

@@ -10,8 +10,8 @@ which reads each row once and copies nothing) forms the output. The backward is 
 every token sums its spans in a fixed order, so overlapping spans need no atomics and runs repeat bit for bit. ``first``
 and ``last`` are spans of one token. Sums are fp32 (fp64 for fp64).
 
-Saved for backward: the slot list (span, token, weight), 20 bytes a slot; no activation. Memory beyond input and output:
-the slots, and for half-precision input one fp32 copy. FLOPs: 2 D a slot in either direction.
+Saved for backward: the slot list (span, token, weight), 20 bytes a slot (24 in fp64); no activation. Memory beyond
+input and output: the slots, and for half-precision input one fp32 copy. FLOPs: 2 D a slot in either direction.
 
 This is the torch backend; ``kernels/segment_pool_triton.py`` needs no slots, and no copy.
 

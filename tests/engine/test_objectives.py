@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bivec.engine import objectives
 from bivec.engine.data import BlockDataset
 from bivec.engine.lora import LoraConfig, add_lora
 from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
@@ -67,6 +68,44 @@ def test_mntp_reads_the_row_before():
         False,
     ]  # the last row of a sequence predicts nothing
     assert sum(lengths) == len(touched)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """The positional arguments of every call that an objective makes of a kernel, by its name."""
+    calls = {}
+
+    def noting(name, kernel):
+        def call(*arguments, **options):
+            calls.setdefault(name, []).append(arguments)
+            return kernel(*arguments, **options)
+
+        return call
+
+    for name in ("linear_cross_entropy", "info_nce", "segment_pool"):
+        monkeypatch.setattr(objectives, name, noting(name, getattr(objectives, name)))
+    return calls
+
+
+def test_mntp_scores_the_masked_rows_and_never_forms_all_logits(kernel_calls):
+    vocabulary, length = 5000, 400
+    config = MaskingConfig(mask_token_id=9, vocab_size=vocabulary, probability=0.2, style="all_mask")
+    batch = mask_batch([list(range(10, 10 + length))], [[False] * length], config, seed=0, sample_ids=[0])
+    model, head = Fixed(torch.randn(length, 4)), torch.randn(vocabulary, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        mntp_loss(model, head, batch).backward()
+    ((hidden, weight, _, index),) = kernel_calls["linear_cross_entropy"]
+    assert hidden.shape == (length, 4) and weight is head and 40 < len(index) == len(batch.targets) < 140
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert 4 * vocabulary * len(index) <= max(sizes) < 4 * vocabulary * length / 2
+
+
+def test_simcse_pools_with_segment_pool(kernel_calls):
+    batch = views()
+    simcse_loss(Fixed(torch.randn(len(batch.input_ids), 4)), batch).backward()
+    ((hidden, bounds),) = kernel_calls["segment_pool"]
+    assert len(hidden) == len(batch.input_ids) and bounds is batch.cu_seqlens
+    assert [x.shape for x in kernel_calls["info_nce"][0]] == [((len(bounds) - 1) // 2, 4)] * 2
 
 
 def test_mntp_of_one_masked_token():
