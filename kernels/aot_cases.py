@@ -128,7 +128,8 @@ def attention_cases() -> list[Case]:
                 key = {"head_dim": head_dim, "itemsize": itemsize, "length": length}
                 run = partial(run_short, problem, length, passes=passes)
                 label, architectures = f"{place} L{length} {option}", short_architectures(**key)
-                found.append(Case("attention_short", label, run, used & SHORT_KERNELS, architectures=architectures))
+                if architectures:
+                    found.append(Case("attention_short", label, run, used & SHORT_KERNELS, architectures))
     return found
 
 

@@ -15,6 +15,10 @@ from bivec.kernels.linear_cross_entropy_triton import sweep
 ROWS, WIDTH = 64, 128  # the kernel sees neither
 CALLS = {  # dtype, vocabulary, and what differs from a step with a frozen head
     "bf16 V32000": (torch.bfloat16, 32000, {}),
+    "bf16 V32000 softcap": (torch.bfloat16, 32000, {"softcap": 30.0}),
+    "bf16 V32000 row scale": (torch.bfloat16, 32000, {"want_weight": True}),
+    "bf16 V50257": (torch.bfloat16, 50257, {}),
+    "bf16 V50257 softcap row scale": (torch.bfloat16, 50257, {"softcap": 30.0, "want_weight": True}),
     "bf16 V50257 softcap": (torch.bfloat16, 50257, {"softcap": 30.0}),
     "bf16 V32000 loss alone": (torch.bfloat16, 32000, {"want_rows": False}),
     "fp16 V50257 softcap row scale": (torch.float16, 50257, {"softcap": 30.0, "want_weight": True}),
@@ -35,7 +39,7 @@ def run(dtype: torch.dtype, vocab: int, *, softcap: float | None = None, **wante
 
 
 def cases() -> list[Case]:
-    """Every dtype, the softcap and the row scale with and without, masks at the end of a row with and without."""
+    """Softcap, row scale and a mask at the end of a row, each alone, none and all; every dtype; a loss alone."""
     return [
         Case("cross_entropy", label, partial(run, dtype, vocab, **options), frozenset())
         for label, (dtype, vocab, options) in CALLS.items()
