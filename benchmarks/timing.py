@@ -10,8 +10,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
@@ -140,8 +141,22 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         "host": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} CPUs",
         "versions": versions,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([os.path.basename(sys.executable), *sys.argv]),
+        "command": described_command(sys.argv),
     }
+
+
+def described_command(argv: Sequence[str]) -> str:
+    """The command from the repository's root, without ``--output DIR``: no path of this machine, no other figures."""
+    script = Path(argv[0]).resolve()
+    root = Path(__file__).resolve().parents[1]
+    words = ["python", str(script.relative_to(root)) if script.is_relative_to(root) else script.name]
+    arguments = iter(argv[1:])
+    for word in arguments:
+        if word == "--output":
+            next(arguments, None)
+        elif not word.startswith("--output="):
+            words.append(word)
+    return " ".join(words)
 
 
 def device_name(device: torch.device) -> str:

@@ -239,6 +239,14 @@ def test_compiled_torch_is_plain_torch(scripts):
         assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
+def test_the_command_of_a_run_names_no_folder_of_the_machine(scripts):
+    script = str(BENCHMARKS / "losses.py")
+    command = scripts.timing.described_command
+    assert command([script, "--size", "small", "--output", "/x/y"]) == "python benchmarks/losses.py --size small"
+    assert command([script, "--output=/x/y", "--huge"]) == "python benchmarks/losses.py --huge"
+    assert command(["/elsewhere/run.py"]) == "python run.py"
+
+
 def test_cpu_meter(scripts):
     """Peaks are of what is held at once, above what was there."""
     meter = scripts.cpu_meter.CpuMeter()
