@@ -58,8 +58,7 @@ LONG_CANDIDATES = {
         (4, 256): [(16, 16, 8, 1), (16, 16, 4, 1)],
     },
 }
-# (BLOCK_M, num_warps, num_stages), by itemsize and the elements of the tile: length * head_dim. Tiles of 32 tokens are
-# for where 64 do not fit: elsewhere only batches without a longer sequence would use them.
+# (BLOCK_M, num_warps, num_stages), by itemsize and the elements of the tile: length * head_dim.
 SHORT_CANDIDATES = {
     "attention_short_forward": {
         (2, 4096): [(64, 4, 2), (64, 4, 1), (32, 4, 1)],
@@ -140,25 +139,24 @@ def rows(architectures: tuple[str, ...]) -> Iterator[Row]:
         for kernel, table in LONG_CANDIDATES.items():
             configs = [Config({"BLOCK_M": m, "BLOCK_N": n}, w, s) for m, n, w, s in table[itemsize, head_dim]]
             yield Row(kernel, arch, head_dim, itemsize, None, for_architecture(configs, arch))
-        narrow = head_dim == 256 and arch in ("sm_80", "sm_90")
-        for kernel, length in product(SHORT_CANDIDATES, LENGTHS if narrow else LENGTHS[1:]):
+        for kernel, length in product(SHORT_CANDIDATES, LENGTHS):
             configs = [
                 Config({"BLOCK_M": m}, w, s)
                 for m, w, s in SHORT_CANDIDATES[kernel].get((itemsize, length * head_dim), ())
             ]
             if configs:
-                yield Row(kernel, arch, head_dim, itemsize, length, for_architecture(configs, arch, short=True))
+                yield Row(kernel, arch, head_dim, itemsize, length, for_architecture(configs, arch))
 
 
-def for_architecture(configs: list[Config], arch: str, short: bool = False) -> tuple[Config, ...]:
+def for_architecture(configs: list[Config], arch: str) -> tuple[Config, ...]:
     """Those that suit ``arch``.
 
     On AMD a thread has 512 registers with 4 wavefronts and 256 with 8, too few for the tiles here. And a pipelined loop
-    is unrolled there, to twice the code and a fifth more registers, which the few steps of the short path do not repay.
+    is unrolled there, to twice the code and a fifth more registers; several wavefronts of a SIMD hide latency instead.
     """
     if not arch.startswith("gfx"):
         return tuple(configs)
-    fitting = [replace(config, num_stages=1) if short else config for config in configs if config.num_warps <= 4]
+    fitting = [replace(config, num_stages=1) for config in configs if config.num_warps <= 4]
     return tuple(config for index, config in enumerate(fitting) if config not in fitting[:index])
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib
 import json
 import multiprocessing
@@ -204,6 +205,7 @@ _worker_folder = ""
 
 def _start_worker(chunks: list[list[Job]], folder: str) -> None:
     global _worker_folder
+    gc.disable()  # looking for cycles takes a tenth of the time, and finds none that a chunk's end would not
     _worker_chunks[:] = chunks
     _worker_folder = folder
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -226,6 +228,7 @@ def _compile_chunk(index: int) -> list[Report | Failure]:
         else:
             _write_cache(job.key, outcome.report)
             results.append(outcome.report)
+    gc.collect()
     return results
 
 

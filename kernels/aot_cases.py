@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import product
 
@@ -87,7 +87,7 @@ def variants(itemsize: int) -> list[tuple[str, torch.dtype, str, Sequence[str]]]
     """Name, dtype, option and passes of the calls that a table's row for ``itemsize`` serves.
 
     Each option alone, none, and all. fp16 differs from bf16 in the backward only, by code that no option changes: it is
-    compiled with all. fp32 has one kernel for every window and softcap.
+    compiled with all. fp32 has one kernel for every window and softcap, the short path one for every window.
     """
     if itemsize == 4:
         return [("fp32", torch.float32, option, PASSES) for option in OPTIONS]
@@ -110,15 +110,21 @@ def short_architectures(**key: int) -> tuple[str, ...]:
 
 def cases() -> list[Case]:
     """What ``--check`` compiles."""
-    losses = [*aot_cases_cross_entropy.cases(), *aot_cases_info_nce.cases(), *aot_cases_segment_pool.cases()]
-    return attention_cases() + losses
+    return attention_cases() + loss_cases()
 
 
-def attention_cases() -> list[Case]:
-    """Every row of attention's table with each option alone, with none and with all."""
+def loss_cases() -> list[Case]:
+    """Those of the losses and of pooling."""
+    return [*aot_cases_cross_entropy.cases(), *aot_cases_info_nce.cases(), *aot_cases_segment_pool.cases()]
+
+
+def attention_cases(fp16_head_dims: Collection[int] = (128,)) -> list[Case]:
+    """Every row of attention's table with each option alone, with none and with all; fp16 at some head dims only."""
     found = []
     for head_dim, itemsize in product(HEAD_DIMS, (2, 4)):
         for name, dtype, option, passes in variants(itemsize):
+            if name == "fp16" and head_dim not in fp16_head_dims:
+                continue
             problem = attention_problem(dtype, head_dim, **OPTIONS[option])
             place = f"{name} d{head_dim} g4"
             used = frozenset(k for k in LONG_KERNELS | SHORT_KERNELS if itemsize == 2 and any(p in k for p in passes))
@@ -134,11 +140,11 @@ def attention_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """:func:`cases`, and padded head dims and other groups: what ``benchmarks/tune.py`` compiles to choose a row.
+    """:func:`cases`, and padded head dims, other groups and fp16 throughout: what ``benchmarks/tune.py`` compiles.
 
     ``python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases:all_cases``
     """
-    found = cases()
+    found = attention_cases(HEAD_DIMS) + loss_cases()
     for itemsize in (2, 4):
         for problem in other_shapes(itemsize):
             place = f"{'bf16' if itemsize == 2 else 'fp32'} d{problem.q.shape[2]} g{problem.group}"

@@ -1,6 +1,6 @@
 """Attention of short sequences in Triton: one tile a sequence (formulas: ``kernels/attention.py``).
 
-For sequences of at most BLOCK_N = 32, 64 or 128 tokens. A program owns one kv head of one sequence: it loads K and V
+For sequences of at most BLOCK_N = 64 or 128 tokens. A program owns one kv head of one sequence: it loads K and V
 once, and walks over the rows of all the group's query heads, BLOCK_M at a time. A row sees its keys in one tile, so
 there is no online softmax. Two accumulators of the size of K must fit the register file in the backward: which tiles
 do, on which GPU, is what the tuning table has rows for (in half types, up to ``BLOCK_N * Dh = 128 * 128``).
@@ -13,6 +13,8 @@ warps, sm_90) P and dS take a detour through shared memory, and the kernel spill
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +35,7 @@ from bivec.kernels.attention_tiles import (
 from bivec.kernels.dropout_triton import attention_row_keys, kept
 from bivec.kernels.launch import launch
 
-LENGTHS = (32, 64, 128)  # BLOCK_N; a tile of 16 would leave most of a tensor-core instruction's rows empty
+LENGTHS = (64, 128)  # BLOCK_N; shorter batches are rare, and leave rows of a tile of 64 empty
 
 
 @triton.jit(do_not_specialize=["total", "left", "right", "threshold"])
@@ -65,7 +67,6 @@ def attention_short_forward(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,7 +95,7 @@ def attention_short_forward(
         q_ptrs = q_ptr + (positions * q_stride_t + heads * q_stride_h)[:, None] + dims[None, :]
         q = load_tile(q_ptrs, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        seen = visible(positions[:, None], keys[None, :], length, left, right, HAS_WINDOW)
+        seen = visible(positions[:, None], keys[None, :], length, left, right, True)
         scores = tl.where(seen, base2_scores(products, scale2, cap2, HAS_SOFTCAP), float("-inf"))
         row_max = tl.max(scores, 1)
         weights = tl.exp2(scores - tl.where(row_max == float("-inf"), 0.0, row_max)[:, None])
@@ -144,7 +145,6 @@ def attention_short_backward(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -179,7 +179,7 @@ def attention_short_backward(
         own = (positions * out_stride_t + heads * HEAD_DIM)[:, None] + dims[None, :]
         d_out = load_tile(d_out_ptr + own, rows_ok, dims_ok, True, CHECK_DIMS)  # [BLOCK_M, BLOCK_D]
         scores = base2_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale2, cap2, HAS_SOFTCAP)
-        seen = visible(positions[None, :], keys[:, None], length, left, right, HAS_WINDOW)
+        seen = visible(positions[None, :], keys[:, None], length, left, right, True)
         if q.dtype == tl.float16:
             # At scores of 1e8, which fp16 operands can have, the rounding of these products and of the forward's are
             # powers of two apart: then P from the lse is not 1 where it should be, and dQ = dS K overflows.
@@ -217,6 +217,13 @@ def attention_short_backward(
     tl.store(d_v_ptr + own, (d_v * inverse_keep).to(d_v_ptr.dtype.element_ty), mask=stored)
 
 
+def _arguments(problem: Problem) -> dict[str, Any]:
+    """One kernel serves every window: in one tile the mask is there anyway, and a window is one comparison more."""
+    arguments = problem.arguments() | problem.hash()
+    del arguments["HAS_WINDOW"]
+    return arguments
+
+
 def short_forward(problem: Problem, length: int) -> tuple[Tensor, Tensor]:
     """Output ``[T, H, Dh]`` in q's dtype and lse2 ``[H, T]`` fp32; no sequence is longer than ``length``."""
     q = problem.q
@@ -226,7 +233,7 @@ def short_forward(problem: Problem, length: int) -> tuple[Tensor, Tensor]:
     launch(
         attention_short_forward,
         (len(problem.order) * problem.k.shape[1],),
-        problem.arguments() | problem.hash() | {"out_ptr": out, "lse2_ptr": lse2, "BLOCK_N": length} | config.blocks,
+        _arguments(problem) | {"out_ptr": out, "lse2_ptr": lse2, "BLOCK_N": length} | config.blocks,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -238,12 +245,12 @@ def short_backward(problem: Problem, length: int, lse2: Tensor, d_out: Tensor) -
     q, k = problem.q, problem.k
     d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     d_k, d_v = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    arguments = problem.arguments() | problem.hash() | {"softmax_scale": problem.softmax_scale, "BLOCK_N": length}
     config = problem.config("attention_short_backward", length=length)
     launch(
         attention_short_backward,
         (len(problem.order) * k.shape[1],),
-        arguments
+        _arguments(problem)
+        | {"softmax_scale": problem.softmax_scale, "BLOCK_N": length}
         | {"d_out_ptr": d_out.contiguous(), "d_q_ptr": d_q, "d_k_ptr": d_k, "d_v_ptr": d_v, "lse2_ptr": lse2}
         | config.blocks,
         num_warps=config.num_warps,

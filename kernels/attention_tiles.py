@@ -132,10 +132,10 @@ def cap_slope(scores, cap2):
 @triton.jit
 def visible(positions, keys, length, left, right, HAS_WINDOW: tl.constexpr):
     """Whether rows see keys, for int32 positions and keys that broadcast to a tile."""
-    seen = keys < length
     if HAS_WINDOW:
-        seen = seen & (keys >= positions - left) & (keys <= positions + right)
-    return seen
+        return (keys >= positions - left) & (keys <= tl.minimum(positions + right, length - 1))
+    else:
+        return keys < length
 
 
 @triton.jit

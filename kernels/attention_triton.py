@@ -31,8 +31,8 @@ def length_bucket(max_seqlen: int) -> int:
     return LONG
 
 
-def _tile_length(problem: Problem, bucket: int) -> int:
-    """The smallest tile on this GPU that holds the bucket, or ``LONG``: fp32 has none, head dim 256 only short ones."""
+def tile_length(problem: Problem, bucket: int) -> int:
+    """This GPU's smallest tile that holds the bucket, or ``LONG``: none in fp32, and where none fits the registers."""
     for length in LENGTHS:
         if bucket != LONG and length >= bucket and problem.has_config("attention_short_backward", length=length):
             return length
@@ -60,7 +60,7 @@ def attention_op(
     problem = Problem(
         q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
     )
-    length = _tile_length(problem, bucket)
+    length = tile_length(problem, bucket)
     return long_forward(problem) if length == LONG else short_forward(problem, length)
 
 
@@ -93,7 +93,7 @@ def attention_backward_op(
     problem = Problem(
         q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
     )
-    length = _tile_length(problem, bucket)
+    length = tile_length(problem, bucket)
     if length == LONG:
         return long_backward(problem, out, lse2, d_out)
     return short_backward(problem, length, lse2, d_out)
@@ -127,7 +127,7 @@ def _save(ctx, inputs, output):
     ctx.options = options  # bucket, softmax_scale, softcap, left, right, dropout_p
     out, lse2 = output
     bucket, *rest = options
-    if _tile_length(Problem(q, k, v, cu_seqlens, starts, order, *rest, seed, sample_ids), bucket) != LONG:
+    if tile_length(Problem(q, k, v, cu_seqlens, starts, order, *rest, seed, sample_ids), bucket) != LONG:
         out = None
     ctx.save_for_backward(q, k, v, out, lse2, cu_seqlens, starts, order, seed, sample_ids)
     ctx.set_materialize_grads(False)

@@ -342,4 +342,5 @@ def test_path_follows_the_length_and_the_size_of_a_tile(arch):
         assert takes_short_path(128, head_dim, torch.bfloat16, arch) == (arch != "sm_80" or head_dim == 64)
         assert not takes_short_path(129, head_dim, torch.float16, arch)
         assert not takes_short_path(16, head_dim, torch.float32, arch)
-    assert takes_short_path(32, 256, torch.float16, arch) and not takes_short_path(128, 256, torch.float16, arch)
+    assert takes_short_path(64, 256, torch.float16, arch) == (arch == "sm_100")
+    assert not takes_short_path(65, 256, torch.float16, arch)

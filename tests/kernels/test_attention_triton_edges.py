@@ -10,9 +10,10 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from bivec.kernels.aot_cases import attention_problem
 from bivec.kernels.attention import attention_plan, flash_attention
 from bivec.kernels.attention_tiles import find_block
-from bivec.kernels.attention_triton import LONG, attention_backward_op, attention_op
+from bivec.kernels.attention_triton import LONG, attention_backward_op, attention_op, length_bucket, tile_length
 from bivec.kernels.launch import recording
 
 LONG_SEQLEN = 4096  # a max_seqlen that takes the long path, whatever the lengths
@@ -309,3 +310,25 @@ def test_offsets_beyond_2_31_elements(spread, which, path, attention):
     got = attention.ours(type(inputs)(**(fields | {which: far})), {}, max_seqlen)
     for name in expected:
         assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "dtype", "longest"),
+    [
+        ("sm_80", 64, torch.bfloat16, 128),
+        ("sm_80", 128, torch.float16, 64),
+        ("sm_80", 256, torch.bfloat16, 0),
+        ("sm_90", 128, torch.bfloat16, 128),
+        ("sm_90", 256, torch.bfloat16, 0),
+        ("sm_100", 80, torch.bfloat16, 128),
+        ("sm_100", 256, torch.float16, 64),
+        ("gfx942", 256, torch.bfloat16, 64),
+        ("sm_90", 64, torch.float32, 0),
+    ],
+)
+def test_which_sequences_take_the_short_path(arch, head_dim, dtype, longest):
+    problem = attention_problem(dtype, head_dim)
+    with recording(arch):
+        for max_seqlen in (1, 16, 63, 64, 65, 127, 128, 129, 4096):
+            expected = next((tile for tile in (64, 128) if max_seqlen <= tile <= longest), LONG)
+            assert tile_length(problem, length_bucket(max_seqlen)) == expected, max_seqlen
