@@ -13,7 +13,7 @@ else:
     from bivec.kernels.dropout import fold_seed
     from bivec.kernels.info_nce import InfoNceStats, info_nce
     from bivec.kernels.linear_cross_entropy import CrossEntropyStats, linear_cross_entropy
-    from bivec.kernels.lora import lora_linear
+    from bivec.kernels.lora import lora_linear, lora_linears
     from bivec.kernels.rms_norm import rms_norm
     from bivec.kernels.rotary import apply_rotary
     from bivec.kernels.segment_pool import segment_pool
@@ -32,6 +32,7 @@ else:
         "info_nce",
         "linear_cross_entropy",
         "lora_linear",
+        "lora_linears",
         "rms_norm",
         "segment_pool",
         "swiglu",

@@ -52,6 +52,7 @@ __all__ = ["Case", "Compiled", "Failure", "Report", "Row", "compile_launch", "ma
 # What a block can have; of sm_80's 163 KB its rows use the 99 KB that sm_86, sm_89 and sm_120 have too.
 SHARED_LIMITS = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # a block's
 TENSOR_MEMORY_LIMIT = 512  # columns of sm_100
+SLOWEST = "sm_100"  # to compile for, by a factor of two: begun last, it would leave the other processes idle
 CHUNK = 16  # launches a worker takes at once: they share one start of nvdisasm
 
 
@@ -166,7 +167,7 @@ def _compile_in_processes(jobs: list[Job], processes: int) -> dict[str, Report |
     """
     size = max(1, min(CHUNK, len(jobs) // (4 * processes)))
     chunks = []
-    for architecture in dict.fromkeys(job.architecture for job in jobs):
+    for architecture in sorted({job.architecture for job in jobs}, key=lambda name: (name != SLOWEST, name)):
         same = [job for job in jobs if job.architecture == architecture]
         chunks += [same[start : start + size] for start in range(0, len(same), size)]
     outcomes = _run_pool(chunks, processes)

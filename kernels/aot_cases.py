@@ -8,7 +8,13 @@ from itertools import product
 
 import torch
 
-from bivec.kernels import aot_cases_cross_entropy, aot_cases_info_nce, aot_cases_segment_pool
+from bivec.kernels import (
+    aot_cases_cross_entropy,
+    aot_cases_info_nce,
+    aot_cases_layers,
+    aot_cases_lora,
+    aot_cases_segment_pool,
+)
 from bivec.kernels.aot import Case
 from bivec.kernels.attention_long import long_forward
 from bivec.kernels.attention_long_backward import long_backward
@@ -110,12 +116,13 @@ def short_architectures(**key: int) -> tuple[str, ...]:
 
 def cases() -> list[Case]:
     """What ``--check`` compiles."""
-    return attention_cases() + loss_cases()
+    return attention_cases() + other_cases()
 
 
-def loss_cases() -> list[Case]:
-    """Those of the losses and of pooling."""
-    return [*aot_cases_cross_entropy.cases(), *aot_cases_info_nce.cases(), *aot_cases_segment_pool.cases()]
+def other_cases() -> list[Case]:
+    """Those of the other operators."""
+    modules = (aot_cases_cross_entropy, aot_cases_info_nce, aot_cases_segment_pool, aot_cases_layers, aot_cases_lora)
+    return [case for module in modules for case in module.cases()]
 
 
 def attention_cases(fp16_head_dims: Collection[int] = (128,)) -> list[Case]:
@@ -144,7 +151,7 @@ def all_cases() -> list[Case]:
 
     ``python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases:all_cases``
     """
-    found = attention_cases(HEAD_DIMS) + loss_cases()
+    found = attention_cases(HEAD_DIMS) + other_cases()
     for itemsize in (2, 4):
         for problem in other_shapes(itemsize):
             place = f"{'bf16' if itemsize == 2 else 'fp32'} d{problem.q.shape[2]} g{problem.group}"

@@ -1,9 +1,8 @@
 """The one place that chooses an implementation.
 
 Every public function of ``bivec.kernels`` takes ``backend=None | "triton" | "torch"`` and asks :func:`resolve`. The
-order is: the argument, the environment variable ``BIVEC_BACKEND``, the default, which is "triton" on a GPU for the ops
-of ``TRITON_OPS`` where triton is installed, and "torch" elsewhere. There is no silent fallback: a choice that cannot be
-honoured raises and says why.
+order is: the argument, the environment variable ``BIVEC_BACKEND``, the default, which is "triton" on a GPU where triton
+is installed, and "torch" elsewhere. There is no silent fallback: a choice that cannot be honoured raises and says why.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ from bivec.kernels.launch import interpreting
 
 BACKENDS = ("torch", "triton")
 TRITON_INSTALLED = find_spec("triton") is not None
-TRITON_OPS = frozenset(
-    {"flash_attention", "info_nce", "linear_cross_entropy", "segment_pool"}
-)  # the ops whose Triton kernels exist
 
 
 class BackendError(RuntimeError):
@@ -36,44 +32,31 @@ def checks_values(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("BIVEC_CHECK", "0") == "1"
 
 
-def resolve(backend: str | None, op: str, device: torch.device | None = None) -> str:
+def resolve(backend: str | None, op: str, device: torch.device) -> str:
     """Returns the backend that runs ``op``.
 
     Args:
         backend: the caller's ``backend=`` argument; None asks the environment, then the default.
         op: name of the public function.
-        device: where its tensors are; only ops in ``TRITON_OPS`` need to say.
+        device: where its tensors are.
 
     Raises:
         ValueError: a backend of that name does not exist.
-        BackendError: the backend has no implementation of ``op``, or cannot run it on ``device``.
+        BackendError: the backend cannot run it on ``device``.
     """
     source = "backend=" if backend is not None else "the environment variable BIVEC_BACKEND="
     choice = backend if backend is not None else os.environ.get("BIVEC_BACKEND")
     if not choice and backend is None:
-        on_gpu = device is not None and device.type == "cuda"
-        return "triton" if on_gpu and op in TRITON_OPS and TRITON_INSTALLED else "torch"
+        return "triton" if device.type == "cuda" and TRITON_INSTALLED else "torch"
     if choice not in BACKENDS:
         raise ValueError(f"{op}: {source}{choice!r} is not a backend; choose one of {', '.join(BACKENDS)}")
     if choice == "triton":
         asked = f'{op}: {source}"triton" was asked for, but'
-        if op not in TRITON_OPS:
-            raise BackendError(f'{asked} bivec has no Triton kernel for it yet; use "torch"')
         if not TRITON_INSTALLED:
             raise BackendError(f'{asked} triton is not installed; pip install triton, or use "torch"')
-        if device is not None and device.type != "cuda" and not interpreting():
+        if device.type != "cuda" and not interpreting():
             raise BackendError(
                 f"{asked} the tensors are on {device}, where Triton runs only in its interpreter: "
                 'set TRITON_INTERPRET=1 before Python starts, or use "torch"'
             )
     return choice
-
-
-def preferred(backend: str | None, op: str) -> str | None:
-    """``backend`` for an op that may have no Triton kernel yet: "triton" becomes "torch" there.
-
-    For callers that hand one choice to many ops, such as the models: asking them for "triton" means the Triton kernels
-    that exist, which ``TRITON_OPS`` lists.
-    """
-    asked = backend if backend is not None else os.environ.get("BIVEC_BACKEND")
-    return "torch" if asked == "triton" and op not in TRITON_OPS else backend

@@ -35,6 +35,12 @@ def attention_row_keys(seed_ptr, sample_ids_ptr, sequence, heads, rows):
 
 
 @triton.jit
+def linear_row_keys(seed, token_ids):
+    """The int32 keys of the rows of a linear layer's input, from an int64 seed and int64 token ids."""
+    return absorb(mix64(seed), token_ids).to(tl.int32)
+
+
+@triton.jit
 def kept(row_keys, columns, threshold):
     """Whether elements are kept: int32 row keys and column numbers that broadcast to a tile."""
     x = row_keys + columns * COLUMN_STEP

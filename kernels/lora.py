@@ -1,25 +1,33 @@
-"""A linear layer with a low-rank update beside it.
+"""Linear layers with a low-rank update beside each: one, or several that share their input.
 
-    y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ            A [r, in], B [out, r]
+    y_p = x W_pᵀ + bias_p + scaling · (dropout_p(x) A_pᵀ) B_pᵀ            A [r, in], B [out, r]
 
-The base weight is usually frozen: then its gradient GEMM is skipped and nothing is saved for it. Saved for backward: x
-(one tensor, shared by all projections of the same input) and the small h = dropout(x) Aᵀ [T, r]. The dropout mask is a
+The base weights are usually frozen: then their gradient GEMMs are skipped and nothing is saved for them. Saved for
+backward: x (one tensor, shared by all projections) and the small h_p = dropout_p(x) A_pᵀ [T, r]. A dropout mask is a
 function of (seed, token id, column) and is drawn again in the backward. Its factor 1 / (1 - dropout_p) multiplies
 [T, r] matrices, not [T, in] ones.
 
-FLOPs per token: 2·in·out forward, the same backward with a frozen base, plus 2·r·(in + out) and twice that for the
-update.
+Jointly (q, k and v; gate and up), x is saved once and its gradient is one buffer that the base products add to. Without
+dropout the A's are one matrix, so that h, the update of dx and the gradients of the A's are one product each; with
+dropout every projection has a mask of its own.
+
+FLOPs per token and projection: 2·in·out forward, the same backward with a frozen base, plus 2·r·(in + out) and twice
+that for the update.
+
+This is the torch backend; the other is ``kernels/lora_triton.py``.
 
 Source: Hu et al., "LoRA" (2021).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import resolve
+from bivec.kernels.backend import BackendError, resolve
 from bivec.kernels.dropout import check_dropout, linear_keep_mask
 
 
@@ -28,48 +36,84 @@ def _draw_keep(seed: int | Tensor, token_ids: Tensor, columns: int, dropout_p: f
     return linear_keep_mask(seed, token_ids, columns, dropout_p).view(torch.uint8)
 
 
-class _LoraLinear(torch.autograd.Function):
+def _split(values: Sequence, kinds: int) -> list[Sequence]:
+    """Values of several kinds, all of one kind after the other, one a projection."""
+    count = len(values) // kinds
+    return [values[i * count : (i + 1) * count] for i in range(kinds)]
+
+
+def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
+
+
+class _LoraLinears(torch.autograd.Function):
+    """The operands are all weights, then all biases, all A and all B."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, token_ids) -> Tensor:
+    def forward(ctx, x, scaling, dropout_p, seeds, token_ids, *operands) -> tuple[Tensor, ...]:
+        weights, biases, lora_as, lora_bs = _split(operands, 4)
         # the update runs in the dtype of the LoRA matrices (fp32 over a bf16 base)
-        dropped = x.to(lora_a.dtype)
         if dropout_p:
-            dropped = dropped * _draw_keep(seed, token_ids, x.shape[1], dropout_p)
-        h = (dropped @ lora_a.T).mul_(1.0 / (1.0 - dropout_p))  # [T, r]
-        y = torch.addmm(bias, x, weight.T) if bias is not None else x @ weight.T  # [T, out]
-        _add_product_(y, h, lora_b.T, scaling)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, h, seed if isinstance(seed, Tensor) else None, token_ids)
-        ctx.seed = None if isinstance(seed, Tensor) else seed
+            hs, dropped = [], torch.empty_like(x, dtype=lora_as[0].dtype)
+            for lora_a, seed in zip(lora_as, seeds, strict=True):
+                torch.mul(x, _draw_keep(seed, token_ids, x.shape[1], dropout_p), out=dropped)
+                hs.append((dropped @ lora_a.T).mul_(1.0 / (1.0 - dropout_p)))  # [T, r]
+        else:
+            hs = (x.to(lora_as[0].dtype) @ _joined(lora_as, 0).T).split([a.shape[0] for a in lora_as], 1)
+        ys = []
+        for weight, bias, lora_b, h in zip(weights, biases, lora_bs, hs, strict=True):
+            y = torch.addmm(bias, x, weight.T) if bias is not None else x @ weight.T  # [T, out]
+            _add_product_(y, h, lora_b.T, scaling)
+            ys.append(y)
+        seed_tensors = [seed if isinstance(seed, Tensor) else None for seed in seeds]
+        ctx.save_for_backward(x, token_ids, *weights, *lora_as, *lora_bs, *hs, *seed_tensors)
+        ctx.seeds = [None if isinstance(seed, Tensor) else seed for seed in seeds]
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
-        return y
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable  # h is saved as a number: a second derivative would miss its part
-    def backward(ctx, dy: Tensor):
-        x, weight, lora_a, lora_b, h, seed, token_ids = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        dx = dweight = dbias = da = db = keep = None
-        dy_wide = dy.to(lora_a.dtype)
-        if need_b:
-            db = (dy_wide.T @ h).mul_(ctx.scaling)
-        if need_a or need_x:
-            dh = (dy_wide @ lora_b).mul_(ctx.scaling / (1.0 - ctx.dropout_p))  # [T, r]
-            if ctx.dropout_p:
-                keep = _draw_keep(ctx.seed if seed is None else seed, token_ids, x.shape[1], ctx.dropout_p)
-        if need_a:
-            x_wide = x.to(lora_a.dtype)
-            da = dh.T @ (x_wide if keep is None else x_wide * keep)
-        if need_x:
-            dx = dy @ weight  # [T, in]
-            if keep is None:
-                _add_product_(dx, dh, lora_a, 1.0)
-            else:
-                dx += (dh @ lora_a).mul_(keep)
-        if need_weight:
-            dweight = dy.T @ x
-        if need_bias:
-            dbias = dy.sum(0)
-        return dx, dweight, dbias, da, db, None, None, None, None
+    def backward(ctx, *dys: Tensor | None):
+        x, token_ids, *saved = ctx.saved_tensors
+        weights, lora_as, lora_bs, hs, seed_tensors = _split(saved, 5)
+        need_x = ctx.needs_input_grad[0]
+        need_weights, need_biases, need_as, need_bs = _split(ctx.needs_input_grad[5:], 4)
+        dx = None
+        d_weights, d_biases, d_as, d_bs = ([None] * len(weights) for _ in range(4))
+        dhs = {}
+        for p, dy in enumerate(dys):
+            if dy is None:  # nothing depends on this output
+                continue
+            dy_wide = dy.to(lora_bs[p].dtype)
+            if need_bs[p]:
+                d_bs[p] = (dy_wide.T @ hs[p]).mul_(ctx.scaling)
+            if need_as[p] or need_x:
+                dhs[p] = (dy_wide @ lora_bs[p]).mul_(ctx.scaling / (1.0 - ctx.dropout_p))  # [T, r]
+            if need_x:
+                dx = dy @ weights[p] if dx is None else dx.addmm_(dy, weights[p])  # [T, in]
+            if need_weights[p]:
+                d_weights[p] = dy.T @ x
+            if need_biases[p]:
+                d_biases[p] = dy.sum(0)
+        if ctx.dropout_p:
+            scratch = torch.empty_like(x, dtype=lora_as[0].dtype) if dhs else None
+            for p, dh in dhs.items():
+                seed = ctx.seeds[p] if seed_tensors[p] is None else seed_tensors[p]
+                keep = _draw_keep(seed, token_ids, x.shape[1], ctx.dropout_p)
+                if need_as[p]:
+                    d_as[p] = dh.T @ torch.mul(x, keep, out=scratch)
+                if need_x:
+                    dx += torch.mm(dh, lora_as[p], out=scratch).mul_(keep)
+        elif dhs:
+            dh = _joined(list(dhs.values()), 1)
+            if need_x:
+                _add_product_(dx, dh, _joined([lora_as[p] for p in dhs], 0), 1.0)
+            if any(need_as[p] for p in dhs):
+                together = dh.T @ x.to(dh.dtype)
+                for p, d_a in zip(dhs, together.split([lora_as[p].shape[0] for p in dhs]), strict=True):
+                    d_as[p] = d_a if need_as[p] else None
+        return dx, None, None, None, None, *d_weights, *d_biases, *d_as, *d_bs
 
 
 def _add_product_(y: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
@@ -78,6 +122,56 @@ def _add_product_(y: Tensor, left: Tensor, right: Tensor, factor: float) -> None
         y.addmm_(left, right, alpha=factor)
     else:
         y.add_(left @ right, alpha=factor)
+
+
+def lora_linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scaling: float,
+    *,
+    biases: Sequence[Tensor | None] | None = None,
+    dropout_p: float = 0.0,
+    seeds: Sequence[int | Tensor] | None = None,
+    token_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """``lora_linear`` of several projections of one input (q, k and v; gate and up), which is read and saved once.
+
+    The results are those of one ``lora_linear`` a projection, up to the order of sums.
+
+    Args:
+        x: [T, in].
+        weights: P matrices [out_p, in], dtype of ``x``.
+        lora_as: P matrices [r_p, in], dtype of ``x`` or fp32, one dtype for all.
+        lora_bs: P matrices [out_p, r_p], dtype of ``lora_as``.
+        scaling: alpha / r.
+        biases: None, or P vectors [out_p] in the dtype of ``x``, each of which may be None.
+        dropout_p: probability of dropping an input of an update, in [0, 1).
+        seeds: P ints or int64 tensors of one element, one a mask; needed when ``dropout_p > 0``.
+        token_ids: [T] int64, keys the masks; 0 … T-1 by default.
+        backend: None, "torch" or "triton" (fp16, bf16 and fp32).
+
+    Returns:
+        P tensors [T, out_p], dtype of ``x``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, not P of each, dropout outside [0, 1), dropout without seeds.
+        BackendError: the backend cannot be used here.
+
+    Source: Hu et al. 2021.
+    """
+    count = len(weights)
+    biases = (None,) * count if biases is None else biases
+    seeds = (None,) * count if seeds is None else seeds
+    given = {"weights": weights, "lora_as": lora_as, "lora_bs": lora_bs, "biases": biases, "seeds": seeds}
+    if count == 0 or any(len(sequence) != count for sequence in given.values()):
+        numbers = ", ".join(f"{len(sequence)} {name}" for name, sequence in given.items())
+        raise ValueError(f"lora_linears: one of each a projection, and at least one projection; got {numbers}")
+    return _dispatch(
+        "lora_linears", x, weights, biases, lora_as, lora_bs, scaling, dropout_p, seeds, token_ids, backend
+    )
 
 
 def lora_linear(
@@ -105,31 +199,60 @@ def lora_linear(
         dropout_p: probability of dropping an input of the update, in [0, 1).
         seed: int or int64 tensor of one element; needed when ``dropout_p > 0``.
         token_ids: [T] int64, keys the mask; 0 … T-1 by default.
-        backend: None, "torch" or "triton".
+        backend: None, "torch" or "triton" (fp16, bf16 and fp32).
 
     Returns:
         [T, out], dtype of ``x``.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), dropout without a seed.
+        BackendError: the backend cannot be used here.
 
     Source: Hu et al. 2021.
     """
-    resolve(backend, "lora_linear")
-    _check_operands(x, weight, bias, lora_a, lora_b)
-    check_dropout(dropout_p, seed, "lora_linear")
+    operands = (weight,), (bias,), (lora_a,), (lora_b,)
+    (y,) = _dispatch("lora_linear", x, *operands, scaling, dropout_p, (seed,), token_ids, backend)
+    return y
+
+
+def _dispatch(
+    op: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scaling: float,
+    dropout_p: float,
+    seeds: Sequence[int | Tensor | None],
+    token_ids: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    """Checks the operands of ``op`` and runs them on the backend chosen."""
+    chosen = resolve(backend, op, x.device)
+    for p, operands in enumerate(zip(weights, biases, lora_as, lora_bs, strict=True)):
+        _check_operands(op if len(weights) == 1 else f"{op}: projection {p}", x, *operands)
+        check_dropout(dropout_p, seeds[p], op)
+    if len({lora_a.dtype for lora_a in lora_as}) > 1:
+        raise ValueError(f"{op}: lora_as must have one dtype, got {[str(lora_a.dtype) for lora_a in lora_as]}")
     if token_ids is None:
         token_ids = torch.arange(x.shape[0], device=x.device) if dropout_p else None
     elif token_ids.shape != x.shape[:1] or token_ids.dtype != torch.int64:
         raise ValueError(
-            f"lora_linear: token_ids must be int64 of shape [{x.shape[0]}], "
+            f"{op}: token_ids must be int64 of shape [{x.shape[0]}], "
             f"got {token_ids.dtype} of shape {tuple(token_ids.shape)}"
         )
-    return _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, token_ids)
+    if chosen == "torch":
+        return _LoraLinears.apply(x, scaling, dropout_p, seeds, token_ids, *weights, *biases, *lora_as, *lora_bs)
+
+    from bivec.kernels import lora_triton  # triton is an optional dependency
+
+    if x.dtype not in lora_triton.DTYPES:
+        raise BackendError(f'{op}: the Triton kernels take fp16, bf16 and fp32, got {x.dtype}; use backend="torch"')
+    return lora_triton.apply(x, weights, biases, lora_as, lora_bs, scaling, dropout_p, seeds, token_ids)
 
 
-def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
-    op = "lora_linear"
+def _check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
     matrices = all(tensor.dim() == 2 for tensor in (x, weight, lora_a, lora_b))
     if not matrices or weight.shape[1] != x.shape[1] or lora_a.shape[1] != x.shape[1]:
         raise ValueError(

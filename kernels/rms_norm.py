@@ -9,6 +9,8 @@ Backward, with n = x · rstd and g = dy · (weight_offset + weight):
 
     dx = rstd · (g - n · mean(g · n))        dweight = Σ_rows dy · n
 
+This is the torch backend; ``kernels/rms_norm_triton.py`` adds and norms in one pass over memory.
+
 Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019); the offset is Gemma's ``(1 + w)``.
 """
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import resolve
+from bivec.kernels.backend import BackendError, resolve
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -44,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x.to(rstd.dtype) * rstd
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = (wide_dy * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+            dweight = (wide_dy * normed).reshape(rstd.numel(), x.shape[-1]).sum(0).to(weight.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
             g = wide_dy * (weight.to(rstd.dtype) + ctx.weight_offset)
@@ -65,8 +67,8 @@ def rms_norm(
     """Root-mean-square layer normalisation over the last dimension.
 
     Args:
-        x: [..., D], any float dtype.
-        weight: [D].
+        x: [..., D], any float dtype; fp16, bf16 or fp32 with the Triton backend.
+        weight: [D], likewise.
         eps: added to the mean square.
         residual: [..., D], dtype of ``x``, added to it first.
         weight_offset: 0 for LLaMA, 1 for Gemma's ``(1 + w)``.
@@ -76,23 +78,40 @@ def rms_norm(
         y like ``x``; with ``residual`` the pair ``(norm(x + residual), x + residual)``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit.
+        BackendError: the backend cannot be used here; fp64 with the Triton backend.
 
     Source: Zhang & Sennrich 2019.
     """
-    resolve(backend, "rms_norm")
+    chosen = resolve(backend, "rms_norm", x.device)
+    _check(x, weight, residual)
+    if chosen == "triton":
+        from bivec.kernels import rms_norm_triton  # triton is an optional dependency
+
+        if x.dtype not in rms_norm_triton.DTYPES or weight.dtype not in rms_norm_triton.DTYPES:
+            raise BackendError(
+                f"rms_norm: the Triton kernels take fp16, bf16 and fp32, got x {x.dtype} and weight {weight.dtype}; "
+                'use backend="torch"'
+            )
+        return rms_norm_triton.norm(x, residual, weight, eps, weight_offset)
+    if residual is None:
+        return _RMSNorm.apply(x, weight, eps, weight_offset)
+    total = x + residual
+    return _RMSNorm.apply(total, weight, eps, weight_offset), total
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
     if x.dim() == 0 or weight.shape != x.shape[-1:]:
         raise ValueError(
             f"rms_norm: x {tuple(x.shape)} and weight {tuple(weight.shape)} must be [..., D] and [D] with one D"
         )
     if not (x.is_floating_point() and weight.is_floating_point()):
         raise ValueError(f"rms_norm: x and weight must be floating point, got {x.dtype} and {weight.dtype}")
-    if residual is None:
-        return _RMSNorm.apply(x, weight, eps, weight_offset)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} must have the shape and dtype of x, "
             f"{tuple(x.shape)} {x.dtype}"
         )
-    total = x + residual
-    return _RMSNorm.apply(total, weight, eps, weight_offset), total
+    for name, tensor in (("weight", weight), ("residual", residual)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"rms_norm: {name} is on {tensor.device}, x on {x.device}; move them together")

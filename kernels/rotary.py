@@ -6,6 +6,8 @@ With x = [x₁ | x₂] split at Dh/2 and the angles of the token's position:
 
 The backward is the inverse rotation (sin negated), so nothing is saved but the table rows and the position ids.
 
+This is the torch backend; ``kernels/rotary_triton.py`` turns q and k in one launch, and gathers no rows.
+
 Source: Su et al., "RoFormer" (2021).
 """
 
@@ -14,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bivec.kernels.backend import resolve
+from bivec.kernels.backend import BackendError, checks_values, resolve
+from bivec.kernels.overwriting import check_overwritable
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
@@ -61,25 +64,44 @@ def apply_rotary(
     """Rotates queries and keys by their positions.
 
     Args:
-        q: [T, H, Dh], any float dtype.
+        q: [T, H, Dh], any float dtype; fp16, bf16 or fp32 with the Triton backend.
         k: [T, Hkv, Dh], dtype of ``q``.
         cos: [max_position, Dh/2] fp32; no gradient is given.
         sin: [max_position, Dh/2] fp32; no gradient is given.
         position_ids: [T] int64, rows of the tables.
         inplace: overwrite q and k (their old values must not be needed by anybody's backward). They may be slices of
-            one projection; torch refuses the outputs of ``split`` and ``chunk``.
+            one projection; the torch backend refuses the outputs of ``split`` and ``chunk``. From then on use the pair
+            returned: with the Triton backend autograd does not know that q, k and what they are views of have turned.
+            Compiled by torch.compile, the Triton backend overwrites nothing.
         backend: None, "torch" or "triton".
 
     Returns:
         The rotated pair, shapes and dtypes as given.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit; on CPU also a position outside the tables.
+        ValueError: shapes, dtypes or devices that do not fit; on CPU, and with BIVEC_CHECK=1, also a position outside
+            the tables (else it makes its token NaN with the Triton backend); operands that cannot be overwritten.
+        BackendError: the backend cannot be used here; fp64 with the Triton backend.
 
     Source: Su et al. 2021.
     """
-    resolve(backend, "apply_rotary")
+    chosen = resolve(backend, "apply_rotary", q.device)
     _check_operands(q, k, cos, sin, position_ids)
+    if inplace:
+        check_overwritable("apply_rotary", "inplace=True", q=q, k=k)
+    if chosen == "triton":
+        from bivec.kernels import rotary_triton  # triton is an optional dependency
+
+        if q.dtype not in rotary_triton.DTYPES:
+            raise BackendError(
+                f'apply_rotary: the Triton kernel takes fp16, bf16 and fp32, got {q.dtype}; use backend="torch"'
+            )
+        if inplace and not (q.stride(2) == k.stride(2) == 1 or q.shape[2] == 0):
+            raise ValueError(
+                f"apply_rotary: inplace=True needs neighbouring elements in the last dimension of q and k, got strides "
+                f'{q.stride()} and {k.stride()}; pass contiguous tensors, or use backend="torch"'
+            )
+        return rotary_triton.rotated(q, k, cos, sin, position_ids, inplace)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows_cos, rows_sin = cos[position_ids].to(dtype).unsqueeze(1), sin[position_ids].to(dtype).unsqueeze(1)
     return _Rotary.apply(q, rows_cos, rows_sin, inplace), _Rotary.apply(k, rows_cos, rows_sin, inplace)
@@ -102,7 +124,10 @@ def _check_operands(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids
             f"apply_rotary: position_ids must be int64 of shape [{q.shape[0]}], "
             f"got {position_ids.dtype} of shape {tuple(position_ids.shape)}"
         )
-    if position_ids.device.type == "cpu" and len(position_ids):  # reading the values would stall a GPU
+    for name, tensor in (("k", k), ("cos", cos), ("sin", sin), ("position_ids", position_ids)):
+        if tensor.device != q.device:
+            raise ValueError(f"apply_rotary: {name} is on {tensor.device}, q on {q.device}; move them together")
+    if checks_values(position_ids.device) and len(position_ids):
         lowest, highest = (int(bound) for bound in position_ids.aminmax())
         if lowest < 0 or highest >= len(cos):
             raise ValueError(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bivec import kernels
-from bivec.kernels.backend import TRITON_OPS, BackendError, resolve
+from bivec.kernels import backend as backends
+from bivec.kernels.backend import BackendError, resolve
 
 CU_SEQLENS = torch.tensor([0, 2, 4], dtype=torch.int32)
 X, QKV, TABLE = torch.ones(4, 8), torch.ones(4, 2, 4), torch.ones(4, 2)
@@ -18,8 +19,9 @@ CALLS = {
     "geglu": lambda **o: kernels.geglu(X, X, **o),
     "segment_pool": lambda **o: kernels.segment_pool(X, CU_SEQLENS, **o),
     "lora_linear": lambda **o: kernels.lora_linear(X, X, torch.ones(2, 8), torch.ones(4, 2), 1.0, **o),
+    "lora_linears": lambda **o: kernels.lora_linears(X, [X], [torch.ones(2, 8)], [torch.ones(4, 2)], 1.0, **o),
 }
-WITHOUT_TRITON = sorted(set(CALLS) - TRITON_OPS)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +29,11 @@ def clean_environment(monkeypatch):
     monkeypatch.delenv("BIVEC_BACKEND", raising=False)
 
 
-def test_the_default_is_torch():
-    assert resolve(None, "swiglu") == "torch"
+def test_the_default_is_triton_on_a_gpu_that_has_it(monkeypatch):
+    assert resolve(None, "swiglu", CPU) == "torch"
+    for installed, expected in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(backends, "TRITON_INSTALLED", installed)
+        assert resolve(None, "swiglu", GPU) == expected
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -39,12 +44,14 @@ def test_every_op_runs_with_torch(op, monkeypatch):
     CALLS[op]()
 
 
-@pytest.mark.parametrize("op", WITHOUT_TRITON)
-def test_triton_that_has_not_landed_is_refused_by_name(op, monkeypatch):
-    with pytest.raises(BackendError, match=rf'^{op}: backend="triton".*no Triton kernel.*"torch"'):
+@pytest.mark.parametrize("op", CALLS)
+def test_triton_is_refused_where_it_cannot_run(op, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendError, match=rf'^{op}: backend="triton".*the tensors are on cpu.*TRITON_INTERPRET=1'):
         CALLS[op](backend="triton")
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
     monkeypatch.setenv("BIVEC_BACKEND", "triton")
-    with pytest.raises(BackendError, match=rf"^{op}: the environment variable BIVEC_BACKEND="):
+    with pytest.raises(BackendError, match=rf'^{op}: the environment variable BIVEC_BACKEND="triton".*pip install'):
         CALLS[op]()
     CALLS[op](backend="torch")  # the argument wins
 
@@ -60,9 +67,9 @@ def test_unknown_names_are_refused(op, monkeypatch):
 
 def test_an_empty_variable_means_the_default(monkeypatch):
     monkeypatch.setenv("BIVEC_BACKEND", "")
-    assert resolve(None, "swiglu") == "torch"
+    assert resolve(None, "swiglu", CPU) == "torch"
 
 
 def test_an_empty_argument_is_not_the_default():
     with pytest.raises(ValueError, match="backend=''"):
-        resolve("", "swiglu")
+        resolve("", "swiglu", CPU)

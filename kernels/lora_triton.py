@@ -1,0 +1,237 @@
+"""The Triton backend of ``lora_linear`` and ``lora_linears``: vendor GEMMs for the base, our kernels for the update.
+
+Of P projections of one input x [T, in], with masks keep_p, A_p [r, in] and B_p [out_p, r]:
+
+    project     h_p   = factor (keep_p * x) M_pᵀ                  [T, r]    M = A forward; of dy, M = Bᵀ backward
+    update      y    += factor sum_p keep_p * (h_p M_p)           [T, n]    in place; the sum is rounded once
+    gradient    d_p   = factor sum_t h_p[t]ᵀ (keep_p * x)[t]      [r, n]
+
+    forward     y_p = x W_pᵀ + bias_p;  h = project(x, A);  update(y_p, h_p, B_pᵀ, scaling)
+    backward    dh_p = project(dy_p, B_pᵀ);  dB_p = gradient(dy_p, h_p)ᵀ;  dA = gradient(x, dh)
+                dx = sum_p dy_p W_p;  update(dx, dh, A)
+
+The joint form reads x from memory once for all projections (``kernels/lora_kernels.py``, where masks, precision and
+determinism are explained as well). The masks differ, which is why the A's are not stacked into one product. dx is one
+buffer: the GEMMs add to it, then one update of all projections.
+
+Saved for backward: x, W, A, B (all the caller's), token ids and seeds, and h, 4 r bytes a token and projection.
+Traffic: project reads x, gradient reads x or dy, update reads and writes y; FLOPs as in ``kernels/lora.py``, far below
+what the bytes cost at the usual ranks.
+"""
+
+# No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bivec.kernels.dropout import seed_tensor
+from bivec.kernels.lora_kernels import gradient_parts, project_, row_keys, update_
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _stacked(lora_as: Sequence[Tensor]) -> Tensor:
+    """``[P, R, in]``, zeros below the matrices of a smaller rank than the largest; one matrix is not copied."""
+    rank = max(a.shape[0] for a in lora_as)
+    if len(lora_as) == 1:
+        return lora_as[0][None]
+    return torch.stack([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a in lora_as])
+
+
+def forward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    seeds: Tensor | None,
+    token_ids: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> list[Tensor]:
+    """The products and launches of the forward; see ``lora_linears_op``."""
+    x = _rows_contiguous(x)
+    keys = row_keys(seeds, token_ids) if dropout_p else None
+    m = _stacked(lora_as)
+    h = torch.empty(len(lora_as), x.shape[0], m.shape[1], dtype=torch.float32, device=x.device)
+    project_(h, x, m, 1.0 / (1.0 - dropout_p), keys, dropout_p)
+    outs = []
+    for p, (weight, bias, lora_b) in enumerate(zip(weights, biases, lora_bs, strict=True)):
+        y = torch.addmm(bias, x, weight.t()) if bias.numel() else x @ weight.t()  # [T, out]
+        update_(y, h[p : p + 1], lora_b.t()[None], scaling)
+        outs.append(y)
+    return [*outs, h]
+
+
+def backward(
+    d_outs: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    h: Tensor,
+    seeds: Tensor | None,
+    token_ids: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The products and launches of the backward; see ``lora_linears_backward_op``."""
+    count = len(weights)
+    want_x, *others = wanted
+    want_weights, want_biases, want_as, want_bs = (others[i * count : (i + 1) * count] for i in range(4))
+    x = _rows_contiguous(x)
+    active = [p for p, d_out in enumerate(d_outs) if d_out is not None]
+    grads = {p: _rows_contiguous(d_outs[p]) for p in active}
+    lora_dtype = lora_as[0].dtype
+
+    def each(wants: Sequence[bool], gradient: Any) -> list[Tensor]:
+        return [gradient(p) if want else x.new_empty(0) for p, want in enumerate(wants)]
+
+    def b_gradient(p: int) -> Tensor:
+        parts = gradient_parts(grads[p], h[p : p + 1], lora_dtype, scaling)
+        return parts[:, 0].sum(0)[: lora_bs[p].shape[1]].t().to(lora_dtype)  # [out, r]
+
+    d_weights = each(want_weights, lambda p: grads[p].t() @ x)
+    d_biases = each(want_biases, lambda p: grads[p].sum(0))
+    d_bs = each(want_bs, b_gradient)
+    chosen = [p for p in active if want_x or want_as[p]]
+    if not chosen:
+        return [x.new_empty(0), *d_weights, *d_biases, *each(want_as, None), *d_bs]
+
+    dh = torch.empty(len(chosen), x.shape[0], h.shape[2], dtype=torch.float32, device=x.device)
+    for place, p in enumerate(chosen):
+        project_(dh[place : place + 1], grads[p], lora_bs[p].t()[None], scaling / (1.0 - dropout_p))
+    keys = None
+    if dropout_p:
+        keys = row_keys(seeds, token_ids)
+        keys = keys if len(chosen) == count else torch.stack([keys[p] for p in chosen])
+    parts = gradient_parts(x, dh, lora_dtype, 1.0, keys, dropout_p) if any(want_as) else None
+    d_as = each(want_as, lambda p: parts[:, chosen.index(p), : lora_as[p].shape[0]].sum(0).to(lora_dtype))
+    dx = x.new_empty(0)
+    if want_x:
+        first, *rest = active
+        dx = grads[first] @ weights[first]  # [T, in]
+        for p in rest:
+            dx.addmm_(grads[p], weights[p])
+        update_(dx, dh, _stacked([lora_as[p] for p in chosen]), 1.0, keys, dropout_p)
+    return [dx, *d_weights, *d_biases, *d_as, *d_bs]
+
+
+@torch.library.custom_op("bivec::lora_linears", mutates_args=())
+def lora_linears_op(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    seeds: Tensor | None,
+    token_ids: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> list[Tensor]:
+    """The outputs ``[T, out_p]``, and last h ``[P, T, R]`` fp32, which has no gradient.
+
+    Args:
+        x: [T, in], of ``DTYPES``.
+        weights: [out_p, in], dtype of ``x``.
+        biases: [out_p], dtype of ``x``; one of no elements is none.
+        lora_as: [r_p, in], dtype of ``x`` or fp32; R is the largest rank.
+        lora_bs: [out_p, r_p].
+        seeds: [P] int64; token_ids: [T] int64; both where ``dropout_p`` is not 0.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x, weights, biases, lora_as, lora_bs, seeds, token_ids, scaling, dropout_p)
+
+
+@lora_linears_op.register_fake
+def _(x, weights, biases, lora_as, lora_bs, seeds, token_ids, scaling, dropout_p):
+    outs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+    rank = max(a.shape[0] for a in lora_as)
+    return [*outs, x.new_empty(len(weights), x.shape[0], rank, dtype=torch.float32)]
+
+
+@torch.library.custom_op("bivec::lora_linears_backward", mutates_args=())
+def lora_linears_backward_op(
+    d_outs: Sequence[Tensor | None],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    h: Tensor,
+    seeds: Tensor | None,
+    token_ids: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients of x, and of each of weights, biases, lora_as and lora_bs, in this order.
+
+    ``wanted`` says which, in the same order, and asks nothing of a projection whose ``d_outs`` is None; an unwanted one
+    has no elements.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return backward(d_outs, x, weights, lora_as, lora_bs, h, seeds, token_ids, scaling, dropout_p, wanted)
+
+
+@lora_linears_backward_op.register_fake
+def _(d_outs, x, weights, lora_as, lora_bs, h, seeds, token_ids, scaling, dropout_p, wanted):
+    shapes = [x, *weights, *(w[:, 0] for w in weights), *lora_as]
+    like = [t.new_empty(t.shape) for t in shapes] + [b.new_empty(b.shape[1], b.shape[0]).t() for b in lora_bs]
+    return [gradient if want else x.new_empty(0) for gradient, want in zip(like, wanted, strict=True)]
+
+
+def _save(ctx, inputs, output):
+    x, weights, _, lora_as, lora_bs, seeds, token_ids, ctx.scaling, ctx.dropout_p = inputs
+    ctx.save_for_backward(x, output[-1], seeds, token_ids, *weights, *lora_as, *lora_bs)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, gradients):
+    """Skips the projections that no gradient reaches."""
+    x, h, seeds, token_ids, *matrices = ctx.saved_tensors
+    *d_outs, _ = gradients
+    count = len(d_outs)
+    weights, lora_as, lora_bs = (matrices[i * count : (i + 1) * count] for i in range(3))
+    need_x, *needs = ctx.needs_input_grad[:5]
+    reached = [d_out is not None for d_out in d_outs]
+    wanted = [need_x and any(reached)]
+    for need in needs:
+        wanted += [needed and reaches for needed, reaches in zip(need, reached, strict=True)]
+    if not any(wanted):
+        return None, *([None] * count for _ in range(4)), None, None, None, None
+    results = lora_linears_backward_op(
+        d_outs, x, weights, lora_as, lora_bs, h, seeds, token_ids, ctx.scaling, ctx.dropout_p, wanted
+    )
+    dx, *others = (gradient if want else None for gradient, want in zip(results, wanted, strict=True))
+    return dx, *(others[i * count : (i + 1) * count] for i in range(4)), None, None, None, None
+
+
+lora_linears_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def apply(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    scaling: float,
+    dropout_p: float,
+    seeds: Sequence[int | Tensor | None],
+    token_ids: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """``lora_linears`` of operands that its caller has checked; ``token_ids`` where ``dropout_p`` is not 0."""
+    keyed = torch.cat([seed_tensor(seed, x.device) for seed in seeds]) if dropout_p else None
+    present = [x.new_empty(0) if bias is None else bias for bias in biases]
+    operands = x, list(weights), present, list(lora_as), list(lora_bs)
+    *outs, _ = lora_linears_op(*operands, keyed, token_ids if dropout_p else None, scaling, dropout_p)
+    return tuple(outs)
