@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bivec.kernels import fold_seed, lora_linear
-from bivec.kernels.backend import preferred
+from bivec.kernels import fold_seed, lora_linears
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.files import atomic_directory
 
@@ -74,19 +74,24 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        noise = self.noise
-        dropout_p = self.config.dropout if noise.seed is not None else 0.0
-        return lora_linear(
+        return self.project_jointly(x, (self,))[0]
+
+    @staticmethod
+    def project_jointly(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
+        """The outputs of projections of one input (see ``models.projection``); all belong to one adapter."""
+        config, noise = layers[0].config, layers[0].noise
+        dropout_p = config.dropout if noise.seed is not None else 0.0
+        return lora_linears(
             x,
-            self.base.weight,
-            self.lora_a,
-            self.lora_b,
-            self.config.scaling,
-            bias=self.base.bias,
+            [layer.base.weight for layer in layers],
+            [layer.lora_a for layer in layers],
+            [layer.lora_b for layer in layers],
+            config.scaling,
+            biases=[layer.base.bias for layer in layers],
             dropout_p=dropout_p,
-            seed=fold_seed(noise.seed, self.site) if dropout_p else None,
+            seeds=[fold_seed(noise.seed, layer.site) for layer in layers] if dropout_p else None,
             token_ids=noise.token_ids if dropout_p else None,
-            backend=preferred(noise.backend, "lora_linear"),
+            backend=noise.backend,
         )
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
 from bivec.engine.packing import indices_for_step
 from bivec.kernels import fold_seed, info_nce, linear_cross_entropy, segment_pool
 from bivec.models import PackedBatch
+from bivec.models.recompute import LEVELS as RECOMPUTE_LEVELS
 
 LORA_SITE, ATTENTION_SITE = 1, 2  # folded into the stage's seed: the two dropouts must not share bits
 
@@ -42,6 +44,7 @@ def mntp_loss(
     normalizer: Tensor | float | None = None,
     attention_dropout: float = 0.0,
     seed: int | None = None,
+    recompute: str = "none",
     backend: str | None = None,
 ) -> Tensor:
     """Masked next-token prediction: the label of a masked token is scored from the row before it (METHOD 3.3).
@@ -53,12 +56,13 @@ def mntp_loss(
         normalizer: number of labels of the whole step, under gradient accumulation; None = of this batch.
         attention_dropout: the paper trains MNTP without.
         seed: of the attention dropout.
+        recompute: of the model's forward: "none", "selective" or "layer".
         backend: None, "torch" or "triton".
 
     Returns:
         0-dim loss, mean over the labels (or the sum over ``normalizer``).
     """
-    hidden = model(batch.batch, attention_dropout=attention_dropout, seed=seed, backend=backend)
+    hidden = model(batch.batch, attention_dropout=attention_dropout, seed=seed, recompute=recompute, backend=backend)
     return linear_cross_entropy(
         hidden,
         lm_head_weight,
@@ -78,6 +82,7 @@ def simcse_loss(
     skip_prefix: int = 0,
     attention_dropout: float = 0.3,
     seed: int | None = None,
+    recompute: str = "none",
     backend: str | None = None,
 ) -> Tensor:
     """Unsupervised SimCSE: two dropout views of every sentence, in-batch negatives, one direction (METHOD 4.4).
@@ -90,12 +95,13 @@ def simcse_loss(
         skip_prefix: tokens at the start of each sequence left out of the pooling (1 = without the BOS).
         attention_dropout: on the attention probabilities; with the LoRA dropout the only noise between the views.
         seed: of the attention dropout.
+        recompute: of the model's forward: "none", "selective" or "layer".
         backend: None, "torch" or "triton".
 
     Returns:
         0-dim loss, mean over the B sentences.
     """
-    hidden = model(views, attention_dropout=attention_dropout, seed=seed, backend=backend)
+    hidden = model(views, attention_dropout=attention_dropout, seed=seed, recompute=recompute, backend=backend)
     spans = views.cu_seqlens.long()
     pooled = segment_pool(
         hidden,
@@ -135,6 +141,7 @@ class MntpObjective:
     seed: int
     micro_batch_tokens: int | None = None
     attention_dropout: float = 0.0
+    recompute: str = "none"
     backend: str | None = None
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
@@ -142,7 +149,7 @@ class MntpObjective:
         rows = indices_for_step(len(self.blocks), self.batch_size, self.seed, step)
         # one id per block ever drawn: a block met again in the next epoch gets other masks and other dropout
         sample_ids = range(step * self.batch_size, (step + 1) * self.batch_size)
-        per_micro = max(1, (self.micro_batch_tokens or 1 << 62) // self.blocks.block_size)
+        per_micro = self._blocks_per_micro_batch()
         micro_batches = [
             mask_batch(
                 self.blocks.input_ids[rows[i : i + per_micro]],
@@ -164,9 +171,25 @@ class MntpObjective:
                     normalizer=normalizer,
                     attention_dropout=self.attention_dropout,
                     seed=fold_seed(self.seed, ATTENTION_SITE),
+                    recompute=self.recompute,
                     backend=self.backend,
                 )
                 yield MicroLoss(loss, micro.batch.num_tokens)
+
+    def _blocks_per_micro_batch(self) -> int:
+        return max(1, min(self.batch_size, (self.micro_batch_tokens or 1 << 62) // self.blocks.block_size))
+
+    def with_less_memory(self) -> MntpObjective | None:
+        """The same step in micro-batches of half the size; at one block with more recomputation; None = no way left."""
+        blocks = self._blocks_per_micro_batch()
+        if blocks > 1:
+            return replace(self, micro_batch_tokens=blocks // 2 * self.blocks.block_size)
+        return _with_more_recomputation(self)
+
+    def memory_setting(self) -> str:
+        """What :meth:`with_less_memory` changes, in words."""
+        tokens = self._blocks_per_micro_batch() * self.blocks.block_size
+        return f"micro-batches of {tokens:,} tokens, recomputation {self.recompute!r}"
 
 
 @dataclass(frozen=True)
@@ -183,6 +206,7 @@ class SimcseObjective:
     pooling: str = "mean"
     skip_prefix: int = 0
     attention_dropout: float = 0.3
+    recompute: str = "none"
     backend: str | None = None
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
@@ -201,6 +225,20 @@ class SimcseObjective:
                 skip_prefix=self.skip_prefix,
                 attention_dropout=self.attention_dropout,
                 seed=fold_seed(self.seed, ATTENTION_SITE),
+                recompute=self.recompute,
                 backend=self.backend,
             )
             yield MicroLoss(loss, views.num_tokens)
+
+    def with_less_memory(self) -> SimcseObjective | None:
+        """The same step with more recomputation (the loss needs the whole batch at once); None = no way left."""
+        return _with_more_recomputation(self)
+
+    def memory_setting(self) -> str:
+        """What :meth:`with_less_memory` changes, in words."""
+        return f"recomputation {self.recompute!r}"
+
+
+def _with_more_recomputation(objective: Any) -> Any:
+    level = RECOMPUTE_LEVELS.index(objective.recompute) + 1
+    return replace(objective, recompute=RECOMPUTE_LEVELS[level]) if level < len(RECOMPUTE_LEVELS) else None

@@ -20,7 +20,11 @@ from bivec.engine.optim import OptimConfig, learning_rate_at, make_optimizer
 
 
 class Objective(Protocol):
-    """Anything that yields the losses of a step's micro-batches."""
+    """Anything that yields the losses of a step's micro-batches.
+
+    It may also have ``with_less_memory() -> Objective | None``, the same step in less memory or None where there is no
+    way, and ``memory_setting() -> str``, what that changed: then a step that runs out of memory is done again.
+    """
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]: ...
 
@@ -108,7 +112,7 @@ def train(
     with bar:
         while state.step < config.steps:
             started = time.perf_counter()
-            metrics = _optimizer_step(state, objective, config, checkpoints)
+            metrics, objective = _step_within_memory(state, objective, config, checkpoints)
             state = replace(state, step=state.step + 1)
             seconds, tokens = seconds + time.perf_counter() - started, tokens + metrics.tokens
             metrics = replace(metrics, tokens_per_s=tokens / seconds)
@@ -127,6 +131,41 @@ def train(
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
+
+
+def _step_within_memory(
+    state: TrainState, objective: Objective, config: OptimConfig, checkpoints: Path | None
+) -> tuple[StepMetrics, Objective]:
+    """One step; out of memory, it is begun again in smaller parts, with the same effective batch and gradient.
+
+    Nothing of the failed attempt is left: the optimiser steps last, and data and dropout are functions of the step.
+    """
+    from tqdm import tqdm
+
+    while True:
+        try:
+            return _optimizer_step(state, objective, config, checkpoints), objective
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = objective.with_less_memory() if hasattr(objective, "with_less_memory") else None
+            if smaller is None:
+                raise
+            reason = str(error).splitlines()[0]
+        # outside of the handler, whose error keeps the frames of the attempt alive, and so its activations
+        state.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        objective = smaller
+        tqdm.write(
+            f"{state.stage}, step {state.step + 1}: out of memory ({reason}); going on with "
+            f"{objective.memory_setting()}. The effective batch stays"
+        )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch has a class for a GPU's, which is a RuntimeError too, and only words for a CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _optimizer_step(

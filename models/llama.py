@@ -7,14 +7,17 @@ fit by name. The hidden state is ``[T, D]``: all sequences of the batch one afte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bivec.kernels import AttentionPlan, apply_rotary, attention_plan, flash_attention, fold_seed, rms_norm, swiglu
-from bivec.kernels.backend import preferred
 from bivec.models.batch import PackedBatch
 from bivec.models.config import DecoderConfig
+from bivec.models.projection import project
+from bivec.models.recompute import LEVELS, Recipes
 from bivec.models.rope import rotary_table
 
 
@@ -31,6 +34,7 @@ class AttentionContext:
     dropout_p: float
     seed: int | Tensor | None
     backend: str | None
+    recipes: Recipes
 
 
 class RMSNorm(nn.Module):
@@ -42,7 +46,7 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, backend: str | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return rms_norm(x, self.weight, self.eps, residual=residual, backend=preferred(backend, "rms_norm"))
+        return rms_norm(x, self.weight, self.eps, residual=residual, backend=backend)
 
 
 class Attention(nn.Module):
@@ -57,11 +61,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         batch = context.batch
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, Dh]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, Hkv, Dh]
-        backend = preferred(context.backend, "apply_rotary")
-        q, k = apply_rotary(q, k, context.cos, context.sin, batch.position_ids, inplace=True, backend=backend)
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # [T, H or Hkv, Dh]
+        q, k = apply_rotary(q, k, context.cos, context.sin, batch.position_ids, inplace=True, backend=context.backend)
         attended = flash_attention(
             q,
             k,
@@ -86,8 +88,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, backend: str | None) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=preferred(backend, "swiglu")))
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        product = swiglu(gate, up, overwrite=True, backend=context.backend)
+        context.recipes.add(product, partial(swiglu, gate.detach(), up.detach(), backend=context.backend))
+        return self.down_proj(product)
 
 
 class DecoderLayer(nn.Module):
@@ -103,12 +108,24 @@ class DecoderLayer(nn.Module):
 
         Leaving the last addition to the next norm fuses every residual addition of the model with a norm.
         """
+        normed, x = self._normed(self.input_layernorm, x, update, context)
+        normed, x = self._normed(self.post_attention_layernorm, x, self.self_attn(normed, context), context)
+        return x, self.mlp(normed, context)
+
+    def whole(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """The residual stream after the layer, its last addition done: one tensor in, one out."""
+        x, update = self(x, None, context)
+        return x + update
+
+    @staticmethod
+    def _normed(norm: RMSNorm, x: Tensor, update: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """The norm of the residual stream after the update, and that stream."""
         if update is None:
-            normed = self.input_layernorm(x, backend=context.backend)
+            normed = norm(x, backend=context.backend)
         else:
-            normed, x = self.input_layernorm(update, x, backend=context.backend)
-        normed, x = self.post_attention_layernorm(self.self_attn(normed, context), x, backend=context.backend)
-        return x, self.mlp(normed, context.backend)
+            normed, x = norm(update, x, backend=context.backend)
+        context.recipes.add(normed, partial(norm, x.detach(), backend=context.backend))
+        return normed, x
 
 
 class Llama(nn.Module):
@@ -140,6 +157,7 @@ class Llama(nn.Module):
         attention_dropout: float = 0.0,
         seed: int | Tensor | None = None,
         output_hidden_states: bool = False,
+        recompute: str = "none",
         backend: str | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Runs the packed batch.
@@ -150,17 +168,22 @@ class Llama(nn.Module):
             attention_dropout: on the attention probabilities (SimCSE, METHOD 4.2), in training and evaluation alike.
             seed: keys the dropout; the layer number is folded in.
             output_hidden_states: also return the residual stream: embedding, after each layer, and last the final norm.
-            backend: None, "torch" or "triton": the Triton kernels that exist (``kernels.backend.TRITON_OPS``), and
-                torch for the other ops.
+            recompute: "none", "selective" or "layer": what a backward makes again instead of keeping it
+                (``models/recompute.py``). The result is the same.
+            backend: None, "torch" or "triton".
 
         Returns:
             hidden_states [T, D]; with ``output_hidden_states`` the pair (hidden_states, num_layers + 1 tensors).
 
         Raises:
-            ValueError: a sequence longer than the model's positions, dropout without a seed; on CPU also a token id
-                outside the vocabulary.
+            ValueError: a sequence longer than the model's positions, dropout without a seed, an unknown level of
+                recomputation; on CPU also a token id outside the vocabulary.
+
+        A backward overwrites activations that it has read, so the graph can be walked once.
         """
         self._check(batch, attention_dropout, seed)
+        if recompute not in LEVELS:
+            raise ValueError(f"recompute is {recompute!r}, expected one of {', '.join(LEVELS)}")
         cos, sin = self.rotary(batch.max_seqlen, batch.input_ids.device)
         context = AttentionContext(
             batch=batch,
@@ -172,13 +195,20 @@ class Llama(nn.Module):
             dropout_p=attention_dropout,
             seed=seed,
             backend=backend,
+            recipes=Recipes(recompute == "selective" and torch.is_grad_enabled()),
         )
         x, update, states = self.embed_tokens(batch.input_ids), None, []
-        for layer in self.layers:
-            if output_hidden_states:
-                states.append(x if update is None else x + update)
-            x, update = layer(x, update, context)
-        hidden_states, _ = self.norm(update, x, backend=backend)
+        with context.recipes:
+            for layer in self.layers:
+                if output_hidden_states:
+                    states.append(x if update is None else x + update)
+                if recompute == "layer" and torch.is_grad_enabled():
+                    # the generators of the dropouts have no state that would have to be put back
+                    x = checkpoint(layer.whole, x, context, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x, update = layer(x, update, context)
+                context.recipes.forget()
+        hidden_states = self.norm(x, backend=backend) if update is None else self.norm(update, x, backend=backend)[0]
         return (hidden_states, (*states, hidden_states)) if output_hidden_states else hidden_states
 
     def _check(self, batch: PackedBatch, attention_dropout: float, seed: int | Tensor | None) -> None:

@@ -175,3 +175,75 @@ def test_an_earlier_run_is_not_mixed_in(tmp_path):
     toy(tmp_path)[2]()
     with pytest.raises(RunError, match=r"holds an earlier run of this stage \(toy-000005\)"):
         toy(tmp_path)[2]()
+
+
+class Cramped:
+    """An objective that runs out of memory in the last micro-batch of a step, while its micro-batches are large."""
+
+    def __init__(self, objective, fits, error):
+        self.objective, self.fits, self.error = objective, fits, error
+
+    def micro_losses(self, step):
+        for count, micro in enumerate(self.objective.micro_losses(step)):
+            if count > 0 and not self.fits(self.objective):
+                raise self.error
+            yield micro
+
+    def with_less_memory(self):
+        smaller = self.objective.with_less_memory()
+        return None if smaller is None else Cramped(smaller, self.fits, self.error)
+
+    def memory_setting(self):
+        return self.objective.memory_setting()
+
+
+GPU_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
+CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 12 bytes")
+
+
+@pytest.mark.parametrize("error", [GPU_ERROR, CPU_ERROR], ids=["gpu", "cpu"])
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(error, tiny_llama_dir, capsys):
+    def cramped(checkpoint, adapter):
+        return Cramped(mntp(checkpoint, adapter), lambda o: o.micro_batch_tokens <= 16, error)
+
+    whole, final = run(tiny_llama_dir, mntp)
+    halved, other = run(tiny_llama_dir, cramped)
+    assert sorted(halved) == sorted(whole)
+    for step, (loss, lr, norm, tokens) in whole.items():
+        assert halved[step][1] == lr and halved[step][3] == tokens  # the effective batch is the same
+        assert halved[step][0] == pytest.approx(loss, rel=1e-4) and halved[step][2] == pytest.approx(norm, rel=1e-3)
+    assert all(torch.allclose(other[name], final[name], atol=1e-3) for name in final)
+    told = capsys.readouterr().out
+    assert (
+        told.count("going on") == 1 and "stage, step 1: out of memory (" in told
+    )  # 48 to 16 tokens, and it stays there
+    assert "going on with micro-batches of 16 tokens, recomputation 'none'" in told and "more lines" not in told
+
+
+def test_out_of_memory_at_one_block_recomputes_more_and_then_gives_up(tiny_llama_dir, capsys):
+    def cramped(checkpoint, adapter):
+        return Cramped(mntp(checkpoint, adapter), lambda o: o.recompute == "layer", GPU_ERROR)
+
+    halved, _ = run(tiny_llama_dir, cramped)
+    assert len(halved) == STEPS and "recomputation 'layer'" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tiny_llama_dir, lambda c, a: Cramped(mntp(c, a), lambda o: False, GPU_ERROR))
+
+
+def test_simcse_recomputes_where_memory_ends(tiny_llama_dir):
+    checkpoint = load_pretrained(tiny_llama_dir)
+    objective = simcse(checkpoint, None)
+    levels = []
+    while objective is not None:
+        levels.append(objective.memory_setting())
+        objective = objective.with_less_memory()
+    assert levels == ["recomputation 'none'", "recomputation 'selective'", "recomputation 'layer'"]
+
+
+def test_other_errors_are_not_taken_for_it(tiny_llama_dir):
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(tiny_llama_dir, lambda c, a: Cramped(mntp(c, a), lambda o: False, RuntimeError("shapes do not fit")))
+    _, _, start = toy()  # without a way to take less memory
+    with pytest.raises(torch.OutOfMemoryError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Toy, "micro_losses", lambda *_: (_ for _ in ()).throw(GPU_ERROR))
+        start()

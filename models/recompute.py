@@ -1,0 +1,87 @@
+"""Activations that are made again in the backward instead of being kept.
+
+Three levels, all with the same losses and gradients:
+
+    none        everything that a backward reads is kept
+    selective   what is cheap to make is made again: the outputs of the norms (inputs of q, k, v and of gate, up) and
+                the gated product (input of down_proj); no matrix product runs twice. Rotated q and k replace the
+                unrotated ones in place, so there is nothing to win from them
+    layer       of a layer only its input is kept; the layer runs forward twice
+
+Operators know nothing of this: between an operator and what it saves stand torch's saved-tensor hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+LEVELS = ("none", "selective", "layer")
+
+
+class _Recipe:
+    """Stands for a saved tensor."""
+
+    def __init__(self, make: Callable[[], Tensor]):
+        self._make, self._uses, self._made = make, 0, None
+
+    def saved(self) -> _Recipe:
+        self._uses += 1
+        return self
+
+    def tensor(self) -> Tensor:
+        """Makes it at the first of its uses, and lets go of it at the last."""
+        made = self._made
+        if made is None:
+            with torch.no_grad():
+                made = self._make()
+        self._uses -= 1
+        self._made = made if self._uses > 0 else None
+        return made
+
+
+class Recipes:
+    """Replaces chosen tensors, where an operator inside the ``with`` block saves them, by how to make them again.
+
+    Args:
+        active: False does nothing at all.
+    """
+
+    def __init__(self, active: bool):
+        self._active = active
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._known: dict[int, tuple[Tensor, _Recipe]] = {}  # by address, of tensors that are kept alive here
+
+    def add(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        """From now on ``make()``, called without autograd, stands for ``tensor``.
+
+        What ``make`` holds is kept instead: detached tensors that some operator saves anyway.
+        """
+        if self._active and tensor.numel():
+            self._known[tensor.data_ptr()] = (tensor, _Recipe(make))
+
+    def forget(self) -> None:
+        """Lets go of the tensors added so far; what has been saved of them stays replaced."""
+        self._known.clear()
+
+    def __enter__(self) -> Recipes:
+        if self._active:
+            self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.forget()
+        if self._active:
+            self._hooks.__exit__(*exception)
+
+    def _pack(self, tensor: Tensor) -> Tensor | _Recipe:
+        known, recipe = self._known.get(tensor.data_ptr(), (None, None))
+        whole = known is not None and tensor.shape == known.shape and tensor.stride() == known.stride()
+        return recipe.saved() if whole and tensor.dtype == known.dtype else tensor
+
+    @staticmethod
+    def _unpack(saved: Tensor | _Recipe) -> Tensor:
+        return saved.tensor() if isinstance(saved, _Recipe) else saved
