@@ -16,6 +16,7 @@ from typing import Any
 from bivec.engine.errors import ConfigError, RunError
 from bivec.engine.lora import PROJECTIONS, LoraConfig
 from bivec.engine.optim import OptimConfig
+from bivec.engine.planner import parse_memory
 from bivec.models import DecoderConfig
 
 STAGES = ("bi", "mntp", "simcse")
@@ -136,6 +137,7 @@ class RunOptions:
     dry_run: bool = False
     device: str | None = None
     backend: str | None = None
+    memory: str | None = None  # "auto" or a size: the planner cuts the steps; None = the recipe's micro-batches
 
 
 def smoke(recipe: Recipe) -> Recipe:
@@ -208,6 +210,11 @@ def parse_arguments(
         help="of the frozen weights: float32, bfloat16 … (default: float32 on a CPU, bfloat16 elsewhere)",
     )
     add("--backend", choices=("torch", "triton"), help="of the kernels (default: chosen by device)")
+    add(
+        "--memory",
+        metavar="auto|24GiB",
+        help="cut every step so that it fits: what is free on the device, or this much (default: the recipe's cut)",
+    )
     add("--full-eval", action="store_true", help="evaluate on all STS pairs instead of the first 500")
     add("--resume", action="store_true", help="go on with the run in --output-dir from its last checkpoint")
     add("--smoke", action="store_true", help="a few steps of every stage on a little data: a test of the installation")
@@ -226,6 +233,8 @@ def parse_arguments(
     given = parser.parse_args(arguments)
 
     given.stages = _stages(given.stages)
+    if given.memory is not None:
+        parse_memory(given.memory)
     if given.model != recipe.model:  # what the recipe knows of its own model says nothing about another
         recipe = replace(recipe, shape=None, bos_token=None)
     recipe = replace(recipe, **{name: getattr(given, name) for name in OWN_FLAGS})
@@ -243,7 +252,7 @@ def parse_arguments(
             recipe = _assign(recipe, key.split("."), value, key)
         except ConfigError as error:
             raise RunError(f"--set {assignment}: {error}") from error
-    options = RunOptions(given.output_dir, given.resume, given.dry_run, given.device, given.backend)
+    options = RunOptions(given.output_dir, given.resume, given.dry_run, given.device, given.backend, given.memory)
     return recipe, options
 
 

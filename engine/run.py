@@ -36,6 +36,7 @@ from bivec.engine.inputs import Inputs, load_inputs, model_config
 from bivec.engine.lora import add_lora, load_adapter
 from bivec.engine.metrics import Evaluation, StepLog, losses_by_stage
 from bivec.engine.objectives import MntpObjective, SimcseObjective
+from bivec.engine.planner import Setting, batch_tokens, free_memory, parse_memory, plan_mntp, plan_simcse
 from bivec.engine.recipe import (
     MntpStage,
     Recipe,
@@ -48,7 +49,7 @@ from bivec.engine.recipe import (
 )
 from bivec.engine.report import StageResult, draw_results, results_table, similarity_table
 from bivec.engine.tokenizer import prefix_length
-from bivec.engine.trainer import Intervals, Objective, StepMetrics, peak_memory_bytes, train
+from bivec.engine.trainer import Intervals, Objective, StepMetrics, is_out_of_memory, peak_memory_bytes, train
 from bivec.kernels import BackendError, fold_seed
 from bivec.kernels.backend import resolve
 from bivec.models import load_pretrained
@@ -101,8 +102,10 @@ def start(recipe: Recipe, description: str | None, arguments: Sequence[str] | No
     except (BivecError, BackendError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        advice = "lower mntp.micro_batch_tokens or simcse.batch_size by --set; --dry-run predicts the memory"
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "give --memory auto, or lower mntp.micro_batch_tokens or simcse.batch_size by --set"
         print(f"error: {str(error).splitlines()[0]}\n{advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -124,6 +127,7 @@ class Run:
         self.inputs = load_inputs(recipe)
         _check_same_data(earlier, self.inputs, self.directory)
         self.results, self._earlier_seconds, self._earlier_peak = _read_results(self.directory, options.resume)
+        self.cuts = self._cuts(earlier)
         # before anything is written: damaged weights must not leave a directory behind that asks for --resume
         self._load_model()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -135,12 +139,42 @@ class Run:
 
     def _load_model(self) -> None:
         self.model = self.lm_head_weight = None  # the memory of the old one first
-        # bf16 as the paper, but for the CPU, where it runs a hundred times slower than fp32
-        dtype = self.recipe.dtype or ("float32" if torch.device(self.device).type == "cpu" else "bfloat16")
-        checkpoint = load_pretrained(self.inputs.model_path, dtype=dtype, device=self.device)
+        checkpoint = load_pretrained(self.inputs.model_path, dtype=self._dtype(), device=self.device)
         self.model, self.lm_head_weight = checkpoint.model, checkpoint.lm_head_weight
         self.model.requires_grad_(False)
         self.state = "bi"  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse"
+
+    def _dtype(self) -> str:
+        """bf16 as the paper, but for the CPU, where it runs a hundred times slower than fp32."""
+        return self.recipe.dtype or ("float32" if torch.device(self.device).type == "cpu" else "bfloat16")
+
+    def _cuts(self, earlier: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+        """By stage, the fields of its objective that ``--memory`` decides; nothing without it.
+
+        A resumed run keeps its first cut, on which the rounding of its sums depends, unless ``--memory`` is given anew.
+        """
+        if self.options.memory is None:
+            return {} if earlier is None else earlier.get("cuts", {})
+        asked = parse_memory(self.options.memory)
+        device = torch.device(self.device)
+        available = free_memory(device) if asked is None else asked
+        cuts, config = {}, self.inputs.config
+        for stage in (self.recipe.mntp, self.recipe.simcse):
+            name = "mntp" if isinstance(stage, MntpStage) else "simcse"
+            if name not in self.recipe.stages:
+                continue
+            itemsize = getattr(torch, self._dtype()).itemsize
+            triton = resolve(self.options.backend, "flash_attention", device) == "triton"
+            setting = Setting(config, stage.lora, itemsize, name == "mntp", device.type, triton)
+            if isinstance(stage, MntpStage):
+                plan = plan_mntp(setting, stage.batch_size, stage.sequence_length, stage.mask_probability, available)
+                cuts[name] = {"micro_batch_tokens": plan.micro_batch_tokens, "recompute": plan.recompute}
+            else:
+                tokens = 2 * batch_tokens(self.inputs.sentences.lengths, stage.batch_size)
+                plan = plan_simcse(setting, tokens, stage.batch_size, available)
+                cuts[name] = {"recompute": plan.recompute}
+            print(f"{name}: {plan}", flush=True)
+        return cuts
 
     def evaluate(self, stage: str | None = None, *, causal: bool = False, pooling: str = "mean") -> None:
         """STS-B dev of the model as it stands; ``stage`` names the result, by default after what has been trained."""
@@ -165,8 +199,8 @@ class Run:
             masking=self.inputs.masking,
             batch_size=stage.batch_size,
             seed=fold_seed(self.recipe.seed, MNTP_SEED),
-            micro_batch_tokens=stage.micro_batch_tokens,
             backend=self.options.backend,
+            **{"micro_batch_tokens": stage.micro_batch_tokens} | self.cuts.get("mntp", {}),
         )
         self._train("mntp", stage, len(self.inputs.blocks), objective)
 
@@ -187,6 +221,7 @@ class Run:
             skip_prefix=0 if self.recipe.pool_bos else prefix_length(self.inputs.tokenizer),
             attention_dropout=stage.attention_dropout,
             backend=self.options.backend,
+            **self.cuts.get("simcse", {}),
         )
         self._train("simcse", stage, len(self.inputs.sentences), objective)
 
@@ -297,6 +332,7 @@ class Run:
             "device": self.device,
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
+            "cuts": self.cuts,
         }
         write_text_atomic(self.directory / RUN_FILE, json.dumps(content, indent=2) + "\n")
 

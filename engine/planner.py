@@ -1,0 +1,257 @@
+"""How much memory a step will take, and how to cut it so that it fits: micro-batches and recomputation.
+
+The peak of a step is what stays (weights; of LoRA the weight, its gradient and two moments in fp32) plus, for one
+micro-batch, what the layers keep for backward and the larger of two moments: the loss, with its workspace, and the
+start of the backward in the last layer's feed-forward block, where nothing has been let go of yet.
+
+What a layer keeps a token (``kept_per_token``), in elements of the weights' dtype unless said otherwise, with D the
+hidden width, q and kv that of all query and kv heads, H heads, I the intermediate width, r the rank of LoRA:
+
+    residual stream before each norm          2 D             "layer": D, and nothing else
+    norms' outputs (read by q,k,v and gate,up)2 D             "selective": made again
+    rotated q, k, and v                       q + 2 kv
+    attention's output, read by o_proj        q
+    gate, up                                  2 I
+    gated product (read by down_proj)         I               "selective": made again
+    fp32: lse H, rstd 2, LoRA's x Aᵀ          H + 2 + 7 r
+    fp32, torch backend only: rotary rows     Dh
+    torch backend only: attention's operands and output are fp32, and its output is kept twice, as it was made and as
+    o_proj reads it, where it is of another dtype or sequences of several lengths were put together
+
+The first layer keeps no embedding under LoRA, and attention dropout keeps nothing: masks are drawn again. On top come
+the allocator's slack and, on a CPU, the process itself (0.6 GiB).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from bivec.engine.errors import RunError
+from bivec.engine.lora import PROJECTIONS, LoraConfig
+from bivec.models import DecoderConfig
+from bivec.models.recompute import LEVELS
+
+LOGITS_WORKSPACE = {"cpu": 128 << 20, "cuda": 256 << 20}  # of linear_cross_entropy
+SLACK = 0.08  # of a device's memory that a plan leaves: fragments, the runtime, what others take meanwhile
+GOOD_MICRO_BATCH = 4096  # tokens from which on larger products gain nothing that recomputation would be worth
+UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how much memory a model and its training take, the micro-batch aside."""
+
+    config: DecoderConfig
+    lora: LoraConfig
+    itemsize: int  # bytes of an element of the weights
+    lm_head: bool  # MNTP scores with it
+    device: str = "cpu"  # "cpu" | "cuda"
+    triton: bool = False  # the backend of the kernels
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward."""
+
+    tokens: int
+    scored: int = 0  # rows that the LM head scores, of MNTP
+    sequences: int = 0  # pooled ones, of SimCSE
+    recompute: str = "none"
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Bytes."""
+
+    resident: int  # weights, LoRA and its optimiser
+    kept: int  # for backward
+    temporaries: int  # at the peak, on top of these
+
+    @property
+    def total(self) -> int:
+        return self.resident + self.kept + self.temporaries
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is cut; none of it changes the step's gradient."""
+
+    micro_batch_tokens: int
+    accumulation: int  # micro-batches of a step
+    recompute: str
+    predicted: MemoryPrediction
+
+    def __str__(self) -> str:
+        return (
+            f"{self.accumulation} micro-batch{'es' if self.accumulation > 1 else ''} of {self.micro_batch_tokens:,} "
+            f"tokens, recomputation {self.recompute!r}, predicted peak {self.predicted.total / 2**30:.3g} GiB"
+        )
+
+
+def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of the seven projections of a layer."""
+    hidden, q, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inner = config.intermediate_size
+    shapes = ((hidden, q), (hidden, kv), (hidden, kv), (q, hidden), (hidden, inner), (hidden, inner), (inner, hidden))
+    return dict(zip(PROJECTIONS, shapes, strict=True))
+
+
+def lora_parameters(config: DecoderConfig, lora: LoraConfig) -> int:
+    """Trainable parameters of an adapter."""
+    shapes = projection_shapes(config)
+    return config.num_layers * lora.rank * sum(sum(shapes[name]) for name in lora.targets)
+
+
+def kept_per_token(setting: Setting, recompute: str = "none", mixed_lengths: bool = False) -> int:
+    """Bytes that one layer keeps for backward, a token (module docstring)."""
+    config, itemsize = setting.config, setting.itemsize
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if recompute == "layer":
+        return itemsize * hidden
+    own = 2 * hidden + 2 * inner
+    if recompute == "none":
+        own += 2 * hidden + inner
+    single = config.num_heads + 2 + len(setting.lora.targets) * setting.lora.rank
+    if setting.triton:
+        own += 2 * q + 2 * kv
+    else:
+        own += q if itemsize < 4 or mixed_lengths else 0
+        single += 2 * q + 2 * kv + config.head_dim
+    return itemsize * own + 4 * single
+
+
+def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
+    """The peak of a step in such micro-batches."""
+    config, itemsize, tokens = setting.config, setting.itemsize, micro.tokens
+    hidden, inner = config.hidden_size, config.intermediate_size
+    adapter = lora_parameters(config, setting.lora)
+    resident = itemsize * config.num_parameters(lm_head=setting.lm_head) + 16 * adapter
+
+    mixed_lengths = micro.sequences > 0  # MNTP's blocks are of one length
+    kept = config.num_layers * tokens * kept_per_token(setting, micro.recompute, mixed_lengths)
+    kept += tokens * itemsize * (hidden if micro.recompute != "none" else 0)  # the embedding, see above
+    last_norm = tokens * (itemsize * hidden + 4)
+
+    # in the loss: the last hidden states, the gradient of those that are scored or pooled, the workspace
+    pooled = micro.scored or micro.sequences
+    workspace = min(LOGITS_WORKSPACE[setting.device], 4 * micro.scored * config.vocab_size)
+    loss = last_norm + itemsize * hidden * (tokens + pooled) + workspace
+    loss += 8 * hidden * min(micro.scored, workspace // (4 * config.vocab_size) + 1)  # a chunk's rows and gradients
+
+    # in the backward of down_proj and of the gated unit: the gradients of the residual stream and of the product
+    dropped = setting.lora.dropout > 0 and not setting.triton  # a dropped copy of the product, and its mask
+    block = tokens * (itemsize * (2 * hidden + inner) + (inner * 5 if dropped else 0))
+    if micro.recompute != "none":
+        block += tokens * itemsize * inner
+    if micro.recompute == "layer":
+        block += tokens * (kept_per_token(setting, "none", mixed_lengths) - itemsize * (hidden + inner))
+    return MemoryPrediction(resident, kept, max(loss, block))
+
+
+def plan_mntp(
+    setting: Setting, batch_size: int, sequence_length: int, mask_probability: float, memory_bytes: int
+) -> Plan:
+    """Cuts a step of MNTP: the least recomputation with which micro-batches are of a good size.
+
+    Args:
+        setting: model and training.
+        batch_size: blocks of a step.
+        sequence_length: tokens of a block, which is never cut.
+        mask_probability: of a token to be scored.
+        memory_bytes: what the device has for this process.
+
+    Raises:
+        RunError: one block does not fit even with all recomputation.
+    """
+    budget = int(memory_bytes * (1 - SLACK))
+
+    def fitting(recompute: str) -> Plan | None:
+        """The largest micro-batch that fits, of equal ones."""
+        for accumulation in range(1, batch_size + 1):
+            blocks = -(-batch_size // accumulation)
+            if accumulation > 1 and blocks == -(-batch_size // (accumulation - 1)):
+                continue
+            tokens = blocks * sequence_length
+            micro = MicroBatch(tokens, scored=round(tokens * mask_probability), recompute=recompute)
+            predicted = predict(setting, micro)
+            if predicted.total <= budget:
+                return Plan(tokens, -(-batch_size // blocks), recompute, predicted)
+        return None
+
+    enough = min(GOOD_MICRO_BATCH, batch_size * sequence_length)
+    plans = [plan for level in LEVELS if (plan := fitting(level)) is not None]
+    for plan in plans:
+        if plan.micro_batch_tokens >= enough:
+            return plan
+    if not plans:
+        least = predict(setting, MicroBatch(sequence_length, scored=sequence_length, recompute="layer"))
+        raise RunError(_too_small("mntp", memory_bytes, least, "shorten mntp.sequence_length"))
+    return max(plans, key=lambda plan: plan.micro_batch_tokens)
+
+
+def plan_simcse(setting: Setting, batch_tokens: int, batch_size: int, memory_bytes: int) -> Plan:
+    """The least recomputation with which a step of SimCSE fits; its batch is one forward, as the loss needs all of it.
+
+    Args:
+        setting: model and training.
+        batch_tokens: tokens of both views of a batch.
+        batch_size: sentences of a step.
+        memory_bytes: what the device has for this process.
+
+    Raises:
+        RunError: the batch does not fit even with all recomputation.
+    """
+    micro = MicroBatch(batch_tokens, sequences=2 * batch_size)
+    for level in LEVELS:
+        predicted = predict(setting, replace(micro, recompute=level))
+        if predicted.total <= int(memory_bytes * (1 - SLACK)):
+            return Plan(batch_tokens, 1, level, predicted)
+    raise RunError(_too_small("simcse", memory_bytes, predicted, "lower simcse.batch_size"))
+
+
+def batch_tokens(lengths: np.ndarray, batch_size: int) -> int:
+    """Tokens that a batch of sentences of these lengths will hardly ever pass: four deviations above the mean."""
+    return round(batch_size * lengths.mean() + 4 * math.sqrt(batch_size) * lengths.std())
+
+
+def _too_small(stage: str, memory_bytes: int, least: MemoryPrediction, advice: str) -> str:
+    return (
+        f"--memory: {stage} needs {least.total / (1 - SLACK) / 2**30:.2g} GiB at least ({least.resident / 2**30:.2g} "
+        f"of them weights and LoRA), there are {memory_bytes / 2**30:.2g}; take a larger device or a smaller model, or "
+        f"{advice}"
+    )
+
+
+def parse_memory(text: str) -> int | None:
+    """Bytes of "24GiB", "500MB" or "1073741824"; None of "auto".
+
+    Raises:
+        RunError: neither.
+    """
+    if text.strip().lower() == "auto":
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    unit = UNITS.get(found[2].upper()) if found else None
+    if unit is None or float(found[1]) <= 0:
+        raise RunError(f"--memory {text}: expected auto, or a size such as 24GiB or 500MB")
+    return int(float(found[1]) * unit)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on ``device``, and those that torch's allocator holds unused."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":") for line in lines)
+        return int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

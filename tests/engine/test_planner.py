@@ -1,0 +1,244 @@
+"""What the planner predicts against what the allocator hands out, and the cuts that it chooses."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from bivec.engine.data import BlockDataset
+from bivec.engine.errors import RunError
+from bivec.engine.lora import LoraConfig, add_lora
+from bivec.engine.masking import MaskingConfig
+from bivec.engine.objectives import MntpObjective, SimcseObjective
+from bivec.engine.planner import (
+    SLACK,
+    MicroBatch,
+    Setting,
+    batch_tokens,
+    free_memory,
+    kept_per_token,
+    lora_parameters,
+    parse_memory,
+    plan_mntp,
+    plan_simcse,
+    predict,
+)
+from bivec.models import DecoderConfig, Llama, PackedBatch, load_pretrained
+from bivec.models.recompute import LEVELS, Recipes
+
+SMALL = DecoderConfig(
+    model_type="llama",
+    vocab_size=2000,
+    hidden_size=256,
+    intermediate_size=704,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=512,
+)
+LARGE = replace(SMALL, vocab_size=32000, hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=64, num_layers=3)
+MISTRAL = DecoderConfig(
+    model_type="mistral",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=32768,
+)
+ON_A_GPU = Setting(MISTRAL, LoraConfig(), itemsize=2, lm_head=True, device="cuda", triton=True)
+
+
+def trained_model(config, lora):
+    torch.manual_seed(0)
+    model = Llama(config)
+    adapter = add_lora(model, lora)
+    for parameter in adapter.named_parameters().values():
+        parameter.grad = torch.zeros_like(parameter)  # of the resident memory
+    return model, adapter
+
+
+def mntp(config, lora, recompute, batch=4, length=96, probability=0.3):
+    model, adapter = trained_model(config, lora)
+    ids = np.random.default_rng(0).integers(5, config.vocab_size, (batch, length)).astype(np.int32)
+    head = torch.randn(config.vocab_size, config.hidden_size) / 10
+    blocks, masking = BlockDataset(ids, np.zeros_like(ids, bool)), MaskingConfig(3, config.vocab_size, probability)
+    objective = MntpObjective(model, head, adapter, blocks, masking, batch, seed=1, recompute=recompute)
+    return objective, MicroBatch(batch * length, scored=round(batch * length * probability), recompute=recompute)
+
+
+def simcse(config, lora, recompute, batch=12, length=24):
+    model, adapter = trained_model(config, lora)
+    random = np.random.default_rng(0)
+    lengths = [length - 8 + index % 17 for index in range(batch)]
+    sentences = [random.integers(5, config.vocab_size, length).tolist() for length in lengths]
+    objective = SimcseObjective(model, adapter, sentences, batch, seed=1, recompute=recompute)
+    return objective, MicroBatch(2 * sum(lengths), sequences=2 * batch, recompute=recompute)
+
+
+def measured_peak(objective):
+    """The most memory above what was taken before, by the profiler's record of allocations and releases."""
+
+    def step():
+        for micro in objective.micro_losses(0):
+            micro.loss.backward()
+
+    step()  # the rotary tables stay
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "dropout", "recompute"),
+    [
+        (mntp, SMALL, 0.0, "none"),
+        (mntp, SMALL, 0.05, "selective"),
+        (mntp, SMALL, 0.05, "layer"),
+        (mntp, LARGE, 0.0, "none"),  # its peak is in the loss
+        (simcse, SMALL, 0.0, "none"),
+        (simcse, LARGE, 0.05, "selective"),
+    ],
+)
+def test_the_peak_is_predicted_within_a_tenth(make, config, dropout, recompute):
+    lora = LoraConfig(rank=8, dropout=dropout)
+    objective, micro = make(config, lora, recompute)
+    predicted = predict(Setting(config, lora, 4, lm_head=make is mntp), micro)
+    assert predicted.kept + predicted.temporaries == pytest.approx(measured_peak(objective), rel=0.1)
+
+
+def test_resident_memory():
+    lora = LoraConfig(rank=4)
+    model, adapter = trained_model(SMALL, lora)
+    parameters = adapter.named_parameters()
+    optimizer = torch.optim.AdamW(parameters.values())
+    optimizer.step()
+    states = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+    held = [*model.parameters(), *(p.grad for p in parameters.values()), *states]
+    predicted = predict(Setting(SMALL, lora, 4, lm_head=False), MicroBatch(1)).resident
+    assert predicted == sum(x.numel() * x.element_size() for x in held)
+    assert lora_parameters(SMALL, lora) == sum(p.numel() for p in parameters.values())
+
+
+def saved_bytes(model, batch, recompute):
+    """Bytes of the storages that the graph holds, parameters and what is of the batch aside, each once."""
+    saved = {}
+    pack_recipes = Recipes._pack
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive: an address must not be used again
+        return tensor
+
+    def note_what_recipes_leave(self, tensor):
+        packed = pack_recipes(self, tensor)
+        return note(packed) if isinstance(packed, torch.Tensor) else packed
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        patch.setattr(Recipes, "_pack", note_what_recipes_leave)  # its hooks are the ones that count
+        model(batch, recompute=recompute)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own |= {x.untyped_storage().data_ptr() for x in vars(batch).values() if isinstance(x, torch.Tensor)}
+    return sum(size for pointer, (size, _) in saved.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_layer_keeps_what_the_table_says(family, recompute, request):
+    """Bytes a token and layer: from models of 2 and 1 layers, so that what is outside of the layers drops out."""
+    lora = LoraConfig(rank=4)
+    counted = []
+    for layers in (2, 1):
+        model = load_pretrained(request.getfixturevalue(f"tiny_{family}_dir")).model
+        del model.layers[layers:]
+        if family == "mistral":  # a window that hides something adds torch's own copy of the mask
+            model.config = replace(model.config, sliding_window=4096)
+        add_lora(model, lora)
+        ids = [list(range(64)), list(range(3, 51))]
+        batch = PackedBatch.from_sequences(ids)
+        counted.append(saved_bytes(model, batch, recompute) / batch.num_tokens)
+    setting = Setting(model.config, lora, 4, lm_head=False)
+    per_sequence = 64  # cu_seqlens and the like
+    assert counted[0] - counted[1] == pytest.approx(
+        kept_per_token(setting, recompute, mixed_lengths=True), abs=per_sequence / 16
+    )
+
+
+def test_the_triton_backend_keeps_half_types_as_they_are():
+    """q, k, v and the output in bf16, no rotary rows: only the lse, rstd and LoRA's products are fp32."""
+    d, inner, kv, r = 4096, 14336, 1024, 16
+    half = 4 * d + 3 * inner + 2 * d + 2 * kv
+    assert kept_per_token(ON_A_GPU) == 2 * half + 4 * (32 + 2 + 7 * r)
+    assert kept_per_token(ON_A_GPU, "selective") == kept_per_token(ON_A_GPU) - 2 * (2 * d + inner)
+    assert kept_per_token(ON_A_GPU, "layer") == 2 * d
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("gib", "tokens", "recompute"),
+    [(160, 16384, "none"), (80, 8192, "none"), (40, 4096, "none"), (32, 4096, "selective"), (24, 16384, "layer")],
+)
+def test_less_memory_means_smaller_parts_and_more_recomputation(gib, tokens, recompute):
+    plan = plan_mntp(ON_A_GPU, 32, 512, 0.2, gib * GIB)
+    assert (plan.micro_batch_tokens, plan.recompute) == (tokens, recompute)
+    assert plan.accumulation * plan.micro_batch_tokens >= 32 * 512 > (plan.accumulation - 1) * plan.micro_batch_tokens
+    assert plan.predicted.total <= gib * GIB * (1 - SLACK)
+    assert f"micro-batches of {tokens:,} tokens, recomputation {recompute!r}" in str(plan).replace(
+        "batch of", "batches of"
+    )
+
+
+def test_a_plan_is_the_largest_that_fits():
+    """Just below what a plan needs, the next one is smaller."""
+    plan = plan_mntp(ON_A_GPU, 8, 512, 0.2, 400 * GIB)
+    sizes = []
+    while plan.micro_batch_tokens > 512 or plan.recompute != "layer":
+        sizes.append((LEVELS.index(plan.recompute), -plan.micro_batch_tokens))
+        plan = plan_mntp(ON_A_GPU, 8, 512, 0.2, int(plan.predicted.total / (1 - SLACK)) - 2)
+    assert len(sizes) > 3 and len(set(sizes)) == len(sizes)
+    with pytest.raises(RunError, match=r"--memory: mntp needs .* GiB at least .*shorten mntp.sequence_length"):
+        plan_mntp(ON_A_GPU, 8, 512, 0.2, 10 * GIB)
+
+
+def test_simcse_is_not_cut():
+    setting = replace(ON_A_GPU, lm_head=False)
+    for gib, recompute in ((80, "none"), (40, "selective"), (20, "layer")):
+        plan = plan_simcse(setting, 2 * 128 * 30, 128, gib * GIB)
+        assert (plan.accumulation, plan.micro_batch_tokens, plan.recompute) == (1, 7680, recompute)
+    with pytest.raises(RunError, match=r"simcse needs .*, there are 12; .*lower simcse.batch_size"):
+        plan_simcse(setting, 2 * 128 * 30, 128, 12 * GIB)
+
+
+def test_tokens_of_a_batch():
+    lengths = np.random.default_rng(0).integers(5, 60, 20_000)
+    drawn = [lengths[i : i + 100].sum() for i in range(0, 20_000, 100)]
+    assert max(drawn) <= batch_tokens(lengths, 100) < 1.25 * np.mean(drawn)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("auto", None), ("24GiB", 24 * GIB), ("1.5 gib", 3 * GIB // 2), ("500MB", 500_000_000), ("4096", 4096)],
+)
+def test_sizes(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "24 parsecs", "-1GiB", "0", "1,5GiB"])
+def test_what_is_no_size(text):
+    with pytest.raises(RunError, match="expected auto, or a size such as 24GiB"):
+        parse_memory(text)
+
+
+def test_free_memory_of_this_machine():
+    assert 64 << 20 < free_memory(torch.device("cpu")) < 1 << 45
