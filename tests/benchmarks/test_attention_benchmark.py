@@ -296,30 +296,71 @@ def test_without_a_gpu_there_is_the_table(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_suite_without_a_gpu(tmp_path):
-    found = run_script("gpu_suite.py", "--output", str(tmp_path / "out"), cache=tmp_path)
+    found = run_script("gpu_suite.py", "--output-dir", str(tmp_path / "out"), cache=tmp_path)
     assert found.returncode == 2 and "No GPU here" in found.stderr and not (tmp_path / "out").exists()
 
 
 def test_suite_goes_on_after_a_failure(fake_gpu, tmp_path, monkeypatch, capfd):
-    suite = fake_gpu.gpu_suite
-    chosen = ["--output", str(tmp_path / "out"), "--timeout", "2", "--tune", "--quick"]
-    commands = suite.parts(suite.parse(chosen))
+    suite, output = fake_gpu.gpu_suite, tmp_path / "out"
+    chosen = ["--output-dir", str(output), "--minutes", "0.15", "--tune", "--quick"]
+    commands = suite.parts(suite.parse(chosen), tmp_path)
     assert Path(commands["tests"][0]).name == "pytest" and commands["tests"][1:] == ["-q", *suite.TESTS]
     assert all((suite.ROOT / path).is_file() for path in suite.TESTS)
-    assert commands["attention"][2:] == ["--output", str(tmp_path / "out"), "--quick"]
-    assert commands["tune"][-1] == "--timed"
-    replaced = {
-        "tests": [sys.executable, "-c", "print('one failed'); raise SystemExit(3)"],
-        "missing": [str(tmp_path / "no-such-command")],
-        "slow": [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"],
-        "attention": [sys.executable, "-c", "import os; print('TRITON_INTERPRET' in os.environ)"],
-    }
-    monkeypatch.setattr(suite, "parts", lambda options: replaced)
+    assert commands["attention"][2:] == ["--quick", "--output", str(tmp_path / "attention")]
+    assert commands["train_step_mistral-7b"][2:4] == ["--shape", "mistral-7b"] and commands["tune"][-1] == "--timed"
+    assert list(suite.parts(suite.parse([*chosen, "--only", "ops"]), tmp_path)) == ["ops"]
+    writes = "import json, sys; open(sys.argv[1] + '/attention/a.json', 'w').write(json.dumps({'rows': []}))"
+    draws = "open(sys.argv[1] + '/attention/a.png', 'w').write('plot')"
+    tells = "import os; print('interpreted:', 'TRITON_INTERPRET' in os.environ)"
+
+    def replaced(options, folder):
+        return {
+            "tests": [sys.executable, "-c", "print('one failed'); raise SystemExit(3)"],
+            "missing": [str(tmp_path / "no-such-command")],
+            "slow": [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"],
+            "attention": [sys.executable, "-c", f"{writes}; {draws}; {tells}", str(folder)],
+        }
+
+    monkeypatch.setattr(suite, "parts", replaced)
     assert suite.main(chosen) == 1
-    parts = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["parts"]
+    assert sorted(path.name for path in output.iterdir()) == ["attention.png", "log.txt", "results.json", "results.md"]
+    parts = json.loads((output / "results.json").read_text(encoding="utf-8"))["parts"]
     assert [part["exit_code"] for part in parts.values()] == [3, None, -9, 0]
-    assert parts["slow"]["error"] == "stopped after 2 s" and "no-such-command" in parts["missing"]["error"]
-    assert (tmp_path / "out" / "attention.log").read_text() == "False\n"
+    assert "stopped after" in parts["slow"]["error"] and "no-such-command" in parts["missing"]["error"]
+    assert parts["attention"]["result"] == {"rows": []} and str(tmp_path) not in parts["attention"]["command"]
+    log = (output / "log.txt").read_text()
+    assert [line for line in log.splitlines() if line.startswith("==")] == [f"== {name}" for name in parts]
+    assert "begun" in log and log.rstrip().endswith("interpreted: False")
+    table = (output / "results.md").read_text()
+    assert "| tests | 0 | FAILED: exit code 3 |" in table and "| attention | 0 | ok |" in table.replace(
+        "| 1 | ok", "| 0 | ok"
+    )
     assert "one failed" in capfd.readouterr().out
-    monkeypatch.setattr(suite, "parts", lambda options: {"attention": replaced["attention"]})
+    monkeypatch.setattr(suite, "parts", lambda options, folder: {"attention": [sys.executable, "-c", "pass"]})
     assert suite.main(chosen) == 0
+    assert "one failed" not in (output / "log.txt").read_text()  # of the last run alone
+
+
+def test_suite_runs_a_checkout_that_was_never_installed(fake_gpu, monkeypatch):
+    suite = fake_gpu.gpu_suite
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None if name == "bivec" else find_spec(name))
+    with suite.importable() as environment:
+        folder = environment["PYTHONPATH"].split(os.pathsep)[0]
+        assert (Path(folder) / "bivec").resolve() == suite.ROOT and "TRITON_INTERPRET" not in environment
+        code = "import bivec.kernels; print(bivec.__file__)"
+        told = subprocess.run(
+            [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {folder!r}); {code}"], **TEXT
+        )
+        assert told.stdout.strip() == str(Path(folder) / "bivec" / "__init__.py"), told.stderr
+    assert not Path(folder).exists()
+
+
+def test_the_time_is_shared(fake_gpu):
+    """Twice as much for a part of weight 2; what one leaves is for the others."""
+    share = fake_gpu.gpu_suite.share
+    assert share("tests", ["losses", "ops"], 500) == 300 and share("losses", ["ops"], 400) == 200
+    assert share("train_step_mistral-7b", [], 120) == 120 and share("ops", ["losses"], -5) == 1
+
+
+TEXT = {"capture_output": True, "text": True}

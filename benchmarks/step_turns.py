@@ -1,0 +1,154 @@
+"""The turns of benchmarks/train_step.py: one step of ours and one of the peer on the same samples, again and again."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import padded_peer
+import torch
+from gemms import Gemms, synchronise
+from workload import mntp_data, simcse_data
+
+from bivec.engine.errors import BivecError
+from bivec.engine.estimate import estimate_stage
+from bivec.engine.lora import Adapter, LoraConfig, add_lora
+from bivec.engine.objectives import MntpObjective, SimcseObjective
+from bivec.engine.optim import OptimConfig
+from bivec.engine.recipe import MntpStage, SimcseStage
+from bivec.engine.trainer import Intervals, StepMetrics, train
+from bivec.models import Checkpoint
+
+MASK_PROBABILITY = 0.2
+SIMCSE_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One step of each side on the same samples."""
+
+    tokens: int  # true ones
+    seconds: float
+    loss: float
+    peer_seconds: float | None = None
+    peer_loss: float | None = None
+    gemm_flops_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage on a model, ready for any batch size and dropout."""
+
+    stage: str
+    checkpoint: Checkpoint
+    device: torch.device
+    options: argparse.Namespace
+    make_objective: Callable[..., MntpObjective | SimcseObjective]
+
+    def objective(self, adapter: Adapter, batch_size: int, attention_dropout: float) -> MntpObjective | SimcseObjective:
+        return self.make_objective(adapter=adapter, batch_size=batch_size, attention_dropout=attention_dropout)
+
+
+def prepare(stage: str, checkpoint: Checkpoint, device: torch.device, options: argparse.Namespace) -> Work:
+    """The data of the stage, read once."""
+    if stage == "mntp" and checkpoint.lm_head_weight is None:
+        raise BivecError(f"--model {options.model} has no LM head, which MNTP needs; give --stage simcse")
+    batch_size = options.batch[stage]
+    count = batch_size * (options.warmup + options.steps)
+    is_random = options.shape is not None
+    if stage == "mntp":
+        blocks, masking = mntp_data(
+            checkpoint, options.sequence_length, count, is_random=is_random, probability=MASK_PROBABILITY
+        )
+        make_objective = partial(
+            MntpObjective,
+            checkpoint.model,
+            checkpoint.lm_head_weight,
+            blocks=blocks,
+            masking=masking,
+            seed=options.seed,
+            micro_batch_tokens=options.micro_batch_tokens,
+        )
+    else:
+        sentences = simcse_data(checkpoint, SIMCSE_LENGTH, count, is_random=is_random)
+        make_objective = partial(
+            SimcseObjective, checkpoint.model, sentences=sentences, seed=options.seed, device=device
+        )
+    return Work(stage, checkpoint, device, options, make_objective)
+
+
+def our_steps(
+    work: Work,
+    adapter: Adapter,
+    objective: MntpObjective | SimcseObjective,
+    optim: OptimConfig,
+    log: Callable[[StepMetrics], None] | None = None,
+) -> Callable[[], object]:
+    """The engine's training loop, with nothing saved and nothing printed."""
+    intervals = Intervals(log=1, save=0)
+    parameters = adapter.named_parameters()
+    return partial(train, work.stage, objective, parameters, optim, intervals=intervals, log=log, progress=False)
+
+
+def run_turns(
+    work: Work,
+    *,
+    batch_size: int,
+    steps: int,
+    attention_dropout: float,
+    lora_dropout: float,
+    with_peer: bool,
+    gemms: Gemms | None = None,
+) -> tuple[list[Turn], str | None]:
+    """Fresh adapters on both sides, ``steps`` turns; and the error of a peer that gave up, which leaves ours to go on.
+
+    The peer's step is run by the trainer's log callback, so that ours is the trainer's, not a copy of it.
+    """
+    lora = LoraConfig(dropout=lora_dropout)
+    optim = OptimConfig(work.options.learning_rate, steps)
+    model = padded_peer.causal_lm(work.checkpoint, attention_dropout) if with_peer else None
+    adapter = add_lora(work.checkpoint.model, lora, work.options.seed)
+    objective = work.objective(adapter, batch_size, attention_dropout)
+    peer, error = None, None
+    if model is not None:
+        recompute = work.options.peer_recompute == "on"
+        peer = padded_peer.PaddedPeer(model, adapter, objective, optim, recompute=recompute)
+    turns: list[Turn] = []
+
+    def after_step(metrics: StepMetrics) -> None:
+        nonlocal started, peer, error
+        synchronise(work.device)
+        turn = Turn(metrics.tokens, time.perf_counter() - started, metrics.loss)
+        if peer is not None:
+            begun = time.perf_counter()
+            try:
+                loss = peer.step(metrics.step - 1)
+                synchronise(work.device)
+                turn = replace(turn, peer_seconds=time.perf_counter() - begun, peer_loss=loss)
+            except (RuntimeError, MemoryError) as failure:  # out of memory: ours is still worth measuring
+                peer, error = None, f"{type(failure).__name__}: {str(failure).splitlines()[0][:160]}"
+        if gemms is not None:
+            turn = replace(turn, gemm_flops_per_s=gemms.flops_per_s(metrics.step))
+        turns.append(turn)
+        started = time.perf_counter()
+
+    try:
+        started = time.perf_counter()
+        our_steps(work, adapter, objective, optim, log=after_step)()
+    finally:
+        adapter.remove()
+    return turns, error
+
+
+def flops_per_token(work: Work, batch_size: int) -> float:
+    """Of a step, by engine/estimate.py."""
+    if work.stage == "mntp":
+        length = work.options.sequence_length
+        stage = MntpStage(batch_size=batch_size, sequence_length=length, mask_probability=MASK_PROBABILITY)
+    else:
+        stage = SimcseStage(batch_size=batch_size, max_length=SIMCSE_LENGTH)
+    estimate = estimate_stage(work.checkpoint.config, stage, work.checkpoint.model.embed_tokens.weight.itemsize)
+    return estimate.flops_per_step / estimate.tokens_per_step
