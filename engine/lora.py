@@ -59,7 +59,6 @@ class DropoutNoise:
 
     seed: int | Tensor | None = None
     token_ids: Tensor | None = None  # [T] int64
-    backend: str | None = None  # of the kernels, as the model's forward was asked for
 
 
 class LoraLinear(nn.Module):
@@ -74,11 +73,14 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project_jointly(x, (self,))[0]
+        return self.project_jointly(x, (self,), None)[0]
 
     @staticmethod
-    def project_jointly(x: Tensor, layers: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
-        """The outputs of projections of one input (see ``models.projection``); all belong to one adapter."""
+    def project_jointly(x: Tensor, layers: Sequence[LoraLinear], backend: str | None) -> tuple[Tensor, ...]:
+        """The outputs of projections of one input (see ``models.projection``); all belong to one adapter.
+
+        Together they have one dropout mask.
+        """
         config, noise = layers[0].config, layers[0].noise
         dropout_p = config.dropout if noise.seed is not None else 0.0
         return lora_linears(
@@ -89,9 +91,9 @@ class LoraLinear(nn.Module):
             config.scaling,
             biases=[layer.base.bias for layer in layers],
             dropout_p=dropout_p,
-            seeds=[fold_seed(noise.seed, layer.site) for layer in layers] if dropout_p else None,
+            seed=fold_seed(noise.seed, layers[0].site) if dropout_p else None,
             token_ids=noise.token_ids if dropout_p else None,
-            backend=noise.backend,
+            backend=backend,
         )
 
 
@@ -109,12 +111,9 @@ class Adapter:
             named[f"{name}.lora_B.weight"] = layer.lora_b
         return named
 
-    def set_noise(self, seed: int | Tensor | None, token_ids: Tensor | None = None, backend: str | None = None) -> None:
-        """Keys the LoRA dropout of the coming forward and backward; ``None`` switches it off.
-
-        ``backend`` is the one that the model's forward is asked for, which the wrapped projections do not see.
-        """
-        self.noise.seed, self.noise.token_ids, self.noise.backend = seed, token_ids, backend
+    def set_noise(self, seed: int | Tensor | None, token_ids: Tensor | None = None) -> None:
+        """Keys the LoRA dropout of the coming forward and backward; ``None`` switches it off."""
+        self.noise.seed, self.noise.token_ids = seed, token_ids
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -116,12 +116,12 @@ def simcse_loss(
 
 
 @contextmanager
-def _lora_noise(adapter: Adapter | None, seed: int, batch: PackedBatch, backend: str | None) -> Iterator[None]:
+def _lora_noise(adapter: Adapter | None, seed: int, batch: PackedBatch) -> Iterator[None]:
     """LoRA dropout for one micro-batch, forward and backward; an evaluation between two steps must not see it."""
     if adapter is None:
         yield
         return
-    adapter.set_noise(fold_seed(seed, LORA_SITE), batch.token_ids(), backend)
+    adapter.set_noise(fold_seed(seed, LORA_SITE), batch.token_ids())
     try:
         yield
     finally:
@@ -163,7 +163,7 @@ class MntpObjective:
         normalizer = float(max(1, sum(len(micro.index) for micro in micro_batches)))
         for micro in micro_batches:
             micro = micro.to(device)
-            with _lora_noise(self.adapter, self.seed, micro.batch, self.backend):
+            with _lora_noise(self.adapter, self.seed, micro.batch):
                 loss = mntp_loss(
                     self.model,
                     self.lm_head_weight,
@@ -216,7 +216,7 @@ class SimcseObjective:
         views = PackedBatch.from_sequences(
             sentences * 2, range(first_id, first_id + 2 * self.batch_size), device=self.device
         )
-        with _lora_noise(self.adapter, self.seed, views, self.backend):
+        with _lora_noise(self.adapter, self.seed, views):
             loss = simcse_loss(
                 self.model,
                 views,

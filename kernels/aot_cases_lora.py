@@ -50,13 +50,13 @@ def run(
 
     (x, *_), weights, biases = empties(TOKENS, IN), empties(OUT, IN), empties(OUT)
     lora_as, lora_bs = empties(rank, IN, dtype=lora_dtype), empties(OUT, rank, dtype=lora_dtype)
-    seeds = torch.empty(projections, dtype=torch.int64, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
     token_ids = torch.empty(TOKENS, dtype=torch.int64, device="meta")
-    noise = seeds, token_ids, 2.0, dropout_p
+    noise = seed, token_ids, 2.0, dropout_p
     if "forward" in passes:
         forward(x, weights, biases, lora_as, lora_bs, *noise)
     if "backward" in passes:
-        h = torch.empty(projections, TOKENS, rank, dtype=torch.float32, device="meta")
+        h = torch.empty(TOKENS, projections * rank, dtype=torch.float32, device="meta")
         wanted = [True] + [want for want in (False, False, True, want_bs) for _ in range(projections)]
         backward(empties(TOKENS, OUT), x, weights, lora_as, lora_bs, h, *noise, wanted)
 

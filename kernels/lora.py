@@ -1,15 +1,15 @@
 """Linear layers with a low-rank update beside each: one, or several that share their input.
 
-    y_p = x W_pᵀ + bias_p + scaling · (dropout_p(x) A_pᵀ) B_pᵀ            A [r, in], B [out, r]
+    y_p = x W_pᵀ + bias_p + scaling · (dropout(x) A_pᵀ) B_pᵀ            A [r, in], B [out, r]
 
 The base weights are usually frozen: then their gradient GEMMs are skipped and nothing is saved for them. Saved for
-backward: x (one tensor, shared by all projections) and the small h_p = dropout_p(x) A_pᵀ [T, r]. A dropout mask is a
+backward: x (one tensor, shared by all projections) and the small h_p = dropout(x) A_pᵀ [T, r]. The dropout mask is a
 function of (seed, token id, column) and is drawn again in the backward. Its factor 1 / (1 - dropout_p) multiplies
 [T, r] matrices, not [T, in] ones.
 
-Jointly (q, k and v; gate and up), x is saved once and its gradient is one buffer that the base products add to. Without
-dropout the A's are one matrix, so that h, the update of dx and the gradients of the A's are one product each; with
-dropout every projection has a mask of its own.
+Jointly (q, k and v; gate and up), x is dropped and saved once, by one mask, where PEFT draws one for each projection;
+the A's are one matrix, so that h, the update of dx and the gradients of the A's are one product each; and dx is one
+buffer that the base products add to.
 
 FLOPs per token and projection: 2·in·out forward, the same backward with a frozen base, plus 2·r·(in + out) and twice
 that for the update.
@@ -42,6 +42,10 @@ def _split(values: Sequence, kinds: int) -> list[Sequence]:
     return [values[i * count : (i + 1) * count] for i in range(kinds)]
 
 
+def _ranks(lora_as: Sequence[Tensor]) -> list[int]:
+    return [lora_a.shape[0] for lora_a in lora_as]
+
+
 def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
 
@@ -50,24 +54,20 @@ class _LoraLinears(torch.autograd.Function):
     """The operands are all weights, then all biases, all A and all B."""
 
     @staticmethod
-    def forward(ctx, x, scaling, dropout_p, seeds, token_ids, *operands) -> tuple[Tensor, ...]:
+    def forward(ctx, x, scaling, dropout_p, seed, token_ids, *operands) -> tuple[Tensor, ...]:
         weights, biases, lora_as, lora_bs = _split(operands, 4)
         # the update runs in the dtype of the LoRA matrices (fp32 over a bf16 base)
+        dropped = x.to(lora_as[0].dtype)
         if dropout_p:
-            hs, dropped = [], torch.empty_like(x, dtype=lora_as[0].dtype)
-            for lora_a, seed in zip(lora_as, seeds, strict=True):
-                torch.mul(x, _draw_keep(seed, token_ids, x.shape[1], dropout_p), out=dropped)
-                hs.append((dropped @ lora_a.T).mul_(1.0 / (1.0 - dropout_p)))  # [T, r]
-        else:
-            hs = (x.to(lora_as[0].dtype) @ _joined(lora_as, 0).T).split([a.shape[0] for a in lora_as], 1)
+            dropped = dropped * _draw_keep(seed, token_ids, x.shape[1], dropout_p)
+        h = (dropped @ _joined(lora_as, 0).T).mul_(1.0 / (1.0 - dropout_p))  # [T, sum of r]
         ys = []
-        for weight, bias, lora_b, h in zip(weights, biases, lora_bs, hs, strict=True):
+        for weight, bias, lora_b, part in zip(weights, biases, lora_bs, h.split(_ranks(lora_as), 1), strict=True):
             y = torch.addmm(bias, x, weight.T) if bias is not None else x @ weight.T  # [T, out]
-            _add_product_(y, h, lora_b.T, scaling)
+            _add_product_(y, part, lora_b.T, scaling)
             ys.append(y)
-        seed_tensors = [seed if isinstance(seed, Tensor) else None for seed in seeds]
-        ctx.save_for_backward(x, token_ids, *weights, *lora_as, *lora_bs, *hs, *seed_tensors)
-        ctx.seeds = [None if isinstance(seed, Tensor) else seed for seed in seeds]
+        ctx.save_for_backward(x, token_ids, h, seed if isinstance(seed, Tensor) else None, *weights, *lora_as, *lora_bs)
+        ctx.seed = None if isinstance(seed, Tensor) else seed
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
         ctx.set_materialize_grads(False)
         return tuple(ys)
@@ -75,8 +75,9 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # h is saved as a number: a second derivative would miss its part
     def backward(ctx, *dys: Tensor | None):
-        x, token_ids, *saved = ctx.saved_tensors
-        weights, lora_as, lora_bs, hs, seed_tensors = _split(saved, 5)
+        x, token_ids, h, seed, *matrices = ctx.saved_tensors
+        weights, lora_as, lora_bs = _split(matrices, 3)
+        hs = h.split(_ranks(lora_as), 1)
         need_x = ctx.needs_input_grad[0]
         need_weights, need_biases, need_as, need_bs = _split(ctx.needs_input_grad[5:], 4)
         dx = None
@@ -96,23 +97,24 @@ class _LoraLinears(torch.autograd.Function):
                 d_weights[p] = dy.T @ x
             if need_biases[p]:
                 d_biases[p] = dy.sum(0)
-        if ctx.dropout_p:
-            scratch = torch.empty_like(x, dtype=lora_as[0].dtype) if dhs else None
-            for p, dh in dhs.items():
-                seed = ctx.seeds[p] if seed_tensors[p] is None else seed_tensors[p]
-                keep = _draw_keep(seed, token_ids, x.shape[1], ctx.dropout_p)
-                if need_as[p]:
-                    d_as[p] = dh.T @ torch.mul(x, keep, out=scratch)
-                if need_x:
-                    dx += torch.mm(dh, lora_as[p], out=scratch).mul_(keep)
-        elif dhs:
-            dh = _joined(list(dhs.values()), 1)
-            if need_x:
-                _add_product_(dx, dh, _joined([lora_as[p] for p in dhs], 0), 1.0)
+        if dhs:
+            dh, keep = _joined(list(dhs.values()), 1), None
+            if ctx.dropout_p:
+                keep = _draw_keep(ctx.seed if seed is None else seed, token_ids, x.shape[1], ctx.dropout_p)
+            scratch = None
             if any(need_as[p] for p in dhs):
-                together = dh.T @ x.to(dh.dtype)
-                for p, d_a in zip(dhs, together.split([lora_as[p].shape[0] for p in dhs]), strict=True):
+                dropped = x.to(dh.dtype)
+                if keep is not None:
+                    dropped = scratch = dropped * keep
+                together = dh.T @ dropped
+                for p, d_a in zip(dhs, together.split(_ranks([lora_as[p] for p in dhs])), strict=True):
                     d_as[p] = d_a if need_as[p] else None
+            if need_x:
+                joined = _joined([lora_as[p] for p in dhs], 0)
+                if keep is None:
+                    _add_product_(dx, dh, joined, 1.0)
+                else:
+                    dx += torch.mm(dh, joined, out=scratch).mul_(keep)
         return dx, None, None, None, None, *d_weights, *d_biases, *d_as, *d_bs
 
 
@@ -133,13 +135,13 @@ def lora_linears(
     *,
     biases: Sequence[Tensor | None] | None = None,
     dropout_p: float = 0.0,
-    seeds: Sequence[int | Tensor] | None = None,
+    seed: int | Tensor | None = None,
     token_ids: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, ...]:
     """``lora_linear`` of several projections of one input (q, k and v; gate and up), which is read and saved once.
 
-    The results are those of one ``lora_linear`` a projection, up to the order of sums.
+    The results are those of one ``lora_linear`` a projection with the same seed, up to the order of sums.
 
     Args:
         x: [T, in].
@@ -148,30 +150,27 @@ def lora_linears(
         lora_bs: P matrices [out_p, r_p], dtype of ``lora_as``.
         scaling: alpha / r.
         biases: None, or P vectors [out_p] in the dtype of ``x``, each of which may be None.
-        dropout_p: probability of dropping an input of an update, in [0, 1).
-        seeds: P ints or int64 tensors of one element, one a mask; needed when ``dropout_p > 0``.
-        token_ids: [T] int64, keys the masks; 0 … T-1 by default.
+        dropout_p: probability of dropping an input of the updates, in [0, 1).
+        seed: int or int64 tensor of one element; needed when ``dropout_p > 0``. All projections have its mask.
+        token_ids: [T] int64, keys the mask; 0 … T-1 by default.
         backend: None, "torch" or "triton" (fp16, bf16 and fp32).
 
     Returns:
         P tensors [T, out_p], dtype of ``x``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, not P of each, dropout outside [0, 1), dropout without seeds.
+        ValueError: shapes or dtypes that do not fit, not P of each, dropout outside [0, 1), dropout without a seed.
         BackendError: the backend cannot be used here.
 
     Source: Hu et al. 2021.
     """
     count = len(weights)
     biases = (None,) * count if biases is None else biases
-    seeds = (None,) * count if seeds is None else seeds
-    given = {"weights": weights, "lora_as": lora_as, "lora_bs": lora_bs, "biases": biases, "seeds": seeds}
+    given = {"weights": weights, "lora_as": lora_as, "lora_bs": lora_bs, "biases": biases}
     if count == 0 or any(len(sequence) != count for sequence in given.values()):
         numbers = ", ".join(f"{len(sequence)} {name}" for name, sequence in given.items())
         raise ValueError(f"lora_linears: one of each a projection, and at least one projection; got {numbers}")
-    return _dispatch(
-        "lora_linears", x, weights, biases, lora_as, lora_bs, scaling, dropout_p, seeds, token_ids, backend
-    )
+    return _dispatch("lora_linears", x, weights, biases, lora_as, lora_bs, scaling, dropout_p, seed, token_ids, backend)
 
 
 def lora_linear(
@@ -211,7 +210,7 @@ def lora_linear(
     Source: Hu et al. 2021.
     """
     operands = (weight,), (bias,), (lora_a,), (lora_b,)
-    (y,) = _dispatch("lora_linear", x, *operands, scaling, dropout_p, (seed,), token_ids, backend)
+    (y,) = _dispatch("lora_linear", x, *operands, scaling, dropout_p, seed, token_ids, backend)
     return y
 
 
@@ -224,7 +223,7 @@ def _dispatch(
     lora_bs: Sequence[Tensor],
     scaling: float,
     dropout_p: float,
-    seeds: Sequence[int | Tensor | None],
+    seed: int | Tensor | None,
     token_ids: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
@@ -232,7 +231,7 @@ def _dispatch(
     chosen = resolve(backend, op, x.device)
     for p, operands in enumerate(zip(weights, biases, lora_as, lora_bs, strict=True)):
         _check_operands(op if len(weights) == 1 else f"{op}: projection {p}", x, *operands)
-        check_dropout(dropout_p, seeds[p], op)
+    check_dropout(dropout_p, seed, op)
     if len({lora_a.dtype for lora_a in lora_as}) > 1:
         raise ValueError(f"{op}: lora_as must have one dtype, got {[str(lora_a.dtype) for lora_a in lora_as]}")
     if token_ids is None:
@@ -243,13 +242,13 @@ def _dispatch(
             f"got {token_ids.dtype} of shape {tuple(token_ids.shape)}"
         )
     if chosen == "torch":
-        return _LoraLinears.apply(x, scaling, dropout_p, seeds, token_ids, *weights, *biases, *lora_as, *lora_bs)
+        return _LoraLinears.apply(x, scaling, dropout_p, seed, token_ids, *weights, *biases, *lora_as, *lora_bs)
 
     from bivec.kernels import lora_triton  # triton is an optional dependency
 
     if x.dtype not in lora_triton.DTYPES:
         raise BackendError(f'{op}: the Triton kernels take fp16, bf16 and fp32, got {x.dtype}; use backend="torch"')
-    return lora_triton.apply(x, weights, biases, lora_as, lora_bs, scaling, dropout_p, seeds, token_ids)
+    return lora_triton.apply(x, weights, biases, lora_as, lora_bs, scaling, dropout_p, seed, token_ids)
 
 
 def _check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:

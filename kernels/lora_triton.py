@@ -1,22 +1,15 @@
 """The Triton backend of ``lora_linear`` and ``lora_linears``: vendor GEMMs for the base, our kernels for the update.
 
-Of P projections of one input x [T, in], with masks keep_p, A_p [r, in] and B_p [out_p, r]:
+Of projections p of one input x [T, in] with one mask keep, A the matrices A_p [r_p, in] one below the other, and h, dh
+the [T, r_p] side by side (``kernels/lora_kernels.py``, where masks, precision and determinism are explained):
 
-    project     h_p   = factor (keep_p * x) M_pᵀ                  [T, r]    M = A forward; of dy, M = Bᵀ backward
-    update      y    += factor sum_p keep_p * (h_p M_p)           [T, n]    in place; the sum is rounded once
-    gradient    d_p   = factor sum_t h_p[t]ᵀ (keep_p * x)[t]      [r, n]
+    forward     h = project(keep * x, A);  y_p = x W_pᵀ + bias_p;  update(y_p, h_p, B_pᵀ, scaling)
+    backward    dh_p = project(dy_p, B_pᵀ);  dB_p = gradient(dy_p, h_p)ᵀ;  dA = gradient(keep * x, dh)
+                dx = sum_p dy_p W_p;  update(dx, keep, dh, A)
 
-    forward     y_p = x W_pᵀ + bias_p;  h = project(x, A);  update(y_p, h_p, B_pᵀ, scaling)
-    backward    dh_p = project(dy_p, B_pᵀ);  dB_p = gradient(dy_p, h_p)ᵀ;  dA = gradient(x, dh)
-                dx = sum_p dy_p W_p;  update(dx, dh, A)
-
-The joint form reads x from memory once for all projections (``kernels/lora_kernels.py``, where masks, precision and
-determinism are explained as well). The masks differ, which is why the A's are not stacked into one product. dx is one
-buffer: the GEMMs add to it, then one update of all projections.
-
-Saved for backward: x, W, A, B (all the caller's), token ids and seeds, and h, 4 r bytes a token and projection.
-Traffic: project reads x, gradient reads x or dy, update reads and writes y; FLOPs as in ``kernels/lora.py``, far below
-what the bytes cost at the usual ranks.
+dx is one buffer, which the GEMMs add to. Saved for backward: x, W, A, B (all the caller's), token ids and seed, and h,
+4 r bytes a token and projection. Traffic: project reads x, gradient reads x or dy, update reads and writes y; FLOPs as
+in ``kernels/lora.py``, far below what the bytes cost at the usual ranks.
 """
 
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
@@ -25,11 +18,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bivec.kernels.dropout import seed_tensor
-from bivec.kernels.lora_kernels import gradient_parts, project_, row_keys, update_
+from bivec.kernels.lora_kernels import gradient, project_, row_keys, update_
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -39,11 +31,8 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 
 
 def _stacked(lora_as: Sequence[Tensor]) -> Tensor:
-    """``[P, R, in]``, zeros below the matrices of a smaller rank than the largest; one matrix is not copied."""
-    rank = max(a.shape[0] for a in lora_as)
-    if len(lora_as) == 1:
-        return lora_as[0][None]
-    return torch.stack([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a in lora_as])
+    """One below the other; one matrix is not copied."""
+    return lora_as[0] if len(lora_as) == 1 else torch.cat(list(lora_as))
 
 
 def forward(
@@ -52,21 +41,22 @@ def forward(
     biases: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
-    seeds: Tensor | None,
+    seed: Tensor | None,
     token_ids: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> list[Tensor]:
     """The products and launches of the forward; see ``lora_linears_op``."""
     x = _rows_contiguous(x)
-    keys = row_keys(seeds, token_ids) if dropout_p else None
+    keys = row_keys(seed, token_ids) if dropout_p else None
     m = _stacked(lora_as)
-    h = torch.empty(len(lora_as), x.shape[0], m.shape[1], dtype=torch.float32, device=x.device)
+    h = torch.empty(x.shape[0], m.shape[0], dtype=torch.float32, device=x.device)
     project_(h, x, m, 1.0 / (1.0 - dropout_p), keys, dropout_p)
     outs = []
-    for p, (weight, bias, lora_b) in enumerate(zip(weights, biases, lora_bs, strict=True)):
+    parts = h.split([a.shape[0] for a in lora_as], 1)
+    for weight, bias, lora_b, part in zip(weights, biases, lora_bs, parts, strict=True):
         y = torch.addmm(bias, x, weight.t()) if bias.numel() else x @ weight.t()  # [T, out]
-        update_(y, h[p : p + 1], lora_b.t()[None], scaling)
+        update_(y, part, lora_b.t(), scaling)
         outs.append(y)
     return [*outs, h]
 
@@ -78,7 +68,7 @@ def backward(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     h: Tensor,
-    seeds: Tensor | None,
+    seed: Tensor | None,
     token_ids: Tensor | None,
     scaling: float,
     dropout_p: float,
@@ -92,30 +82,27 @@ def backward(
     active = [p for p, d_out in enumerate(d_outs) if d_out is not None]
     grads = {p: _rows_contiguous(d_outs[p]) for p in active}
     lora_dtype = lora_as[0].dtype
+    hs = h.split([a.shape[0] for a in lora_as], 1)
 
-    def each(wants: Sequence[bool], gradient: Any) -> list[Tensor]:
-        return [gradient(p) if want else x.new_empty(0) for p, want in enumerate(wants)]
-
-    def b_gradient(p: int) -> Tensor:
-        parts = gradient_parts(grads[p], h[p : p + 1], lora_dtype, scaling)
-        return parts[:, 0].sum(0)[: lora_bs[p].shape[1]].t().to(lora_dtype)  # [out, r]
+    def each(wants: Sequence[bool], make: Any) -> list[Tensor]:
+        return [make(p) if want else x.new_empty(0) for p, want in enumerate(wants)]
 
     d_weights = each(want_weights, lambda p: grads[p].t() @ x)
     d_biases = each(want_biases, lambda p: grads[p].sum(0))
-    d_bs = each(want_bs, b_gradient)
+    d_bs = each(want_bs, lambda p: gradient(grads[p], hs[p], lora_dtype, scaling).t().to(lora_dtype))  # [out, r]
     chosen = [p for p in active if want_x or want_as[p]]
     if not chosen:
         return [x.new_empty(0), *d_weights, *d_biases, *each(want_as, None), *d_bs]
 
-    dh = torch.empty(len(chosen), x.shape[0], h.shape[2], dtype=torch.float32, device=x.device)
-    for place, p in enumerate(chosen):
-        project_(dh[place : place + 1], grads[p], lora_bs[p].t()[None], scaling / (1.0 - dropout_p))
-    keys = None
-    if dropout_p:
-        keys = row_keys(seeds, token_ids)
-        keys = keys if len(chosen) == count else torch.stack([keys[p] for p in chosen])
-    parts = gradient_parts(x, dh, lora_dtype, 1.0, keys, dropout_p) if any(want_as) else None
-    d_as = each(want_as, lambda p: parts[:, chosen.index(p), : lora_as[p].shape[0]].sum(0).to(lora_dtype))
+    ranks = [lora_as[p].shape[0] for p in chosen]
+    dh = torch.empty(x.shape[0], sum(ranks), dtype=torch.float32, device=x.device)
+    for p, part in zip(chosen, dh.split(ranks, 1), strict=True):
+        project_(part, grads[p], lora_bs[p].t(), scaling / (1.0 - dropout_p))
+    keys = row_keys(seed, token_ids) if dropout_p else None
+    d_as = dict.fromkeys(chosen)
+    if any(want_as):
+        together = gradient(x, dh, lora_dtype, 1.0, keys, dropout_p).to(lora_dtype)
+        d_as = dict(zip(chosen, together.split(ranks), strict=True))
     dx = x.new_empty(0)
     if want_x:
         first, *rest = active
@@ -123,7 +110,8 @@ def backward(
         for p in rest:
             dx.addmm_(grads[p], weights[p])
         update_(dx, dh, _stacked([lora_as[p] for p in chosen]), 1.0, keys, dropout_p)
-    return [dx, *d_weights, *d_biases, *d_as, *d_bs]
+    # copies: the results of an operator may not share memory
+    return [dx, *d_weights, *d_biases, *each(want_as, lambda p: d_as[p].clone() if count > 1 else d_as[p]), *d_bs]
 
 
 @torch.library.custom_op("bivec::lora_linears", mutates_args=())
@@ -133,30 +121,30 @@ def lora_linears_op(
     biases: Sequence[Tensor],
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
-    seeds: Tensor | None,
+    seed: Tensor | None,
     token_ids: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> list[Tensor]:
-    """The outputs ``[T, out_p]``, and last h ``[P, T, R]`` fp32, which has no gradient.
+    """The outputs ``[T, out_p]``, and last h ``[T, sum of r_p]`` fp32, which has no gradient.
 
     Args:
         x: [T, in], of ``DTYPES``.
         weights: [out_p, in], dtype of ``x``.
         biases: [out_p], dtype of ``x``; one of no elements is none.
-        lora_as: [r_p, in], dtype of ``x`` or fp32; R is the largest rank.
+        lora_as: [r_p, in], dtype of ``x`` or fp32.
         lora_bs: [out_p, r_p].
-        seeds: [P] int64; token_ids: [T] int64; both where ``dropout_p`` is not 0.
+        seed: [1] int64; token_ids: [T] int64; both where ``dropout_p`` is not 0.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return forward(x, weights, biases, lora_as, lora_bs, seeds, token_ids, scaling, dropout_p)
+        return forward(x, weights, biases, lora_as, lora_bs, seed, token_ids, scaling, dropout_p)
 
 
 @lora_linears_op.register_fake
-def _(x, weights, biases, lora_as, lora_bs, seeds, token_ids, scaling, dropout_p):
+def _(x, weights, biases, lora_as, lora_bs, seed, token_ids, scaling, dropout_p):
     outs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
-    rank = max(a.shape[0] for a in lora_as)
-    return [*outs, x.new_empty(len(weights), x.shape[0], rank, dtype=torch.float32)]
+    rank = sum(a.shape[0] for a in lora_as)
+    return [*outs, x.new_empty(x.shape[0], rank, dtype=torch.float32)]
 
 
 @torch.library.custom_op("bivec::lora_linears_backward", mutates_args=())
@@ -167,7 +155,7 @@ def lora_linears_backward_op(
     lora_as: Sequence[Tensor],
     lora_bs: Sequence[Tensor],
     h: Tensor,
-    seeds: Tensor | None,
+    seed: Tensor | None,
     token_ids: Tensor | None,
     scaling: float,
     dropout_p: float,
@@ -179,25 +167,25 @@ def lora_linears_backward_op(
     has no elements.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return backward(d_outs, x, weights, lora_as, lora_bs, h, seeds, token_ids, scaling, dropout_p, wanted)
+        return backward(d_outs, x, weights, lora_as, lora_bs, h, seed, token_ids, scaling, dropout_p, wanted)
 
 
 @lora_linears_backward_op.register_fake
-def _(d_outs, x, weights, lora_as, lora_bs, h, seeds, token_ids, scaling, dropout_p, wanted):
+def _(d_outs, x, weights, lora_as, lora_bs, h, seed, token_ids, scaling, dropout_p, wanted):
     shapes = [x, *weights, *(w[:, 0] for w in weights), *lora_as]
     like = [t.new_empty(t.shape) for t in shapes] + [b.new_empty(b.shape[1], b.shape[0]).t() for b in lora_bs]
     return [gradient if want else x.new_empty(0) for gradient, want in zip(like, wanted, strict=True)]
 
 
 def _save(ctx, inputs, output):
-    x, weights, _, lora_as, lora_bs, seeds, token_ids, ctx.scaling, ctx.dropout_p = inputs
-    ctx.save_for_backward(x, output[-1], seeds, token_ids, *weights, *lora_as, *lora_bs)
+    x, weights, _, lora_as, lora_bs, seed, token_ids, ctx.scaling, ctx.dropout_p = inputs
+    ctx.save_for_backward(x, output[-1], seed, token_ids, *weights, *lora_as, *lora_bs)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, gradients):
     """Skips the projections that no gradient reaches."""
-    x, h, seeds, token_ids, *matrices = ctx.saved_tensors
+    x, h, seed, token_ids, *matrices = ctx.saved_tensors
     *d_outs, _ = gradients
     count = len(d_outs)
     weights, lora_as, lora_bs = (matrices[i * count : (i + 1) * count] for i in range(3))
@@ -209,7 +197,7 @@ def _differentiate(ctx, gradients):
     if not any(wanted):
         return None, *([None] * count for _ in range(4)), None, None, None, None
     results = lora_linears_backward_op(
-        d_outs, x, weights, lora_as, lora_bs, h, seeds, token_ids, ctx.scaling, ctx.dropout_p, wanted
+        d_outs, x, weights, lora_as, lora_bs, h, seed, token_ids, ctx.scaling, ctx.dropout_p, wanted
     )
     dx, *others = (gradient if want else None for gradient, want in zip(results, wanted, strict=True))
     return dx, *(others[i * count : (i + 1) * count] for i in range(4)), None, None, None, None
@@ -226,11 +214,11 @@ def apply(
     lora_bs: Sequence[Tensor],
     scaling: float,
     dropout_p: float,
-    seeds: Sequence[int | Tensor | None],
+    seed: int | Tensor | None,
     token_ids: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """``lora_linears`` of operands that its caller has checked; ``token_ids`` where ``dropout_p`` is not 0."""
-    keyed = torch.cat([seed_tensor(seed, x.device) for seed in seeds]) if dropout_p else None
+    keyed = seed_tensor(seed, x.device) if dropout_p else None
     present = [x.new_empty(0) if bias is None else bias for bias in biases]
     operands = x, list(weights), present, list(lora_as), list(lora_bs)
     *outs, _ = lora_linears_op(*operands, keyed, token_ids if dropout_p else None, scaling, dropout_p)

@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         batch = context.batch
-        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj, backend=context.backend)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # [T, H or Hkv, Dh]
         q, k = apply_rotary(q, k, context.cos, context.sin, batch.position_ids, inplace=True, backend=context.backend)
         attended = flash_attention(
@@ -78,7 +78,8 @@ class Attention(nn.Module):
             plan=context.plan,
             backend=context.backend,
         )
-        return self.o_proj(attended.flatten(-2))
+        (out,) = project(attended.flatten(-2), self.o_proj, backend=context.backend)
+        return out
 
 
 class MLP(nn.Module):
@@ -89,10 +90,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj)
+        gate, up = project(x, self.gate_proj, self.up_proj, backend=context.backend)
         product = swiglu(gate, up, overwrite=True, backend=context.backend)
-        context.recipes.add(product, partial(swiglu, gate.detach(), up.detach(), backend=context.backend))
-        return self.down_proj(product)
+        context.recipes.add(product, partial(swiglu, backend=context.backend), gate, up)
+        (out,) = project(product, self.down_proj, backend=context.backend)
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -124,7 +126,7 @@ class DecoderLayer(nn.Module):
             normed = norm(x, backend=context.backend)
         else:
             normed, x = norm(update, x, backend=context.backend)
-        context.recipes.add(normed, partial(norm, x.detach(), backend=context.backend))
+        context.recipes.add(normed, partial(norm, backend=context.backend), x)
         return normed, x
 
 

@@ -13,7 +13,9 @@ Operators know nothing of this: between an operator and what it saves stand torc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,11 +24,28 @@ from torch.autograd.graph import saved_tensors_hooks
 LEVELS = ("none", "selective", "layer")
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """A tensor and its version, as autograd keeps them: with hooks around, torch leaves the comparison to them."""
+
+    tensor: Tensor
+    version: int
+
+    def unchanged(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "an activation needed for the backward has been modified by an inplace operation; a model's graph can "
+                "be walked backward once, as the backward reuses the memory of what it has read"
+            )
+        return self.tensor
+
+
 class _Recipe:
     """Stands for a saved tensor."""
 
-    def __init__(self, make: Callable[[], Tensor]):
+    def __init__(self, make: Callable[[], Tensor], reads: Sequence[Tensor]):
         self._make, self._uses, self._made = make, 0, None
+        self._reads = [_Saved(x, x._version) for x in reads]
 
     def saved(self) -> _Recipe:
         self._uses += 1
@@ -36,6 +55,8 @@ class _Recipe:
         """Makes it at the first of its uses, and lets go of it at the last."""
         made = self._made
         if made is None:
+            for read in self._reads:
+                read.unchanged()
             with torch.no_grad():
                 made = self._make()
         self._uses -= 1
@@ -55,13 +76,14 @@ class Recipes:
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
         self._known: dict[int, tuple[Tensor, _Recipe]] = {}  # by address, of tensors that are kept alive here
 
-    def add(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        """From now on ``make()``, called without autograd, stands for ``tensor``.
+    def add(self, tensor: Tensor, make: Callable[..., Tensor], *reads: Tensor) -> None:
+        """From now on ``make(*reads)``, called without autograd, stands for ``tensor``.
 
-        What ``make`` holds is kept instead: detached tensors that some operator saves anyway.
+        ``reads`` are kept instead: tensors that some operator saves anyway.
         """
         if self._active and tensor.numel():
-            self._known[tensor.data_ptr()] = (tensor, _Recipe(make))
+            reads = tuple(x.detach() for x in reads)
+            self._known[tensor.data_ptr()] = (tensor, _Recipe(partial(make, *reads), reads))
 
     def forget(self) -> None:
         """Lets go of the tensors added so far; what has been saved of them stays replaced."""
@@ -77,11 +99,12 @@ class Recipes:
         if self._active:
             self._hooks.__exit__(*exception)
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Recipe:
+    def _pack(self, tensor: Tensor) -> _Saved | _Recipe:
         known, recipe = self._known.get(tensor.data_ptr(), (None, None))
         whole = known is not None and tensor.shape == known.shape and tensor.stride() == known.stride()
-        return recipe.saved() if whole and tensor.dtype == known.dtype else tensor
+        same = whole and tensor.dtype == known.dtype
+        return recipe.saved() if same else _Saved(tensor, tensor._version)
 
     @staticmethod
-    def _unpack(saved: Tensor | _Recipe) -> Tensor:
-        return saved.tensor() if isinstance(saved, _Recipe) else saved
+    def _unpack(saved: _Saved | _Recipe) -> Tensor:
+        return saved.tensor() if isinstance(saved, _Recipe) else saved.unchanged()

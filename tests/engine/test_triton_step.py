@@ -48,7 +48,10 @@ def mntp(checkpoint, adapter):
 def simcse(checkpoint, adapter):
     random = np.random.default_rng(1)
     sentences = [[0, *random.integers(2, 1000, 3 + 2 * (i % 5)).tolist()] for i in range(8)]
-    return SimcseObjective(checkpoint.model, adapter, sentences, batch_size=4, seed=7, device=DEVICE, skip_prefix=1)
+    # a small scale: at 20 the losses of the tiny model are next to nothing
+    return SimcseObjective(
+        checkpoint.model, adapter, sentences, batch_size=4, seed=7, device=DEVICE, scale=2.0, skip_prefix=1
+    )
 
 
 OBJECTIVES = {"mntp": mntp, "simcse": simcse}
@@ -77,7 +80,7 @@ def test_training_on_triton_repeats_training_on_torch(family, stage, request, mo
             monkeypatch.setattr(module, "launch", noting(original, launched))
     monkeypatch.setenv("BIVEC_BACKEND", "triton")
     got = losses(directory, stage)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert (expected[0] - expected[-1]).abs().min() > 1e-3  # and the steps did change something
     missing = (KERNELS["both"] | KERNELS[stage]) - launched
     assert not missing, launched

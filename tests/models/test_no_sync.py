@@ -63,12 +63,12 @@ def add_lora_on_meta(model):
 
 def losses(model, adapter, recompute):
     views = batch_of(5, 40, 17, 5, 40, 17)
-    adapter.set_noise(torch.zeros(1, dtype=torch.int64, device=META), views.token_ids(), "triton")
+    adapter.set_noise(torch.zeros(1, dtype=torch.int64, device=META), views.token_ids())
     seed = torch.zeros(1, dtype=torch.int64, device=META)
     yield simcse_loss(model, views, skip_prefix=1, seed=seed, recompute=recompute, backend="triton")
     blocks = batch_of(64, 64)
     index = torch.arange(20, device=META)
-    adapter.set_noise(torch.zeros(1, dtype=torch.int64, device=META), blocks.token_ids(), "triton")
+    adapter.set_noise(torch.zeros(1, dtype=torch.int64, device=META), blocks.token_ids())
     head = torch.empty(1000, model.config.hidden_size, device=META)
     masked = MntpBatch(blocks, index, torch.empty(20, dtype=torch.int64, device=META))
     yield mntp_loss(model, head, masked, normalizer=20.0, recompute=recompute, backend="triton")

@@ -77,6 +77,35 @@ def test_each_level_keeps_less(tiny_llama_dir):
     assert by_level["layer"] == pytest.approx(inputs + 8 * tokens * config.hidden_size, rel=0.1)
 
 
+@pytest.mark.parametrize("recompute", LEVELS)
+def test_a_second_backward_is_an_error_and_not_a_wrong_gradient(recompute, tiny_llama_dir):
+    model, parameters, adapter = trained(tiny_llama_dir, False)
+    adapter.set_noise(None)
+    loss = model(batch_of(7, 12), recompute=recompute).square().sum()
+    loss.backward(retain_graph=True)
+    first = [parameter.grad.clone() for parameter in parameters.values()]
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:  # where the layer has been run again, what it overwrites is new
+        assert recompute == "layer"
+        grads = [parameter.grad for parameter in parameters.values()]
+        assert all(torch.allclose(now, 2 * before) for now, before in zip(grads, first, strict=True))
+
+
+def test_what_a_recipe_reads_must_be_as_it_was():
+    x, w = torch.randn(3, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
+    source = x * 2
+    with Recipes(True) as recipes:
+        y = source.sin()
+        recipes.add(y, torch.sin, source)
+        out = (y @ w).sum()
+    source.detach().mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 def test_evaluation_keeps_nothing_whatever_the_level(tiny_llama_dir):
     model, _, _ = trained(tiny_llama_dir, False)
     batch = batch_of(5, 9)
@@ -96,13 +125,13 @@ def test_recipes_replace_the_tensor_itself_only():
     x = torch.randn(4, 6, requires_grad=True)
     w = torch.randn(6, 6, requires_grad=True)
 
-    def make():
+    def make(source):
         calls.append(1)
-        return x.detach().sin()
+        return source.sin()
 
     with Recipes(True) as recipes:
         y = x.sin()
-        recipes.add(y, make)
+        recipes.add(y, make, x)
         once, twice = y @ w, y @ w.T  # both save y
         part = y[:, :3] @ w[:3]  # saves a view, which no recipe makes
         recipes.forget()
@@ -138,14 +167,18 @@ class Doubling(nn.Module):
         return 2 * self.base(x)
 
     @staticmethod
-    def project_jointly(x, modules):
+    def project_jointly(x, modules, backend):
+        assert backend == "triton"
         return tuple(2 * module.base(x) + 1 for module in modules)
 
 
 def test_project_takes_the_joint_way_only_for_one_class():
     x, (a, b) = torch.randn(3, 4), (nn.Linear(4, 5), nn.Linear(4, 2))
     wrapped = Doubling(a), Doubling(b)
-    for got, expected in ((project(x, a, b), (a(x), b(x))), (project(x, wrapped[0], b), (2 * a(x), b(x)))):
+    for got, expected in (
+        (project(x, a, b, backend=None), (a(x), b(x))),
+        (project(x, wrapped[0], b, backend=None), (2 * a(x), b(x))),
+    ):
         assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
-    joint = project(x, *wrapped)
+    joint = project(x, *wrapped, backend="triton")
     assert all(torch.equal(g, 2 * base(x) + 1) for g, base in zip(joint, (a, b), strict=True))

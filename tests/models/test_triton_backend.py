@@ -43,7 +43,7 @@ def batch_of(lengths, vocabulary):
 
 def states_and_gradients(model, adapter, batch, mode, backend):
     """All hidden states and all LoRA gradients by name, with the LoRA's own dropout on."""
-    adapter.set_noise(5, batch.token_ids(), backend)
+    adapter.set_noise(5, batch.token_ids())
     hidden, states = model(batch, output_hidden_states=True, backend=backend, **mode)
     weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     parameters = adapter.named_parameters()
