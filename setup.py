@@ -26,6 +26,7 @@ TEST = [
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "peft>=0.17",
+    "sentence-transformers>=5",
     "mistral-common>=1.8",
     "ruff>=0.9",
 ]

@@ -121,6 +121,7 @@ def run_part(command: Sequence[str], log: Path, timeout: float, environment: dic
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             start_new_session=True,
         )
     except OSError as error:
@@ -154,7 +155,11 @@ def share(name: str, waiting: Sequence[str], left: float) -> float:
 def collect(name: str, folder: Path, output: Path, part: dict[str, Any]) -> None:
     """Takes a part's JSON into its entry, its plot into ``output`` and its output into the log."""
     for path in sorted(folder.glob(f"{name}/*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # of a part that was stopped while it wrote
+            part["error"] = part["error"] or f"{path.name}: {error}"
+            continue
         if name == "ops":  # of its many figures those that are compared
             content = {
                 "ops": [

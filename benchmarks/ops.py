@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bivec.kernels import apply_rotary, geglu, linear_cross_entropy, lora_linears, rms_norm, segment_pool, swiglu
+from bivec.kernels import apply_rotary, geglu, lora_linears, rms_norm, segment_pool, swiglu
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -106,16 +106,6 @@ def pool_operands() -> list[Tensor]:
     return [randn(TOKENS, HIDDEN), torch.arange(0, TOKENS + 1, LENGTH, device=DEVICE, dtype=torch.int32)]
 
 
-def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
-
-
-def cross_entropy_operands() -> list[Tensor]:
-    rows = TOKENS // 4
-    targets = torch.randint(VOCAB, (rows,), device=DEVICE)
-    return [randn(rows, HIDDEN), randn(VOCAB, HIDDEN, scale=HIDDEN**-0.5, grad=False), targets]
-
-
 def gate_and_up() -> list[Tensor]:
     return [randn(TOKENS, INNER), randn(TOKENS, INNER)]
 
@@ -131,7 +121,6 @@ OPS = {
     "geglu": Op(geglu, lambda gate, up: F.gelu(gate, approximate="tanh") * up, gate_and_up),
     "lora_linears q k v": Op(our_lora, plain_lora, lora_operands),
     "segment_pool": Op(segment_pool, plain_pool, pool_operands),
-    "linear_cross_entropy": Op(linear_cross_entropy, plain_cross_entropy, cross_entropy_operands),
 }
 
 

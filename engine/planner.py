@@ -28,6 +28,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ from bivec.models.recompute import LEVELS
 
 LOGITS_WORKSPACE = {"cpu": 128 << 20, "cuda": 256 << 20}  # of linear_cross_entropy
 SLACK = 0.08  # of a device's memory that a plan leaves: fragments, the runtime, what others take meanwhile
-GOOD_MICRO_BATCH = 4096  # tokens from which on larger products gain nothing that recomputation would be worth
+GOOD_MICRO_BATCH = 1024  # tokens from which on larger products gain less than recomputation costs
+CGROUP = Path("/sys/fs/cgroup")
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -141,7 +143,9 @@ def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
 
     # in the loss: the last hidden states, the gradient of those that are scored or pooled, the workspace
     pooled = micro.scored or micro.sequences
-    workspace = min(LOGITS_WORKSPACE[setting.device], 4 * micro.scored * config.vocab_size)
+    workspace = min(
+        LOGITS_WORKSPACE.get(setting.device, LOGITS_WORKSPACE["cuda"]), 4 * micro.scored * config.vocab_size
+    )
     loss = last_norm + itemsize * hidden * (tokens + pooled) + workspace
     loss += 8 * hidden * min(micro.scored, workspace // (4 * config.vocab_size) + 1)  # a chunk's rows and gradients
 
@@ -250,8 +254,12 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) << 10
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+        available = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:  # of a container
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # there is none, or its limit is "max"
+        return available
+    return min(available, limit - used)

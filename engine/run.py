@@ -133,6 +133,9 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         if earlier is None:
             self._write_run_file()
+        elif self.cuts != earlier.get("cuts", {}):  # by another --memory
+            changed = earlier | {"memory": options.memory, "cuts": self.cuts}
+            write_text_atomic(self.directory / RUN_FILE, json.dumps(changed, indent=2) + "\n")
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
         self.metrics.path.touch()
@@ -151,19 +154,28 @@ class Run:
     def _cuts(self, earlier: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
         """By stage, the fields of its objective that ``--memory`` decides; nothing without it.
 
-        A resumed run keeps its first cut, on which the rounding of its sums depends, unless ``--memory`` is given anew.
+        A resumed run keeps its first cut, on which the rounding of its sums depends, unless another ``--memory`` is
+        given.
         """
+        if earlier is not None and self.options.memory in (None, earlier.get("memory")):
+            return earlier.get("cuts", {})
         if self.options.memory is None:
-            return {} if earlier is None else earlier.get("cuts", {})
+            return {}
         asked = parse_memory(self.options.memory)
         device = torch.device(self.device)
         available = free_memory(device) if asked is None else asked
         cuts, config = {}, self.inputs.config
+        dtype = getattr(torch, self._dtype().removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise RunError(f"--dtype {self._dtype()}: no dtype of torch; expected float32, bfloat16 or float16")
         for stage in (self.recipe.mntp, self.recipe.simcse):
             name = "mntp" if isinstance(stage, MntpStage) else "simcse"
-            if name not in self.recipe.stages:
+            done = self.options.resume and (self.directory / name / "adapter_config.json").is_file()
+            if done and name in (earlier or {}).get("cuts", {}):
+                cuts[name] = earlier["cuts"][name]
+            if done or name not in self.recipe.stages:
                 continue
-            itemsize = getattr(torch, self._dtype()).itemsize
+            itemsize = dtype.itemsize
             triton = resolve(self.options.backend, "flash_attention", device) == "triton"
             setting = Setting(config, stage.lora, itemsize, name == "mntp", device.type, triton)
             if isinstance(stage, MntpStage):
@@ -332,6 +344,7 @@ class Run:
             "device": self.device,
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),
+            "memory": self.options.memory,
             "cuts": self.cuts,
         }
         write_text_atomic(self.directory / RUN_FILE, json.dumps(content, indent=2) + "\n")

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from bivec.engine import run as run_module
+
 
 def test_a_recipe_is_cut_to_the_memory_given(execute, recipe, fails, tmp_path, capsys):
     execute(recipe, tmp_path / "plain")
@@ -23,3 +25,27 @@ def test_a_recipe_is_cut_to_the_memory_given(execute, recipe, fails, tmp_path, c
     assert "--memory lots: expected auto" in fails(recipe, tmp_path / "other", "--memory", "lots")
     assert "mntp needs" in fails(recipe, tmp_path / "other", "--memory", "1MB")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_resumed_run_keeps_its_cut_unless_another_memory_is_given(execute, recipe, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    free = [3_200_000]
+    monkeypatch.setattr(run_module, "free_memory", lambda device: free[0])
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # in the first stage
+        patch.setattr(run_module.Run, "_evaluate_midway", stop)
+        execute(recipe, directory, "--memory", "auto")
+    before = json.loads((directory / "run.json").read_text())
+    assert before["memory"] == "auto" and before["cuts"]["simcse"]["recompute"] != "none"
+    free[0] = 10**9
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run_module.Run, "_evaluate_midway", stop)
+        execute(recipe, directory, "--memory", "auto", "--resume")
+    assert json.loads((directory / "run.json").read_text()) == before
+    execute(recipe, directory, "--memory", "1GB", "--resume")
+    after = json.loads((directory / "run.json").read_text())
+    assert after["memory"] == "1GB" and after["cuts"]["simcse"] == {"recompute": "none"}
+    assert {**after, "memory": 0, "cuts": 0} == {**before, "memory": 0, "cuts": 0}
