@@ -18,8 +18,9 @@ hidden width, q and kv that of all query and kv heads, H heads, I the intermedia
     torch backend only: attention's operands and output are fp32, and its output is kept twice, as it was made and as
     o_proj reads it, where it is of another dtype or sequences of several lengths were put together
 
-The first layer keeps no embedding under LoRA, and attention dropout keeps nothing: masks are drawn again. On top come
-the allocator's slack and, on a CPU, the process itself (0.6 GiB).
+The first layer keeps no embedding under LoRA. Dropout masks are drawn again; but with attention dropout the torch
+backend keeps the probabilities of short sequences, which is counted as about what its output twice would be. On top
+come the allocator's slack and, on a CPU, the process itself (0.6 GiB).
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ def check_overwritable(op: str, option: str, **operands: Tensor) -> None:
         operands: the tensors by name.
 
     Raises:
-        ValueError: a leaf that requires grad, or a view of one; elements or operands that share memory.
+        ValueError: a leaf that requires grad, or a view of one; elements that share memory (of a broadcast tensor), or
+            operands that begin at one place. Operands that overlap in another way are not found out.
     """
     if torch.compiler.is_compiling():  # nothing is overwritten there
         return
