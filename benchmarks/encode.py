@@ -5,13 +5,18 @@
     python benchmarks/encode.py --shape llama-1.3b     # random weights: no checkpoint, no network
 
 Both encode the same saved checkpoint, bidirectional, with the same tokenizer, plain mean pooling and the same
-``max_length``: sentence-transformers as its modules Transformer and Pooling, in its default batches, which it sorts by
-length, and without the chat template that its release 6 would put around every text. They take turns. Writes
-encode_DEVICE.json and .png into benchmarks/results, or ``--output DIR``:
+``max_length``: sentence-transformers as its modules Transformer and Pooling, in its default batches, and without the
+chat template that its release 6 would put around every text. They take turns, on two workloads:
 
-* s: seconds of the call, from text to numpy: median, least and most; ours is faster by the ratio of the medians.
+* given order: calls of 32 sentences (``--call-size``) as they come, as a service or a stream does it.
+  sentence-transformers pads them to the longest of the call; ours pads nothing.
+* one call: all sentences at once, which both sort by length.
+
+Writes encode_DEVICE.json and .png into benchmarks/results, or ``--output DIR``:
+
+* s: seconds of all sentences, from text to numpy: median, least and most; ours is faster by the ratio of the medians.
 * tokens/s: of true tokens, for both.
-* memory: the most allocated above the model during a call.
+* memory: the most allocated above the model.
 * largest difference: |ours - theirs| / |theirs| of the worst embedding; above 1e-3 in fp32, or 0.1 in a half-precision
   dtype, the exit status is 1. (SmolLM2-135M: 3e-5 is what either is off float64.)
 
@@ -126,6 +131,16 @@ def peer_encode(encoder: Encoder, device: torch.device) -> Encode:
     return partial(model.encode, show_progress_bar=False)
 
 
+def in_calls(encode: Encode, call_size: int) -> Encode:
+    """The same in calls of at most ``call_size`` sentences."""
+
+    def encode_in_calls(sentences: list[str]) -> np.ndarray:
+        starts = range(0, len(sentences), call_size)
+        return np.concatenate([encode(sentences[start : start + call_size]) for start in starts])
+
+    return encode_in_calls
+
+
 def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
     """|found - expected| / |expected| of the worst row; infinite for NaN."""
     differences = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
@@ -162,20 +177,17 @@ def table(sides: dict[str, SideResult]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, sides: dict[str, SideResult], title: str) -> None:
-    """Sentences a second, and memory."""
+def draw(path: Path, workloads: dict[str, dict[str, SideResult]], title: str) -> None:
+    """Sentences a second of every workload."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.4), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(1, 2)
-    for axis, label, values in (
-        (panels[0], "sentences/s", [side.sentences_per_s for side in sides.values()]),
-        (panels[1], "MiB above the model", [side.peak_bytes / 2**20 for side in sides.values()]),
-    ):
+    for axis, (name, sides) in zip(figure.subplots(1, len(workloads)), workloads.items(), strict=True):
+        values = [side.sentences_per_s for side in sides.values()]
         axis.bar_label(axis.barh(list(sides), values, color=["C0", "C1"]), fmt="%.0f", padding=4)
         axis.margins(x=0.2)
-        axis.set(xlabel=label)
+        axis.set(xlabel="sentences/s", title=name)
     figure.savefig(path, dpi=120)
 
 
@@ -197,7 +209,9 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         "max_length": options.max_length,
         "sentences": len(sentences),
         "tokens": sum(lengths),
+        "call_size": options.call_size,
         "peer": {"absent": absent},
+        "workloads": {},
     }
     print(
         f"{content['model']} in {options.dtype} on {name}, {content['threads']} threads: {len(sentences)} sentences of "
@@ -208,22 +222,29 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         encoders[PEER] = peer_encode(encoder, device)
         content["peer"]["version"] = importlib.metadata.version("sentence-transformers")
         difference = largest_difference(encoders[OURS](sentences), encoders[PEER](sentences))
+        content["largest_difference"] = difference
+        print(f"largest difference of the embeddings: {difference:.1e}")
     else:
         print(f"without {PEER}: {absent}")
-    sides = measure(encoders, sentences, sum(lengths), options.repeats, device)
-    print(table(sides))
-    if difference is not None:
-        faster = sides[PEER].timing.ms / sides[OURS].timing.ms
-        content |= {"ours_is_faster_by": faster, "largest_difference": difference}
-        print(f"  ours is faster by {faster:.2f} x; largest difference of the embeddings {difference:.1e}")
-    content["sides"] = {side: asdict(result) for side, result in sides.items()}
+    called = {side: in_calls(encode, options.call_size) for side, encode in encoders.items()}
+    workloads = {}
+    for workload, encodes in (("given order", called), ("one call", encoders)):
+        sides = workloads[workload] = measure(encodes, sentences, sum(lengths), options.repeats, device)
+        faster = sides[PEER].timing.ms / sides[OURS].timing.ms if PEER in sides else None
+        content["workloads"][workload] = {
+            "ours_is_faster_by": faster,
+            "sides": {side: asdict(result) for side, result in sides.items()},
+        }
+        of_calls = f", calls of {options.call_size}" if encodes is called else ""
+        print(f"\n{workload}{of_calls}" + (f": ours is faster by {faster:.2f} x" if faster else ""))
+        print(table(sides), flush=True)
     path = options.output / f"encode_{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
         print("no plot: matplotlib is not installed")
     else:
-        draw(path.with_suffix(".png"), sides, f"{content['model']}, {len(sentences)} STS-B sentences, {name}")
+        draw(path.with_suffix(".png"), workloads, f"{content['model']}, {len(sentences)} STS-B sentences, {name}")
     print(f"\nwrote {path}")
     if difference is not None and not difference <= TOLERANCE[options.dtype]:
         print(f"FAILED  the embeddings differ by {difference:.1e}, allowed are {TOLERANCE[options.dtype]:g}")
@@ -238,6 +259,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--model", default=PACKAGED_MODEL, help="a directory, a .gguf file or a hub id")
     source.add_argument("--shape", choices=SHAPES, help="instead: a random model of this shape")
     parser.add_argument("--sentences", type=int, help="default: 1000")
+    parser.add_argument("--call-size", type=int, default=32, help="sentences of a call in the given order")
     parser.add_argument("--max-length", type=int, default=512, help="in tokens, of both sides")
     parser.add_argument("--repeats", type=int, help="at least 3 (default: 5)")
     parser.add_argument("--device", help="default: cuda where there is one")
@@ -257,7 +279,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    for name, bound in {"sentences": 1, "repeats": 3, "max_length": 2}.items():
+    for name, bound in {"sentences": 1, "call_size": 1, "repeats": 3, "max_length": 2}.items():
         if getattr(options, name) < bound:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {bound}")
     return options

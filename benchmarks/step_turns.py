@@ -1,11 +1,11 @@
-"""The turns of benchmarks/train_step.py: one step of ours and one of the peer on the same samples, again and again."""
+"""The turns of benchmarks/train_step.py: one step of ours and one of each peer on the same samples, again and again."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import padded_peer
@@ -22,6 +22,7 @@ from bivec.engine.recipe import MntpStage, SimcseStage
 from bivec.engine.trainer import Intervals, StepMetrics, train
 from bivec.models import Checkpoint
 
+OURS = "bivec"
 MASK_PROBABILITY = 0.2
 SIMCSE_LENGTH = 128
 
@@ -31,10 +32,8 @@ class Turn:
     """One step of each side on the same samples."""
 
     tokens: int  # true ones
-    seconds: float
-    loss: float
-    peer_seconds: float | None = None
-    peer_loss: float | None = None
+    seconds: dict[str, float]  # by side
+    losses: dict[str, float]
     gemm_flops_per_s: float | None = None
 
 
@@ -100,39 +99,41 @@ def run_turns(
     steps: int,
     attention_dropout: float,
     lora_dropout: float,
-    with_peer: bool,
+    peers: Mapping[str, bool],
     gemms: Gemms | None = None,
-) -> tuple[list[Turn], str | None]:
-    """Fresh adapters on both sides, ``steps`` turns; and the error of a peer that gave up, which leaves ours to go on.
+) -> tuple[list[Turn], dict[str, str]]:
+    """Fresh adapters on all sides, ``steps`` turns; and the errors of peers that gave up, which leaves the others.
 
-    The peer's step is run by the trainer's log callback, so that ours is the trainer's, not a copy of it.
+    ``peers`` says by name whether a peer recomputes its activations. Their steps are run by the trainer's log callback,
+    so that ours is the trainer's, not a copy of it.
     """
     lora = LoraConfig(dropout=lora_dropout)
     optim = OptimConfig(work.options.learning_rate, steps)
-    model = padded_peer.causal_lm(work.checkpoint, attention_dropout) if with_peer else None
+    models = {name: padded_peer.causal_lm(work.checkpoint, attention_dropout) for name in peers}
     adapter = add_lora(work.checkpoint.model, lora, work.options.seed)
     objective = work.objective(adapter, batch_size, attention_dropout)
-    peer, error = None, None
-    if model is not None:
-        recompute = work.options.peer_recompute == "on"
-        peer = padded_peer.PaddedPeer(model, adapter, objective, optim, recompute=recompute)
+    running = {
+        name: padded_peer.PaddedPeer(model, adapter, objective, optim, recompute=peers[name])
+        for name, model in models.items()
+    }
     turns: list[Turn] = []
+    errors: dict[str, str] = {}
 
     def after_step(metrics: StepMetrics) -> None:
-        nonlocal started, peer, error
+        nonlocal started
         synchronise(work.device)
-        turn = Turn(metrics.tokens, time.perf_counter() - started, metrics.loss)
-        if peer is not None:
+        seconds, losses = {OURS: time.perf_counter() - started}, {OURS: metrics.loss}
+        for name, peer in list(running.items()):
             begun = time.perf_counter()
             try:
-                loss = peer.step(metrics.step - 1)
+                losses[name] = peer.step(metrics.step - 1)
                 synchronise(work.device)
-                turn = replace(turn, peer_seconds=time.perf_counter() - begun, peer_loss=loss)
+                seconds[name] = time.perf_counter() - begun
             except (RuntimeError, MemoryError) as failure:  # out of memory: ours is still worth measuring
-                peer, error = None, f"{type(failure).__name__}: {str(failure).splitlines()[0][:160]}"
-        if gemms is not None:
-            turn = replace(turn, gemm_flops_per_s=gemms.flops_per_s(metrics.step))
-        turns.append(turn)
+                del running[name]
+                errors[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:160]}"
+        rate = None if gemms is None else gemms.flops_per_s(metrics.step)
+        turns.append(Turn(metrics.tokens, seconds, losses, rate))
         started = time.perf_counter()
 
     try:
@@ -140,7 +141,7 @@ def run_turns(
         our_steps(work, adapter, objective, optim, log=after_step)()
     finally:
         adapter.remove()
-    return turns, error
+    return turns, errors
 
 
 def flops_per_token(work: Work, batch_size: int) -> float:

@@ -1,6 +1,6 @@
 """How fast is a training step, where does its time go, and what does the original's way take? MNTP and SimCSE.
 
-    python benchmarks/train_step.py                            # SmolLM2-135M, both stages; 20 minutes on two idle cores
+    python benchmarks/train_step.py                            # SmolLM2-135M, both stages; 30 minutes on two idle cores
     python benchmarks/train_step.py --stage mntp --mntp-batch 2 --steps 3 --memory
     python benchmarks/train_step.py --stage simcse --attention-dropout 0
     python benchmarks/train_step.py --model DIR                # any LLaMA or Mistral decoder
@@ -8,25 +8,26 @@
 
 Ours is the engine's own trainer and objectives. The peer is transformers + PEFT, padded, as the original trains
 (``padded_peer.py``): SDPA, which on a CPU has a fused kernel without dropout and forms the probabilities with it;
-logits of all tokens; both SimCSE views one after the other. Both sides take turns on the same samples, MNTP masks,
-weights and LoRA values, with torch's fused AdamW and the same schedule and clipping. In the peer's favour, the LM head,
-which the original trains and throws away, is frozen, no cache of keys is kept, and on a CPU it does not recompute its
-activations (``--peer-recompute on`` is the original's way, and the default on a GPU). Without its packages, or with
-``--no-peer``, ours is measured alone, and the file says so.
+logits of all tokens; both SimCSE views one after the other; activations computed again in the backward (METHOD 3.6 and
+4.5). A second peer keeps its activations, which takes it less time and more memory (``--peer-recompute``: on, off, or
+both, the default on a CPU). All sides take turns on the same samples, MNTP masks, weights and LoRA values, with torch's
+fused AdamW and the same schedule and clipping. In the peers' favour, the LM head, which the original trains and throws
+away, is frozen, and no cache of keys is kept. Without their packages, or with ``--no-peer``, ours is measured alone,
+and the file says so.
 
 Writes train_step_DEVICE.json and .png into benchmarks/results, or ``--output DIR``. What is in them:
 
 * s: seconds of an optimiser step, from batch to update: median, least and most of the turns after the warm-up;
-  ours is faster by the median over the turns of its time over ours.
-* tokens/s: of true tokens, for both; padding is no work done.
-* GFLOP/s: of the operations that engine/estimate.py counts for the true tokens, the same for both.
+  ours is faster by the median over the turns of a peer's time over ours.
+* tokens/s: of true tokens, for all sides; padding is no work done.
+* GFLOP/s: of the operations that engine/estimate.py counts for the true tokens, the same for all sides.
 * of GEMMs: that rate over the rate of the matrix products alone, which take part in the turns: some layers' seven
   projections, forward and gradient of the input, and the LM head's on the scored rows, in buffers that exist.
 * of peak: that rate over the dense bf16 rate on the GPU's data sheet.
 * memory (``--memory``): of a process that does nothing else, the most above what it held when the model and its adapter
-  stood. On a CPU (Linux) of its resident set, on a GPU of what torch allocated.
+  stood. On a CPU (Linux) of its resident set, on a GPU of what torch allocated. Ours is smaller by the quotient.
 * breakdown: one step of ours under torch's profiler (``step_profile.py``).
-* losses: both sides from the same weights with all dropout off, on batches of 1 block and at most 8 sentences. If
+* losses: all sides from the same weights with all dropout off, on batches of 1 block and at most 8 sentences. If
   they differ by more than 1 % at a step (of a loss below 1e-3: by 1e-5), the exit status is 1.
 """
 
@@ -40,8 +41,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,7 +52,7 @@ import torch
 from attention import bf16_peak
 from gemms import Gemms
 from step_profile import breakdown
-from step_turns import MASK_PROBABILITY, Work, flops_per_token, our_steps, prepare, run_turns
+from step_turns import MASK_PROBABILITY, OURS, Work, flops_per_token, our_steps, prepare, run_turns
 from timing import describe_run, device_name
 from workload import SHAPES, load_checkpoint
 
@@ -62,11 +63,14 @@ from bivec.engine.recipe import PACKAGED_MODEL
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STAGES = ("mntp", "simcse")
-OURS, PEER = "bivec", "transformers + peft"
+PEER = "transformers + peft"
+PEERS = {"on": {PEER: True}, "off": {f"{PEER}, kept": False}}  # by --peer-recompute
+PEERS["both"] = PEERS["on"] | PEERS["off"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COLOURS = ("C0", "C1", "C2")  # of the sides
 LOSS_BATCH = {"mntp": 1, "simcse": 8}  # at most
 LOSS_TOLERANCE = 0.01
-ON_CPU = {"dtype": "float32", "mntp_batch": 4, "simcse_batch": 64, "steps": 5, "warmup": 1, "peer_recompute": "off"}
+ON_CPU = {"dtype": "float32", "mntp_batch": 8, "simcse_batch": 64, "steps": 3, "warmup": 1, "peer_recompute": "both"}
 ON_GPU = {"dtype": "bfloat16", "mntp_batch": 32, "simcse_batch": 128, "steps": 20, "warmup": 3, "peer_recompute": "on"}
 QUICK = {"mntp_batch": 2, "simcse_batch": 8, "steps": 2, "warmup": 1, "sequence_length": 32, "loss_steps": 4}
 
@@ -82,7 +86,9 @@ class SideResult:
     flops_per_s: float
     of_gemms: float  # shares
     of_peak: float | None
+    ours_is_faster_by: float | None = None  # of a peer
     peak_bytes: int | None = None  # above the loaded model
+    ours_is_smaller_by: float | None = None
 
 
 def summarise(
@@ -111,8 +117,8 @@ def tokens_of_a_forward(work: Work, batch_size: int) -> int:
     return 2 * round(batch_size * float(work.objective(None, batch_size, 0.0).sentences.lengths.mean()))
 
 
-def measure_time(work: Work, with_peer: bool) -> dict[str, Any]:
-    """Both sides in turns, after the warm-up, and the breakdown of ours."""
+def measure_time(work: Work, peers: Mapping[str, bool]) -> dict[str, Any]:
+    """All sides in turns, after the warm-up, and the breakdown of ours."""
     options, batch_size = work.options, work.options.batch[work.stage]
     dropouts = {
         "attention_dropout": options.attention_dropout if work.stage == "simcse" else 0.0,
@@ -121,45 +127,55 @@ def measure_time(work: Work, with_peer: bool) -> dict[str, Any]:
     tokens = tokens_of_a_forward(work, batch_size)
     gemms = Gemms(work.checkpoint, tokens, round(tokens * MASK_PROBABILITY) if work.stage == "mntp" else 0)
     all_turns = options.warmup + options.steps
-    turns, error = run_turns(work, batch_size=batch_size, steps=all_turns, with_peer=with_peer, gemms=gemms, **dropouts)
+    turns, errors = run_turns(work, batch_size=batch_size, steps=all_turns, peers=peers, gemms=gemms, **dropouts)
     turns = turns[options.warmup :]
     flops = flops_per_token(work, batch_size)
     gemm_rate = median(turn.gemm_flops_per_s for turn in turns)
     peak = bf16_peak(device_name(work.device), DTYPES[options.dtype])
     counts = [turn.tokens for turn in turns]
-    sides = {OURS: summarise([turn.seconds for turn in turns], counts, flops, gemm_rate, peak)}
-    found = {"batch": batch_size, **dropouts, "tokens": sum(counts) / len(counts), "gemm_flops_per_s": gemm_rate}
-    if with_peer and error is None:
-        sides[PEER] = summarise([turn.peer_seconds for turn in turns], counts, flops, gemm_rate, peak)
-        found["ours_is_faster_by"] = median(turn.peer_seconds / turn.seconds for turn in turns)
+    sides = {}
+    for name in (OURS, *(name for name in peers if name not in errors)):
+        side = summarise([turn.seconds[name] for turn in turns], counts, flops, gemm_rate, peak)
+        faster = None if name == OURS else median(turn.seconds[name] / turn.seconds[OURS] for turn in turns)
+        sides[name] = asdict(replace(side, ours_is_faster_by=faster))
     adapter = add_lora(work.checkpoint.model, LoraConfig(dropout=options.lora_dropout), options.seed)
     objective = work.objective(adapter, batch_size, dropouts["attention_dropout"])
     once = our_steps(work, adapter, objective, OptimConfig(options.learning_rate, steps=1))
-    found["breakdown_seconds"] = breakdown(once, work.device, adapter.config.rank)
+    parts = breakdown(once, work.device, adapter.config.rank)
     adapter.remove()
-    return found | {
-        "sides": {name: asdict(side) for name, side in sides.items()},
-        "peer_error": error,
+    return {
+        "batch": batch_size,
+        **dropouts,
+        "tokens": sum(counts) / len(counts),
+        "gemm_flops_per_s": gemm_rate,
+        "sides": sides,
+        "peer_errors": errors,
+        "breakdown_seconds": parts,
         "turns": [asdict(turn) for turn in turns],
     }
 
 
-def measure_losses(work: Work, with_peer: bool) -> dict[str, Any]:
-    """Both curves without dropout, and by how much they differ."""
+def measure_losses(work: Work, peers: Mapping[str, bool]) -> dict[str, Any]:
+    """The curves of all sides without dropout, and by how much a peer's differs at most."""
     batch_size = min(LOSS_BATCH[work.stage], work.options.batch[work.stage])
-    turns, error = run_turns(
+    turns, errors = run_turns(
         work,
         batch_size=batch_size,
         steps=work.options.loss_steps,
         attention_dropout=0.0,
         lora_dropout=0.0,
-        with_peer=with_peer,
+        peers=peers,
     )
-    found = {"batch": batch_size, OURS: [turn.loss for turn in turns]}
-    if with_peer and error is None:
-        difference = max(abs(turn.loss - turn.peer_loss) / max(abs(turn.peer_loss), 1e-3) for turn in turns)
-        found |= {PEER: [turn.peer_loss for turn in turns], "largest_relative_difference": difference}
-    return found | {"peer_error": error}
+    names = [name for name in peers if name not in errors]
+    found = {"batch": batch_size, "peer_errors": errors}
+    found |= {name: [turn.losses[name] for turn in turns] for name in (OURS, *names)}
+    if names:
+        found["largest_relative_difference"] = max(
+            abs(turn.losses[OURS] - turn.losses[name]) / max(abs(turn.losses[name]), 1e-3)
+            for turn in turns
+            for name in names
+        )
+    return found
 
 
 def resident_bytes(field: str) -> int:
@@ -172,13 +188,12 @@ def measure_memory(work: Work, side: str) -> int:
     """The peak of two steps of one side above the loaded model; this process must do nothing else."""
     options, on_gpu = work.options, work.device.type == "cuda"
     attention_dropout = options.attention_dropout if work.stage == "simcse" else 0.0
-    model = padded_peer.causal_lm(work.checkpoint, attention_dropout) if side == PEER else None
+    model = padded_peer.causal_lm(work.checkpoint, attention_dropout) if side != OURS else None
     adapter = add_lora(work.checkpoint.model, LoraConfig(dropout=options.lora_dropout), options.seed)
     objective = work.objective(adapter, options.batch[work.stage], attention_dropout)
     optim = OptimConfig(options.learning_rate, 2)
     if model is not None:
-        recompute = options.peer_recompute == "on"
-        peer = padded_peer.PaddedPeer(model, adapter, objective, optim, recompute=recompute)
+        peer = padded_peer.PaddedPeer(model, adapter, objective, optim, recompute=PEERS["both"][side])
     gc.collect()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(work.device)
@@ -205,27 +220,33 @@ def memory_in_a_process(arguments: Sequence[str], stage: str, side: str) -> int 
     return json.loads(answer.stdout.splitlines()[-1])["peak_bytes"]
 
 
+def add_memory(sides: dict[str, Any], memory: Mapping[str, int | None]) -> None:
+    """Puts the peaks into the results of the sides."""
+    for name, side in sides.items():
+        side["peak_bytes"] = memory.get(name)
+        if name != OURS and side["peak_bytes"] and memory.get(OURS):
+            side["ours_is_smaller_by"] = side["peak_bytes"] / memory[OURS]
+
+
 def report(stage: str, found: dict[str, Any]) -> str:
     """The stage as it is printed."""
     lines = [
         f"\n{stage}: batch {found['batch']}, {found['tokens']:.0f} tokens a step, attention dropout "
         f"{found['attention_dropout']:g}, LoRA dropout {found['lora_dropout']:g}; GEMMs alone "
         f"{found['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s",
-        f"  {'':<20} {'s':>8} {'min':>8} {'max':>8} {'tokens/s':>9} {'GFLOP/s':>9} {'of GEMMs':>9} {'of peak':>8} "
-        f"{'MiB':>8}",
+        f"  {'':<26} {'s':>8} {'min':>8} {'max':>8} {'tokens/s':>9} {'GFLOP/s':>9} {'of GEMMs':>9} {'of peak':>8} "
+        f"{'MiB':>8}  ours is faster, smaller by",
     ]
     for name, side in found["sides"].items():
         of_peak = "-" if side["of_peak"] is None else f"{100 * side['of_peak']:.1f} %"
         memory = "-" if side["peak_bytes"] is None else f"{side['peak_bytes'] / 2**20:.0f}"
+        ratios = [f"{side[key]:.2f} x" for key in ("ours_is_faster_by", "ours_is_smaller_by") if side[key] is not None]
         lines.append(
-            f"  {name:<20} {side['seconds']:8.3f} {side['seconds_min']:8.3f} {side['seconds_max']:8.3f} "
+            f"  {name:<26} {side['seconds']:8.3f} {side['seconds_min']:8.3f} {side['seconds_max']:8.3f} "
             f"{side['tokens_per_s']:9.0f} {side['flops_per_s'] / 1e9:9.1f} {100 * side['of_gemms']:7.1f} % "
-            f"{of_peak:>8} {memory:>8}"
+            f"{of_peak:>8} {memory:>8}  {', '.join(ratios)}".rstrip()
         )
-    if found["peer_error"] is not None:
-        lines.append(f"  {PEER:<20} {found['peer_error']}")
-    if "ours_is_faster_by" in found:
-        lines.append(f"  ours is faster by {found['ours_is_faster_by']:.2f} x")
+    lines += [f"  {name:<26} {error}" for name, error in found["peer_errors"].items()]
     whole = sum(found["breakdown_seconds"].values())
     shares = [f"{name} {100 * seconds / whole:.1f} %" for name, seconds in found["breakdown_seconds"].items()]
     lines.append(f"  a step of ours: {', '.join(shares)}")
@@ -240,23 +261,24 @@ def report(stage: str, found: dict[str, Any]) -> str:
 
 
 def draw(path: Path, stages: dict[str, Any], title: str) -> None:
-    """A row for each stage: tokens/s of both, the breakdown of ours, both loss curves."""
+    """A row for each stage: tokens/s of all sides, the breakdown of ours, the loss curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.6 * len(stages)), layout="constrained")
     figure.suptitle(title)
     for panels, (stage, found) in zip(figure.subplots(len(stages), 3, squeeze=False), stages.items(), strict=True):
         names = list(found["sides"])
-        bars = panels[0].barh(names, [side["tokens_per_s"] for side in found["sides"].values()], color=["C0", "C1"])
+        bars = panels[0].barh(names, [side["tokens_per_s"] for side in found["sides"].values()], color=COLOURS)
         panels[0].bar_label(bars, fmt="%.0f", padding=4)
         panels[0].margins(x=0.15)
-        faster = f": {found['ours_is_faster_by']:.1f} x" if "ours_is_faster_by" in found else ""
-        panels[0].set(xlabel="tokens/s, no padding counted", title=f"{stage}, batch {found['batch']}{faster}")
+        faster = [f"{side['ours_is_faster_by']:.1f} x" for side in found["sides"].values() if side["ours_is_faster_by"]]
+        title = ": ".join([f"{stage}, batch {found['batch']}", *([", ".join(faster)] if faster else [])])
+        panels[0].set(xlabel="tokens/s, no padding counted", title=title)
         parts = found["breakdown_seconds"]
         panels[1].barh(list(parts), [1e3 * seconds for seconds in parts.values()])
         panels[1].invert_yaxis()
         panels[1].set(xlabel="ms", title="a step of ours")
-        for name, style in ((OURS, "-"), (PEER, "--")):
+        for name, style in zip(names, ("-", "--", ":"), strict=False):
             if name in found["losses"]:
                 panels[2].plot(found["losses"][name], style, label=name)
         panels[2].set(xlabel="step", title="loss, no dropout")
@@ -267,10 +289,10 @@ def draw(path: Path, stages: dict[str, Any], title: str) -> None:
 def run(options: argparse.Namespace, arguments: Sequence[str], device: torch.device) -> int:
     """All stages; the exit status. The JSON is written after each."""
     absent = "--no-peer" if options.no_peer else padded_peer.missing()
-    sides = (OURS,) if absent else (OURS, PEER)
+    peers = {} if absent else PEERS[options.peer_recompute]
     memory = {}  # before this process takes any
     if options.memory:
-        memory = {s: {name: memory_in_a_process(arguments, s, name) for name in sides} for s in options.stages}
+        memory = {s: {name: memory_in_a_process(arguments, s, name) for name in (OURS, *peers)} for s in options.stages}
     name = device_name(device)
     path = options.output / f"train_step_{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,12 +303,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str], device: torch.dev
         "dtype": options.dtype,
         "seed": options.seed,
         "sequence_length": options.sequence_length,
-        "peer": {
-            "absent": absent,
-            "versions": peer_versions(),
-            "attention": "sdpa",
-            "recompute": options.peer_recompute,
-        },
+        "micro_batch_tokens": options.micro_batch_tokens,
+        "peer": {"absent": absent, "versions": peer_versions(), "attention": "sdpa", "recompute": peers},
         "stages": {},
     }
     print(f"{content['model']} in {options.dtype} on {name}, {content['threads']} threads, {content['versions']}")
@@ -296,10 +314,10 @@ def run(options: argparse.Namespace, arguments: Sequence[str], device: torch.dev
     differ = []
     for stage in options.stages:
         work = prepare(stage, checkpoint, device, options)
-        found = measure_time(work, absent is None)
-        for side, result in found["sides"].items():
-            result["peak_bytes"] = memory.get(stage, {}).get(side)
-        found["losses"] = measure_losses(work, absent is None and found["peer_error"] is None)
+        found = measure_time(work, peers)
+        add_memory(found["sides"], memory.get(stage, {}))
+        running = [name for name in peers if name not in found["peer_errors"]]
+        found["losses"] = measure_losses(work, {name: peers[name] for name in running[:1]})  # recomputed: the same
         print(report(stage, found), flush=True)
         if not found["losses"].get("largest_relative_difference", 0.0) <= LOSS_TOLERANCE:
             differ.append(stage)
@@ -334,18 +352,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mntp-batch", type=int, help="blocks a step")
     parser.add_argument("--simcse-batch", type=int, help="sentences a step")
     parser.add_argument("--sequence-length", type=int, help="tokens of an MNTP block (default: 512)")
-    parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="of ours in MNTP (default: the engine's)")
+    parser.add_argument("--micro-batch-tokens", type=int, help="of ours in MNTP (default: 1024 on a CPU, else 8192)")
     parser.add_argument("--attention-dropout", type=float, default=0.3, help="of SimCSE's timed steps")
     parser.add_argument("--lora-dropout", type=float, default=0.05, help="of the timed steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--peer-recompute", choices=("on", "off"), help="activation checkpointing of the peer")
+    parser.add_argument("--peer-recompute", choices=PEERS, help="activation checkpointing; both = two peers")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--quick", action="store_true", help="few steps on tiny batches")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--memory", action="store_true", help="also peak memory, in processes of their own")
-    parser.add_argument("--memory-of", choices=(OURS, PEER), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=(OURS, *PEERS["both"]), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="where the files are written")
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -353,8 +371,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {options.device}: not usable here ({str(error).splitlines()[0]})")
-    defaults = ON_GPU if torch.device(options.device).type == "cuda" else ON_CPU
-    defaults = {"loss_steps": 20, "sequence_length": 512} | defaults | (QUICK if options.quick else {})
+    on_gpu = torch.device(options.device).type == "cuda"
+    defaults = {"loss_steps": 20, "sequence_length": 512, "micro_batch_tokens": 8192 if on_gpu else 1024}
+    defaults |= (ON_GPU if on_gpu else ON_CPU) | (QUICK if options.quick else {})
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)

@@ -64,14 +64,18 @@ def test_a_ratio_of_one_run_only_is_named(compare, tmp_path, capsys):
 
 
 def step(faster, share):
-    sides = {"bivec": {"seconds": 1.0, "of_gemms": share}, "transformers + peft": {"seconds": faster, "of_gemms": 0.4}}
-    return {"stages": {"mntp": {"ours_is_faster_by": faster, "sides": sides}}}
+    peer = {"ours_is_faster_by": faster, "ours_is_smaller_by": None, "of_gemms": 0.4 / share}
+    return {"stages": {"mntp": {"sides": {"bivec": {"seconds": 1.0, "of_gemms": share}, "peer": peer}}}}
+
+
+def encoding(faster):
+    return {"workloads": {"one call": {"ours_is_faster_by": faster, "sides": {}}}}
 
 
 def test_folders_of_training_steps_and_encoding(compare, tmp_path, capsys):
     for name, contents in (
-        ("old", {"train_step_x.json": step(2.0, 0.8), "encode_x.json": {"ours_is_faster_by": 2.0, "sides": {}}}),
-        ("new", {"train_step_x.json": step(1.9, 0.6), "encode_x.json": {"ours_is_faster_by": 1.0, "sides": {}}}),
+        ("old", {"train_step_x.json": step(2.0, 0.8), "encode_x.json": encoding(2.0)}),
+        ("new", {"train_step_x.json": step(1.9, 0.6), "encode_x.json": encoding(1.0)}),
     ):
         (tmp_path / name).mkdir()
         for file, content in (contents | {"summary.json": {"pages": 3}}).items():
@@ -79,8 +83,8 @@ def test_folders_of_training_steps_and_encoding(compare, tmp_path, capsys):
     (tmp_path / "new" / "other.json").write_text("{}")
     assert compare.main([str(tmp_path / "new"), str(tmp_path / "old")]) == 1
     told = capsys.readouterr().out
-    assert "encode, time: 2.00 x before, 1.00 x now (50 % worse)" in told
-    assert "mntp, share of the GEMMs' rate: 0.80 x before, 0.60 x now" in told and "mntp, time" not in told
+    assert "encode one call, time: 2.00 x before, 1.00 x now (50 % worse)" in told
+    assert "mntp bivec, share of the GEMMs' rate: 0.80 x before, 0.60 x now" in told and "mntp peer" not in told
     assert "summary.json: left out" in told and "other.json" not in told and "3 ratios compared" in told
 
 
@@ -92,7 +96,7 @@ def test_runs_of_the_gpu_suite(compare, tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert compare.main([str(tmp_path / "new.json"), str(tmp_path / "old.json")]) == 1
     told = capsys.readouterr().out
-    assert "train_step_mistral-7b: mntp, time: 3.00 x before" in told and told.count("WORSE") == 1
+    assert "train_step_mistral-7b: mntp peer, time: 3.00 x before" in told and told.count("WORSE") == 1
 
 
 def test_what_cannot_be_compared(compare, tmp_path, capsys):

@@ -41,15 +41,30 @@ def run(scripts, output, *arguments):
 def test_runs(scripts, tmp_path, capsys):
     """Both sides give the same embeddings; table, JSON and plot."""
     status, content = run(scripts, tmp_path)
-    assert status == 0 and set(content["sides"]) == {OURS, PEER} and content["ours_is_faster_by"] > 0
+    assert status == 0 and list(content["workloads"]) == ["given order", "one call"]
     assert content["sentences"] == 40 and content["tokens"] > 40 * 5 and content["peer"]["absent"] is None
     assert content["largest_difference"] < 1e-5
-    for side in content["sides"].values():
-        assert side["timing"]["repeats"] == 3 and side["peak_bytes"] > 0
-        assert side["tokens_per_s"] / side["sentences_per_s"] == pytest.approx(content["tokens"] / 40)
+    for workload in content["workloads"].values():
+        sides = workload["sides"]
+        assert list(sides) == [OURS, PEER]
+        assert workload["ours_is_faster_by"] == pytest.approx(sides[PEER]["timing"]["ms"] / sides[OURS]["timing"]["ms"])
+        for side in sides.values():
+            assert side["timing"]["repeats"] == 3 and side["peak_bytes"] > 0
+            assert side["tokens_per_s"] / side["sentences_per_s"] == pytest.approx(content["tokens"] / 40)
     assert (tmp_path / "encode_cpu.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "tiny in float32 on cpu" in printed and "ours is faster by" in printed
+
+
+def test_calls_keep_the_order(scripts):
+    seen = []
+
+    def encode(texts):
+        seen.append(len(texts))
+        return np.array([[len(text)] for text in texts])
+
+    found = scripts.encode.in_calls(encode, 3)(["a", "bbb", "cc", "dddd", "e"])
+    assert found.tolist() == [[1], [3], [2], [4], [1]] and seen == [3, 2]
 
 
 def test_other_embeddings_are_found_out(scripts, tmp_path, monkeypatch, capsys):
@@ -85,7 +100,9 @@ def test_a_missing_peer_leaves_ours(scripts, tmp_path, monkeypatch, capsys):
     hidden = "sentence_transformers"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == hidden else find(name, *rest))
     status, content = run(scripts, tmp_path)
-    assert status == 0 and set(content["sides"]) == {OURS} and "ours_is_faster_by" not in content
+    for workload in content["workloads"].values():
+        assert set(workload["sides"]) == {OURS} and workload["ours_is_faster_by"] is None
+    assert status == 0 and "largest_difference" not in content
     assert content["peer"] == {"absent": "sentence-transformers is not installed"}
     assert "without sentence-transformers" in capsys.readouterr().out
     _, content = run(scripts, tmp_path, "--no-peer")
@@ -109,6 +126,7 @@ def test_it_is_the_bidirectional_encoder_of_the_checkpoint(scripts, tmp_path):
         (["--shape", "tiny", "--model", "x"], "not allowed with"),
         (["--sentences", "0"], "--sentences is 0, expected at least 1"),
         (["--repeats", "2"], "--repeats is 2, expected at least 3"),
+        (["--call-size", "0"], "--call-size is 0"),
         (["--max-length", "1"], "--max-length is 1"),
         (["--device", "nowhere"], "--device nowhere: not usable here"),
     ],

@@ -26,7 +26,7 @@ MODULES = (
     "train_step",
 )
 CPU = torch.device("cpu")
-OURS, PEER = "bivec", "transformers + peft"
+OURS, PEER, KEPT = "bivec", "transformers + peft", "transformers + peft, kept"
 
 
 @pytest.fixture
@@ -61,8 +61,11 @@ def test_runs(scripts, tmp_path, monkeypatch, capsys):
     assert content["model"] == "tiny" and content["dtype"] == "float32" and content["threads"] > 0
     assert content["peer"]["absent"] is None and set(content["peer"]["versions"]) == {"transformers", "peft"}
     for stage, found in content["stages"].items():
-        assert set(found["sides"]) == {OURS, PEER} and len(found["turns"]) == 2 and found["ours_is_faster_by"] > 0
-        for side in found["sides"].values():
+        assert list(found["sides"]) == [OURS, PEER, KEPT] and len(found["turns"]) == 2 and not found["peer_errors"]
+        for name, side in found["sides"].items():
+            ratios = sorted(turn["seconds"][name] / turn["seconds"][OURS] for turn in found["turns"])
+            faster = None if name == OURS else pytest.approx(sum(ratios) / 2)
+            assert side["ours_is_faster_by"] == faster and side["ours_is_smaller_by"] is None
             assert 0 < side["seconds_min"] <= side["seconds"] <= side["seconds_max"]
             assert side["of_gemms"] == pytest.approx(side["flops_per_s"] / found["gemm_flops_per_s"])
             assert side["of_peak"] is None and side["peak_bytes"] is None
@@ -73,17 +76,17 @@ def test_runs(scripts, tmp_path, monkeypatch, capsys):
     assert content["stages"]["mntp"]["tokens"] == 2 * 32
     assert (tmp_path / "train_step_cpu.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert "mntp: batch 2, 64 tokens a step" in printed and "ours is faster by" in printed
+    assert "mntp: batch 2, 64 tokens a step" in printed and "ours is faster, smaller by" in printed
 
 
 def test_without_dropout_the_timed_steps_agree_too(scripts, tmp_path):
     _, content = run(scripts, tmp_path, "--stage", "simcse", "--attention-dropout", "0", "--lora-dropout", "0")
     for turn in content["stages"]["simcse"]["turns"]:
-        assert turn["loss"] == pytest.approx(turn["peer_loss"], rel=1e-4)
-    _, content = run(scripts, tmp_path, "--stage", "simcse")
-    assert all(
-        turn["loss"] != pytest.approx(turn["peer_loss"], rel=1e-4) for turn in content["stages"]["simcse"]["turns"]
-    )
+        assert turn["losses"][OURS] == pytest.approx(turn["losses"][PEER], rel=1e-4)
+        assert turn["losses"][PEER] == pytest.approx(turn["losses"][KEPT], rel=1e-4)
+    _, content = run(scripts, tmp_path, "--stage", "simcse", "--peer-recompute", "on")
+    for turn in content["stages"]["simcse"]["turns"]:
+        assert turn["losses"][OURS] != pytest.approx(turn["losses"][PEER], rel=1e-4) and KEPT not in turn["losses"]
 
 
 def test_a_causal_peer_is_found_out(scripts, tmp_path, monkeypatch, capsys):
@@ -115,23 +118,30 @@ def test_a_missing_peer_leaves_ours(scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
     status, content = run(scripts, tmp_path, "--stage", "mntp")
     found = content["stages"]["mntp"]
-    assert status == 0 and set(found["sides"]) == {OURS} and "ours_is_faster_by" not in found
+    assert status == 0 and set(found["sides"]) == {OURS}
     assert content["peer"]["absent"] == "not installed: peft" and "peft" not in content["peer"]["versions"]
-    assert set(found["losses"]) == {"batch", OURS, "peer_error"}
+    assert set(found["losses"]) == {"batch", OURS, "peer_errors"}
     assert "without transformers + peft: not installed: peft" in capsys.readouterr().out
     _, content = run(scripts, tmp_path, "--stage", "mntp", "--no-peer")
     assert content["peer"]["absent"] == "--no-peer"
 
 
-def test_a_peer_out_of_memory_leaves_ours(scripts, tmp_path, monkeypatch):
-    def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+def test_a_peer_out_of_memory_leaves_the_others(scripts, tmp_path, monkeypatch):
+    step = scripts.padded_peer.PaddedPeer.step
+
+    def fail(peer, number):
+        if not peer.model.is_gradient_checkpointing:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return step(peer, number)
 
     monkeypatch.setattr(scripts.padded_peer.PaddedPeer, "step", fail)
     status, content = run(scripts, tmp_path, "--stage", "simcse")
     found = content["stages"]["simcse"]
-    assert status == 0 and found["peer_error"] == "OutOfMemoryError: CUDA out of memory."
-    assert set(found["sides"]) == {OURS} and len(found["turns"]) == 2
+    assert status == 0 and found["peer_errors"] == {KEPT: "OutOfMemoryError: CUDA out of memory."}
+    assert set(found["sides"]) == {OURS, PEER} and len(found["turns"]) == 2 and PEER in found["losses"]
+    status, content = run(scripts, tmp_path, "--stage", "simcse", "--peer-recompute", "off")
+    found = content["stages"]["simcse"]
+    assert status == 0 and set(found["sides"]) == {OURS} and set(found["losses"]) == {"batch", OURS, "peer_errors"}
 
 
 @pytest.mark.slow
@@ -139,7 +149,12 @@ def test_memory(scripts, tmp_path):
     """Each side and stage in a process of its own."""
     status, content = run(scripts, tmp_path, "--stage", "mntp", "--memory", "--mntp-batch", "8")
     assert status == 0
-    assert all(side["peak_bytes"] > 2**20 for side in content["stages"]["mntp"]["sides"].values())
+    sides = content["stages"]["mntp"]["sides"]
+    assert list(sides) == [OURS, PEER, KEPT]
+    for side in sides.values():
+        assert side["peak_bytes"] > 2**20
+        ratio = side["peak_bytes"] / sides[OURS]["peak_bytes"]
+        assert side["ours_is_smaller_by"] == (None if side is sides[OURS] else pytest.approx(ratio))
 
 
 def test_the_breakdown_tells_the_products_of_lora_from_the_others(scripts):
@@ -149,7 +164,7 @@ def test_the_breakdown_tells_the_products_of_lora_from_the_others(scripts):
     work = scripts.step_turns.prepare("mntp", checkpoint, CPU, options)
     found = scripts.step_profile.breakdown(
         lambda: scripts.step_turns.run_turns(
-            work, batch_size=2, steps=1, attention_dropout=0.0, lora_dropout=0.05, with_peer=False
+            work, batch_size=2, steps=1, attention_dropout=0.0, lora_dropout=0.05, peers={}
         ),
         CPU,
         rank=16,
