@@ -41,7 +41,7 @@ def run(scripts, output, *arguments):
 def test_runs(scripts, tmp_path, capsys):
     """Both sides give the same embeddings; table, JSON and plot."""
     status, content = run(scripts, tmp_path)
-    assert status == 0 and list(content["workloads"]) == ["given order", "one call"]
+    assert status == 0 and list(content["workloads"]) == ["calls of 16", "one call"]
     assert content["sentences"] == 40 and content["tokens"] > 40 * 5 and content["peer"]["absent"] is None
     assert content["largest_difference"] < 1e-5
     for workload in content["workloads"].values():
@@ -59,12 +59,12 @@ def test_runs(scripts, tmp_path, capsys):
 def test_calls_keep_the_order(scripts):
     seen = []
 
-    def encode(texts):
-        seen.append(len(texts))
+    def encode(texts, batch_size):
+        seen.append((len(texts), batch_size))
         return np.array([[len(text)] for text in texts])
 
     found = scripts.encode.in_calls(encode, 3)(["a", "bbb", "cc", "dddd", "e"])
-    assert found.tolist() == [[1], [3], [2], [4], [1]] and seen == [3, 2]
+    assert found.tolist() == [[1], [3], [2], [4], [1]] and seen == [(3, 3), (2, 3)]
 
 
 def test_other_embeddings_are_found_out(scripts, tmp_path, monkeypatch, capsys):
@@ -74,7 +74,7 @@ def test_other_embeddings_are_found_out(scripts, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             scripts.encode,
             "peer_encode",
-            lambda *x, spoil=spoil: (lambda encode: lambda texts: spoil(encode(texts)))(build(*x)),
+            lambda *x, spoil=spoil: (lambda encode: lambda texts, **rest: spoil(encode(texts, **rest)))(build(*x)),
         )
         status, _ = run(scripts, tmp_path)
         assert status == 1 and "FAILED  the embeddings differ" in capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_it_is_the_bidirectional_encoder_of_the_checkpoint(scripts, tmp_path):
         (["--shape", "tiny", "--model", "x"], "not allowed with"),
         (["--sentences", "0"], "--sentences is 0, expected at least 1"),
         (["--repeats", "2"], "--repeats is 2, expected at least 3"),
-        (["--call-size", "0"], "--call-size is 0"),
+        (["--call-sizes", "32", "0"], "--call-sizes is [32, 0], expected at least 1"),
         (["--max-length", "1"], "--max-length is 1"),
         (["--device", "nowhere"], "--device nowhere: not usable here"),
     ],
