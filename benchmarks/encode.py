@@ -8,8 +8,9 @@ Both encode the same saved checkpoint, bidirectional, with the same tokenizer, p
 ``max_length``: sentence-transformers as its modules Transformer and Pooling, without the chat template that its release
 6 would put around every text. They take turns, on these workloads:
 
-* calls of 32 and of 128 (``--call-sizes``): the sentences in their given order, as a service or a stream gets them; a
-  call is one batch of sentence-transformers, padded to its longest sentence. Ours pads nothing.
+* batches of 32 and of 128 (``--batch-sizes``): the sentences in their given order, a call for each batch, as a service
+  or a stream gets them. sentence-transformers pads every batch to its longest sentence; ours pads nothing. (32 is its
+  default; a longer call it would sort by length and cut into batches of 32.)
 * one call: all sentences at once, which both sort by length; sentence-transformers in its default batches.
 
 Writes encode_DEVICE.json and .png into benchmarks/results, or ``--output DIR``:
@@ -59,10 +60,10 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS, PEER = "bivec", "sentence-transformers"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUICK = {"sentences": 40, "call_sizes": [16], "repeats": 3}
+QUICK = {"sentences": 40, "batch_sizes": [16], "repeats": 3}
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 
-Encode = Callable[..., np.ndarray]  # of a list of sentences; batch_size is sentence-transformers' in calls
+Encode = Callable[..., np.ndarray]  # of a list of sentences; takes batch_size
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,14 @@ def peer_encode(encoder: Encoder, device: torch.device) -> Encode:
     return partial(model.encode, show_progress_bar=False)
 
 
-def in_calls(encode: Encode, call_size: int) -> Encode:
-    """The same in calls of at most ``call_size`` sentences, each of them one batch."""
+def in_batches(encode: Encode, batch_size: int) -> Encode:
+    """The same in calls of one batch each."""
 
-    def encode_in_calls(sentences: list[str]) -> np.ndarray:
-        starts = range(0, len(sentences), call_size)
-        return np.concatenate([encode(sentences[x : x + call_size], batch_size=call_size) for x in starts])
+    def encode_in_batches(sentences: list[str]) -> np.ndarray:
+        starts = range(0, len(sentences), batch_size)
+        return np.concatenate([encode(sentences[x : x + batch_size], batch_size=batch_size) for x in starts])
 
-    return encode_in_calls
+    return encode_in_batches
 
 
 def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -210,7 +211,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         "max_length": options.max_length,
         "sentences": len(sentences),
         "tokens": sum(lengths),
-        "call_sizes": options.call_sizes,
+        "batch_sizes": options.batch_sizes,
         "peer": {"absent": absent},
         "workloads": {},
     }
@@ -218,19 +219,17 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         f"{content['model']} in {options.dtype} on {name}, {content['threads']} threads: {len(sentences)} sentences of "
         f"{sum(lengths) / len(lengths):.1f} tokens, {content['versions']}"
     )
-    difference = None
     if absent is None:
         encoders[PEER] = peer_encode(encoder, device)
         content["peer"]["version"] = importlib.metadata.version("sentence-transformers")
-        difference = largest_difference(encoders[OURS](sentences), encoders[PEER](sentences))
-        content["largest_difference"] = difference
-        print(f"largest difference of the embeddings: {difference:.1e}")
     else:
         print(f"without {PEER}: {absent}")
-    ways = {f"calls of {size}": partial(in_calls, call_size=size) for size in options.call_sizes}
-    workloads = {}
+    ways = {f"batches of {size}": partial(in_batches, batch_size=size) for size in options.batch_sizes}
+    workloads, differences = {}, []
     for workload, way in (ways | {"one call": lambda encode: encode}).items():
         calls = {side: way(encode) for side, encode in encoders.items()}
+        if PEER in calls:
+            differences.append(largest_difference(calls[OURS](sentences), calls[PEER](sentences)))
         sides = workloads[workload] = measure(calls, sentences, sum(lengths), options.repeats, device)
         faster = sides[PEER].timing.ms / sides[OURS].timing.ms if PEER in sides else None
         content["workloads"][workload] = {
@@ -239,6 +238,9 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         }
         print(f"\n{workload}" + (f": ours is faster by {faster:.2f} x" if faster else ""))
         print(table(sides), flush=True)
+    difference = content["largest_difference"] = max(differences, default=None)
+    if difference is not None:
+        print(f"\nlargest difference of the embeddings: {difference:.1e}")
     path = options.output / f"encode_{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
@@ -260,7 +262,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--model", default=PACKAGED_MODEL, help="a directory, a .gguf file or a hub id")
     source.add_argument("--shape", choices=SHAPES, help="instead: a random model of this shape")
     parser.add_argument("--sentences", type=int, help="default: 512")
-    parser.add_argument("--call-sizes", type=int, nargs="+", metavar="N", help="sentences (default: 32 128)")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", metavar="N", help="default: 32 128")
     parser.add_argument("--max-length", type=int, default=512, help="in tokens, of both sides")
     parser.add_argument("--repeats", type=int, help="at least 3 (default: 5)")
     parser.add_argument("--device", help="default: cuda where there is one")
@@ -275,10 +277,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {options.device}: not usable here ({str(error).splitlines()[0]})")
     options.dtype = options.dtype or ("float32" if torch.device(options.device).type == "cpu" else "bfloat16")
-    for name, value in (QUICK if options.quick else {"sentences": 512, "call_sizes": [32, 128], "repeats": 5}).items():
+    for name, value in (QUICK if options.quick else {"sentences": 512, "batch_sizes": [32, 128], "repeats": 5}).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    for name, bound in {"sentences": 1, "call_sizes": 1, "repeats": 3, "max_length": 2}.items():
+    for name, bound in {"sentences": 1, "batch_sizes": 1, "repeats": 3, "max_length": 2}.items():
         if np.min(getattr(options, name)) < bound:
             parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, expected at least {bound}")
     return options

@@ -35,7 +35,7 @@ class Gemms:
             if weight.dim() == 2:
                 layers.setdefault(name.partition(".")[0], []).append(weight.detach())
         self.layers, self.tokens = list(layers.values()), tokens
-        self.head_rows = min(HEAD_ROWS, scored_rows)
+        self.scored_rows, self.head_rows = scored_rows, min(HEAD_ROWS, scored_rows)
         self.head = checkpoint.lm_head_weight.detach() if self.head_rows else None
         sizes = {(tokens, width) for weight in self.layers[0] for width in weight.shape}
         if self.head is not None:
@@ -45,13 +45,20 @@ class Gemms:
         self.outputs = {size: torch.empty_like(x) for size, x in self.inputs.items()}
 
     def flops_per_s(self, turn: int) -> float:
-        """Measured once, on a few of the layers, others every turn."""
+        """Measured once, on a few of the layers, others every turn; layers and head weigh as in a step."""
         count = min(LAYERS, len(self.layers))
         chosen = [self.layers[(turn * count + i) % len(self.layers)] for i in range(count)]
-        work = [(self.tokens, weight) for weights in chosen for weight in weights]
+        seconds, flops = self._run([(self.tokens, weight) for weights in chosen for weight in weights])
+        seconds, flops = seconds * len(self.layers) / count, flops * len(self.layers) / count
         if self.head is not None:
-            work.append((self.head_rows, self.head))
-        device = chosen[0][0].device
+            head_seconds, head_flops = self._run([(self.head_rows, self.head)])
+            share = self.scored_rows / self.head_rows
+            seconds, flops = seconds + head_seconds * share, flops + head_flops * share
+        return flops / seconds
+
+    def _run(self, work: list[tuple[int, Tensor]]) -> tuple[float, float]:
+        """Seconds and FLOPs of the products of so many rows with each weight, forward and backward."""
+        device = work[0][1].device
         synchronise(device)
         started = time.perf_counter()
         for rows, weight in work:
@@ -59,4 +66,4 @@ class Gemms:
             torch.mm(self.inputs[in_size], weight.T, out=self.outputs[out_size])
             torch.mm(self.inputs[out_size], weight, out=self.outputs[in_size])
         synchronise(device)
-        return sum(2 * 2 * rows * weight.numel() for rows, weight in work) / (time.perf_counter() - started)
+        return time.perf_counter() - started, sum(4.0 * rows * weight.numel() for rows, weight in work)

@@ -2,7 +2,8 @@
 
 An op counts under the heading of the innermost op around it that has one: a product inside attention is attention's,
 an addition inside a norm the norm's. Products with the frozen weights, the LM head's included, are "GEMMs"; those in
-which one side has the rank of the adapter are "LoRA". What no op accounts for is Python, and on a GPU idle time.
+which one side has the rank of the adapter, or of the two or three projections that share an input, are "LoRA". What no
+op accounts for is Python, and on a GPU idle time.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def heading(event: Any, rank: int) -> str:
     """Of one op of the profile."""
     around = enclosing(event)
     if event.name in PRODUCTS and around in (LORA, LOSS, REST):
-        shapes = [shape for shape in event.input_shapes if len(shape) == 2]
-        return LORA if any(rank in shape for shape in shapes) else GEMMS
+        sides = {side for shape in event.input_shapes if len(shape) == 2 for side in shape}
+        return LORA if sides & {rank, 2 * rank, 3 * rank} else GEMMS
     return around
 
 

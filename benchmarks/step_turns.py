@@ -19,7 +19,7 @@ from bivec.engine.lora import Adapter, LoraConfig, add_lora
 from bivec.engine.objectives import MntpObjective, SimcseObjective
 from bivec.engine.optim import OptimConfig
 from bivec.engine.recipe import MntpStage, SimcseStage
-from bivec.engine.trainer import Intervals, StepMetrics, train
+from bivec.engine.trainer import Intervals, StepMetrics, is_out_of_memory, train
 from bivec.models import Checkpoint
 
 OURS = "bivec"
@@ -130,8 +130,10 @@ def run_turns(
                 synchronise(work.device)
                 seconds[name] = time.perf_counter() - begun
             except (RuntimeError, MemoryError) as failure:  # out of memory: ours is still worth measuring
+                if isinstance(failure, RuntimeError) and not is_out_of_memory(failure):
+                    raise
                 del running[name]
-                errors[name] = f"{type(failure).__name__}: {str(failure).splitlines()[0][:160]}"
+                errors[name] = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0][:160]}"
         rate = None if gemms is None else gemms.flops_per_s(metrics.step)
         turns.append(Turn(metrics.tokens, seconds, losses, rate))
         started = time.perf_counter()

@@ -41,7 +41,7 @@ def run(scripts, output, *arguments):
 def test_runs(scripts, tmp_path, capsys):
     """Both sides give the same embeddings; table, JSON and plot."""
     status, content = run(scripts, tmp_path)
-    assert status == 0 and list(content["workloads"]) == ["calls of 16", "one call"]
+    assert status == 0 and list(content["workloads"]) == ["batches of 16", "one call"]
     assert content["sentences"] == 40 and content["tokens"] > 40 * 5 and content["peer"]["absent"] is None
     assert content["largest_difference"] < 1e-5
     for workload in content["workloads"].values():
@@ -56,14 +56,14 @@ def test_runs(scripts, tmp_path, capsys):
     assert "tiny in float32 on cpu" in printed and "ours is faster by" in printed
 
 
-def test_calls_keep_the_order(scripts):
+def test_batches_keep_the_order(scripts):
     seen = []
 
     def encode(texts, batch_size):
         seen.append((len(texts), batch_size))
         return np.array([[len(text)] for text in texts])
 
-    found = scripts.encode.in_calls(encode, 3)(["a", "bbb", "cc", "dddd", "e"])
+    found = scripts.encode.in_batches(encode, 3)(["a", "bbb", "cc", "dddd", "e"])
     assert found.tolist() == [[1], [3], [2], [4], [1]] and seen == [(3, 3), (2, 3)]
 
 
@@ -102,7 +102,7 @@ def test_a_missing_peer_leaves_ours(scripts, tmp_path, monkeypatch, capsys):
     status, content = run(scripts, tmp_path)
     for workload in content["workloads"].values():
         assert set(workload["sides"]) == {OURS} and workload["ours_is_faster_by"] is None
-    assert status == 0 and "largest_difference" not in content
+    assert status == 0 and content["largest_difference"] is None
     assert content["peer"] == {"absent": "sentence-transformers is not installed"}
     assert "without sentence-transformers" in capsys.readouterr().out
     _, content = run(scripts, tmp_path, "--no-peer")
@@ -126,7 +126,7 @@ def test_it_is_the_bidirectional_encoder_of_the_checkpoint(scripts, tmp_path):
         (["--shape", "tiny", "--model", "x"], "not allowed with"),
         (["--sentences", "0"], "--sentences is 0, expected at least 1"),
         (["--repeats", "2"], "--repeats is 2, expected at least 3"),
-        (["--call-sizes", "32", "0"], "--call-sizes is [32, 0], expected at least 1"),
+        (["--batch-sizes", "32", "0"], "--batch-sizes is [32, 0], expected at least 1"),
         (["--max-length", "1"], "--max-length is 1"),
         (["--device", "nowhere"], "--device nowhere: not usable here"),
     ],
