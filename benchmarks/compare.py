@@ -6,8 +6,8 @@
 What is compared is how much faster, and smaller, than each peer ours was in its own run: a quotient of two figures that
 were taken in turns on one machine, so that a machine which is slower today changes none. A ratio that got worse by more
 than ``--tolerance`` (10 %) is named, and the exit status is 1; one that only one of the runs has is named too, and
-counts for nothing. Reads the JSON of attention.py, losses.py, train_step.py, encode.py
-and gpu_suite.py.
+counts for nothing. Reads the JSON of attention.py, losses.py, train_step.py, encode.py, gpu_suite.py and (by
+``--benchmark-json``) ops.py.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ratios(content: dict[str, Any]) -> dict[str, float]:
     if "parts" in content:  # of gpu_suite.py
         found = {}
         for part, entry in content["parts"].items():
-            if part != "ops" and "result" in entry:
+            if "result" in entry:
                 found |= {f"{part}: {name}": value for name, value in ratios(entry["result"]).items()}
         return found
     if "rows" in content:
@@ -65,7 +65,24 @@ def ratios(content: dict[str, Any]) -> dict[str, float]:
         for name, workload in content["workloads"].items():
             found |= _of(workload, f"encode {name}")
         return found
+    if "benchmarks" in content:
+        return ratios({"ops": medians_of_ops(content)})
+    if "ops" in content:
+        medians = {(row["group"], row["implementation"]): row["median_s"] for row in content["ops"]}
+        return {
+            f"{group} {name}, time": median / medians[group, "bivec"]
+            for (group, name), median in medians.items()
+            if name != "bivec" and (group, "bivec") in medians
+        }
     raise ValueError("neither the rows of attention.py or losses.py nor the result of train_step.py or encode.py")
+
+
+def medians_of_ops(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of what pytest-benchmark wrote for ops.py, all that is compared."""
+    return [
+        {"group": row["group"], "implementation": row["params"]["name"], "median_s": row["stats"]["median"]}
+        for row in content["benchmarks"]
+    ]
 
 
 def _of(figures: dict[str, Any], case: str) -> dict[str, float]:

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare import medians_of_ops
 from timing import describe_run, device_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,12 +162,7 @@ def collect(name: str, folder: Path, output: Path, part: dict[str, Any]) -> None
             part["error"] = part["error"] or f"{path.name}: {error}"
             continue
         if name == "ops":  # of its many figures those that are compared
-            content = {
-                "ops": [
-                    {"group": row["group"], "implementation": row["params"]["name"], "median_s": row["stats"]["median"]}
-                    for row in content["benchmarks"]
-                ]
-            }
+            content = {"ops": medians_of_ops(content)}
         part["result"] = content
     for path in folder.glob(f"{name}/*.png"):
         shutil.copyfile(path, output / f"{name}.png")

@@ -36,6 +36,7 @@ import torch
 
 from bivec.engine.errors import RunError
 from bivec.engine.lora import PROJECTIONS, LoraConfig
+from bivec.kernels import dropout
 from bivec.models import DecoderConfig
 from bivec.models.recompute import LEVELS
 
@@ -151,8 +152,10 @@ def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
     loss += 8 * hidden * min(micro.scored, workspace // (4 * config.vocab_size) + 1)  # a chunk's rows and gradients
 
     # in the backward of down_proj and of the gated unit: the gradients of the residual stream and of the product
-    dropped = setting.lora.dropout > 0 and not setting.triton  # a dropped copy of the product, and its mask
-    block = tokens * (itemsize * (2 * hidden + inner) + (inner * 5 if dropped else 0))
+    block = tokens * itemsize * (2 * hidden + inner)
+    if setting.lora.dropout > 0 and not setting.triton:  # masks and update, on a CPU of a block of rows: as measured
+        drawn = min(tokens * inner, dropout.CPU_BLOCK) if setting.device == "cpu" else tokens * inner
+        block += (6 if itemsize >= 4 else 10) * drawn
     if micro.recompute != "none":
         block += tokens * itemsize * inner
     if micro.recompute == "layer":

@@ -134,8 +134,7 @@ class Run:
         if earlier is None:
             self._write_run_file()
         elif self.cuts != earlier.get("cuts", {}):  # by another --memory
-            changed = earlier | {"memory": options.memory, "cuts": self.cuts}
-            write_text_atomic(self.directory / RUN_FILE, json.dumps(changed, indent=2) + "\n")
+            self._rewrite_run_file(memory=options.memory, cuts=self.cuts)
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
         self.metrics.path.touch()
@@ -260,11 +259,18 @@ class Run:
             checkpoints=checkpoints,
             log=self.metrics.append,
             evaluate=partial(self._evaluate_midway, name),
+            cut=partial(self._keep_cut, name),
             resume=self.options.resume,
         )
         adapter.save(finished, self.recipe.model)
         adapter.merge()
         self.state += f"+{name}"
+
+    def _keep_cut(self, name: str, objective: Objective) -> None:
+        """A resumed run begins with the cut that memory forced on this one."""
+        fields = ("micro_batch_tokens", "recompute")
+        self.cuts[name] = {field: getattr(objective, field) for field in fields if hasattr(objective, field)}
+        self._rewrite_run_file(cuts=self.cuts)
 
     def _evaluate_midway(self, name: str, step: int) -> None:
         try:
@@ -348,6 +354,12 @@ class Run:
             "cuts": self.cuts,
         }
         write_text_atomic(self.directory / RUN_FILE, json.dumps(content, indent=2) + "\n")
+
+    def _rewrite_run_file(self, **changes: Any) -> None:
+        """Of fields that do not belong to the recipe."""
+        file = self.directory / RUN_FILE
+        content = json.loads(file.read_text(encoding="utf-8")) | changes
+        write_text_atomic(file, json.dumps(content, indent=2) + "\n")
 
 
 def _earlier_run(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:

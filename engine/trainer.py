@@ -29,6 +29,10 @@ class Objective(Protocol):
     def micro_losses(self, step: int) -> Iterator[MicroLoss]: ...
 
 
+# of torch's CPU allocator; of the CUDA driver, through Triton as it loads a kernel; of cuBLAS
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 @dataclass(frozen=True)
 class Intervals:
     """Every how many steps something happens; 0 = never. The last step is always logged and saved."""
@@ -70,6 +74,7 @@ def train(
     checkpoints: Path | None = None,
     log: Callable[[StepMetrics], None] | None = None,
     evaluate: Callable[[int], None] | None = None,
+    cut: Callable[[Objective], None] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainState:
@@ -84,6 +89,7 @@ def train(
         checkpoints: directory of the checkpoints; None = none are written.
         log: receives the metrics of every logged step.
         evaluate: called with the number of steps done, every ``intervals.evaluate`` steps.
+        cut: receives the objective that goes on after a step ran out of memory.
         resume: continue from the stage's last checkpoint, if there is one.
         progress: show a bar with loss, tokens/s and time left.
 
@@ -112,7 +118,10 @@ def train(
     with bar:
         while state.step < config.steps:
             started = time.perf_counter()
-            metrics, objective = _step_within_memory(state, objective, config, checkpoints)
+            metrics, fitting = _step_within_memory(state, objective, config, checkpoints)
+            if fitting is not objective and cut is not None:
+                cut(fitting)
+            objective = fitting
             state = replace(state, step=state.step + 1)
             seconds, tokens = seconds + time.perf_counter() - started, tokens + metrics.tokens
             metrics = replace(metrics, tokens_per_s=tokens / seconds)
@@ -164,8 +173,8 @@ def _step_within_memory(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch has a class for a GPU's, which is a RuntimeError too, and only words for a CPU's."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """torch has a class for its GPU allocator's, which is a RuntimeError too; of others there are only the words."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _optimizer_step(

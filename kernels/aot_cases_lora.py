@@ -27,6 +27,7 @@ OTHER_CALLS = {
     "bf16 fp32 r16": (BF16, FP32, 16, 1, 0.0, {}),
     "bf16 fp32 r64 x2 dropout": (BF16, FP32, 64, 2, 0.05, {}),
     "bf16 bf16 r64 x2 dropout": (BF16, BF16, 64, 2, 0.05, {}),
+    "fp16 fp32 r16 x3 dropout": (FP16, FP32, 16, 3, 0.05, {}),
     "fp16 fp16 r16 dropout": (FP16, FP16, 16, 1, 0.05, {}),
     "fp32 fp32 r16 dropout": (FP32, FP32, 16, 1, 0.05, {}),
     "fp32 fp32 r64": (FP32, FP32, 64, 1, 0.0, {}),

@@ -38,7 +38,7 @@ from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
 _MASK63 = (1 << 63) - 1
-_CPU_BLOCK = 1 << 19  # elements drawn at a time on a CPU: stays in the cache, and is worth waking two threads for
+CPU_BLOCK = 1 << 19  # elements drawn at a time on a CPU: stays in the cache, and is worth waking two threads for
 
 
 def _signed(value: int, bits: int) -> int:
@@ -178,7 +178,7 @@ def draw_dropped_(states: Tensor, dropout_p: float) -> Tensor:
     """
     threshold = drop_threshold(dropout_p)
     flat = states.view(-1)
-    block = _CPU_BLOCK if flat.device.type == "cpu" else max(flat.numel(), 1)
+    block = CPU_BLOCK if flat.device.type == "cpu" else max(flat.numel(), 1)
     scratch = torch.empty(min(block, flat.numel()), dtype=torch.int32, device=flat.device)
     for start in range(0, flat.numel(), block):
         x = flat[start : start + block]
@@ -193,7 +193,7 @@ def _dropped_blocks(row_keys: Tensor, columns: int, dropout_p: float) -> Iterato
     """The decisions of ``[N]`` int32 row keys in blocks of rows, int32, in a buffer that the next block overwrites."""
     rows = row_keys.numel()
     offsets = column_offsets(columns, row_keys.device)
-    step = max(1, _CPU_BLOCK // max(columns, 1)) if row_keys.device.type == "cpu" else max(rows, 1)
+    step = max(1, CPU_BLOCK // max(columns, 1)) if row_keys.device.type == "cpu" else max(rows, 1)
     states = torch.empty(min(step, rows), columns, dtype=torch.int32, device=row_keys.device)
     for start in range(0, rows, step):
         block = slice(start, min(start + step, rows))

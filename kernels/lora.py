@@ -181,7 +181,7 @@ def lora_linears(
         P tensors [T, out_p], dtype of ``x``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, not P of each, dropout outside [0, 1), dropout without a seed.
+        ValueError: shapes, dtypes or devices that do not fit, not P of each, dropout outside [0, 1) or without a seed.
         BackendError: the backend cannot be used here.
 
     Source: Hu et al. 2021.
@@ -226,7 +226,7 @@ def lora_linear(
         [T, out], dtype of ``x``.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, dropout outside [0, 1), dropout without a seed.
+        ValueError: shapes, dtypes or devices that do not fit, dropout outside [0, 1), dropout without a seed.
         BackendError: the backend cannot be used here.
 
     Source: Hu et al. 2021.
@@ -252,8 +252,11 @@ def _dispatch(
     """Checks the operands of ``op`` and runs them on the backend chosen."""
     chosen = resolve(backend, op, x.device)
     for p, operands in enumerate(zip(weights, biases, lora_as, lora_bs, strict=True)):
-        _check_operands(op if len(weights) == 1 else f"{op}: projection {p}", x, *operands)
+        where = op if len(weights) == 1 else f"{op}: projection {p}"
+        _check_operands(where, x, *operands)
+        _check_devices(where, x, dict(zip(("weight", "bias", "lora_a", "lora_b"), operands, strict=True)))
     check_dropout(dropout_p, seed, op)
+    _check_devices(op, x, {"token_ids": token_ids, "seed": seed})
     if len({lora_a.dtype for lora_a in lora_as}) > 1:
         raise ValueError(f"{op}: lora_as must have one dtype, got {[str(lora_a.dtype) for lora_a in lora_as]}")
     if token_ids is None:
@@ -271,6 +274,12 @@ def _dispatch(
     if x.dtype not in lora_triton.DTYPES:
         raise BackendError(f'{op}: the Triton kernels take fp16, bf16 and fp32, got {x.dtype}; use backend="torch"')
     return lora_triton.apply(x, weights, biases, lora_as, lora_bs, scaling, dropout_p, seed, token_ids)
+
+
+def _check_devices(op: str, x: Tensor, operands: dict[str, Tensor | int | None]) -> None:
+    for name, operand in operands.items():
+        if isinstance(operand, Tensor) and operand.device != x.device:
+            raise ValueError(f"{op}: {name} is on {operand.device}, x on {x.device}; move them together")
 
 
 def _check_operands(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:

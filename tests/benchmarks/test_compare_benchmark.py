@@ -91,12 +91,28 @@ def test_folders_of_training_steps_and_encoding(compare, tmp_path, capsys):
 def test_runs_of_the_gpu_suite(compare, tmp_path, capsys):
     losses = json.loads(COMMITTED.read_text())
     for name, faster in (("old", 3.0), ("new", 2.0)):
-        parts = {"tests": {"exit_code": 0}, "ops": {"result": {"ops": []}}, "losses": {"result": losses}}
+        medians = {"torch": faster, "bivec": 1.0}
+        ops = [{"group": "swiglu forward", "implementation": who, "median_s": s} for who, s in medians.items()]
+        parts = {"tests": {"exit_code": 0}, "ops": {"result": {"ops": ops}}, "losses": {"result": losses}}
         content = {"parts": parts | {"train_step_mistral-7b": {"result": step(faster, 0.8)}}}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert compare.main([str(tmp_path / "new.json"), str(tmp_path / "old.json")]) == 1
     told = capsys.readouterr().out
-    assert "train_step_mistral-7b: mntp peer, time: 3.00 x before" in told and told.count("WORSE") == 1
+    assert "train_step_mistral-7b: mntp peer, time: 3.00 x before" in told and told.count("WORSE") == 2
+    assert "ops: swiglu forward torch, time: 3.00 x before, 2.00 x now" in told
+
+
+def test_runs_of_ops(compare, tmp_path, capsys):
+    """As pytest-benchmark writes them."""
+    for name, median in (("old", 3.0), ("new", 1.0)):
+        rows = [
+            {"group": "swiglu forward", "params": {"name": who, "op": "swiglu"}, "stats": {"median": seconds}}
+            for who, seconds in (("bivec", 1.0), ("torch", median), ("compile", 2.0))
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"benchmarks": rows}))
+    assert compare.main([str(tmp_path / "new.json"), str(tmp_path / "old.json")]) == 1
+    told = capsys.readouterr().out
+    assert "swiglu forward torch, time: 3.00 x before, 1.00 x now" in told and "2 ratios compared" in told
 
 
 def test_what_cannot_be_compared(compare, tmp_path, capsys):

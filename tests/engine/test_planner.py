@@ -27,6 +27,7 @@ from bivec.engine.planner import (
     plan_simcse,
     predict,
 )
+from bivec.kernels import dropout as kernels_dropout
 from bivec.models import DecoderConfig, Llama, PackedBatch, load_pretrained
 from bivec.models.recompute import LEVELS, Recipes
 
@@ -110,7 +111,10 @@ def measured_peak(objective):
         (simcse, LARGE, 0.05, "selective"),
     ],
 )
-def test_the_peak_is_predicted_within_a_tenth(make, config, dropout, recompute):
+@pytest.mark.parametrize("rows_of_dropout", [16, 1 << 10])
+def test_the_peak_is_predicted_within_a_tenth(make, config, dropout, recompute, rows_of_dropout, monkeypatch):
+    """Dropout in blocks of few rows, as in large batches, and in one block."""
+    monkeypatch.setattr(kernels_dropout, "CPU_BLOCK", rows_of_dropout * config.intermediate_size)
     lora = LoraConfig(rank=8, dropout=dropout)
     objective, micro = make(config, lora, recompute)
     predicted = predict(Setting(config, lora, 4, lm_head=make is mntp), micro)
@@ -155,13 +159,25 @@ def saved_bytes(model, batch, recompute):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_layer_keeps_what_the_table_says(family, recompute, request):
+@pytest.mark.parametrize(
+    ("family", "backend", "dtype"),
+    [
+        ("llama", "torch", torch.float32),
+        ("mistral", "torch", torch.float32),
+        ("llama", "torch", torch.bfloat16),
+        ("llama", "triton", torch.bfloat16),
+        ("mistral", "triton", torch.float32),
+    ],
+)
+def test_a_layer_keeps_what_the_table_says(family, backend, dtype, recompute, request, monkeypatch):
     """Bytes a token and layer: from models of 2 and 1 layers, so that what is outside of the layers drops out."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("BIVEC_BACKEND", backend)
     lora = LoraConfig(rank=4)
     counted = []
     for layers in (2, 1):
-        model = load_pretrained(request.getfixturevalue(f"tiny_{family}_dir")).model
+        model = load_pretrained(request.getfixturevalue(f"tiny_{family}_dir"), dtype=dtype).model
         del model.layers[layers:]
         if family == "mistral":  # a window that hides something adds torch's own copy of the mask
             model.config = replace(model.config, sliding_window=4096)
@@ -169,7 +185,7 @@ def test_a_layer_keeps_what_the_table_says(family, recompute, request):
         ids = [list(range(64)), list(range(3, 51))]
         batch = PackedBatch.from_sequences(ids)
         counted.append(saved_bytes(model, batch, recompute) / batch.num_tokens)
-    setting = Setting(model.config, lora, 4, lm_head=False)
+    setting = Setting(model.config, lora, dtype.itemsize, lm_head=False, triton=backend == "triton")
     per_sequence = 64  # cu_seqlens and the like
     assert counted[0] - counted[1] == pytest.approx(
         kept_per_token(setting, recompute, mixed_lengths=True), abs=per_sequence / 16

@@ -199,9 +199,13 @@ class Cramped:
 
 GPU_ERROR = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
 CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 12 bytes")
+DRIVER_ERROR = RuntimeError("Triton Error [CUDA]: out of memory")
+CUBLAS_ERROR = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
-@pytest.mark.parametrize("error", [GPU_ERROR, CPU_ERROR], ids=["gpu", "cpu"])
+@pytest.mark.parametrize(
+    "error", [GPU_ERROR, CPU_ERROR, DRIVER_ERROR, CUBLAS_ERROR], ids=["gpu", "cpu", "driver", "cublas"]
+)
 def test_out_of_memory_halves_the_micro_batch_and_goes_on(error, tiny_llama_dir, capsys):
     def cramped(checkpoint, adapter):
         return Cramped(mntp(checkpoint, adapter), lambda o: o.micro_batch_tokens <= 16, error)
@@ -218,6 +222,15 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(error, tiny_llama_dir,
         told.count("going on") == 1 and "stage, step 1: out of memory (" in told
     )  # 48 to 16 tokens, and it stays there
     assert "going on with micro-batches of 16 tokens, recomputation 'none'" in told and "more lines" not in told
+
+
+def test_the_objective_that_goes_on_is_handed_over_once(tiny_llama_dir):
+    checkpoint = load_pretrained(tiny_llama_dir)
+    adapter = add_lora(checkpoint.model, LoraConfig(rank=4))
+    objective = Cramped(mntp(checkpoint, adapter), lambda o: o.micro_batch_tokens <= 16, GPU_ERROR)
+    cuts, parameters = [], adapter.named_parameters()
+    train("stage", objective, parameters, OptimConfig(1e-3, steps=3), cut=cuts.append, progress=False)
+    assert [found.objective.micro_batch_tokens for found in cuts] == [16]
 
 
 def test_out_of_memory_at_one_block_recomputes_more_and_then_gives_up(tiny_llama_dir, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bivec.kernels import dropout
-from bivec.kernels.dropout import check_dropout, fold_seed, linear_keep_mask
+from bivec.kernels.dropout import check_dropout, fold_seed, linear_keep_mask, linear_keep_words
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MASK64 = 2**64 - 1
@@ -151,13 +151,29 @@ def test_runs_have_the_length_of_independent_draws():
     assert float(((counts - expected) ** 2 / expected).sum()) < 44.3  # chi-square, 15 degrees, 1e-4
 
 
-def test_a_mask_does_not_depend_on_the_batch():
+def test_a_mask_does_not_depend_on_the_batch(monkeypatch):
     token_ids = torch.randperm(50).to(DEVICE)
     whole = linear_keep_mask(3, token_ids, 40, 0.5)
     assert torch.equal(whole[7:19], linear_keep_mask(3, token_ids[7:19], 40, 0.5))
-    # rows are drawn in blocks: more columns than a block holds, and a row count that no block divides
-    wide = linear_keep_mask(3, token_ids[:3], 70_001, 0.5)
-    assert torch.equal(wide[:, :40], whole[:3])
+    # on a CPU rows are drawn in blocks: more columns than a block holds, and row counts that no block divides
+    for block in (30, 100, 640):
+        monkeypatch.setattr(dropout, "CPU_BLOCK", block)
+        assert torch.equal(linear_keep_mask(3, token_ids, 40, 0.5), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_words_are_the_mask(dtype, monkeypatch):
+    """All bits of a word, whatever its width, in blocks that cover every row once."""
+    monkeypatch.setattr(dropout, "CPU_BLOCK", 90)
+    token_ids = arange(13) * 5
+    mask, rows = linear_keep_mask(3, token_ids, 40, 0.4), []
+    for block, words in linear_keep_words(3, token_ids, 40, 0.4, dtype):
+        rows += range(13)[block]
+        assert words.dtype == dtype and torch.equal(words, -mask[block].to(dtype))
+    assert rows == list(range(13))
+
+
+def test_long_sequences_begin_as_short_ones():
     # the mask of a long sequence begins with that of a short one
     assert torch.equal(attention_keep_mask(3, 1, 2, 30, 0.5)[:, :11, :11], attention_keep_mask(3, 1, 2, 11, 0.5))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bivec.kernels import apply_rotary, geglu, lora_linear, lora_linears, rms_norm, swiglu
+from bivec.kernels import apply_rotary, dropout, geglu, lora_linear, lora_linears, rms_norm, swiglu
 from bivec.kernels import reference as ref
 from bivec.kernels.dropout import linear_keep_mask
 
@@ -237,6 +237,13 @@ def test_gated_units_wrong_operands(op, up):
 IN, OUT, RANK, SCALING = 23, 17, 5, 1.7
 
 
+@pytest.fixture(params=[None, 3 * 23 + 1], ids=["one block", "blocks"])
+def blocks(request, monkeypatch):
+    """Dropout in one block of rows on a CPU, as here it would be, and in several with a last one that is not full."""
+    if request.param is not None:
+        monkeypatch.setattr(dropout, "CPU_BLOCK", request.param)
+
+
 def lora_operands(dtype, lora_dtype=None, bias=False):
     lora_dtype = lora_dtype or dtype
     tensors = [
@@ -251,7 +258,7 @@ def lora_operands(dtype, lora_dtype=None, bias=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_lora_matches_float64(dtype, bias, dropout_p):
+def test_lora_matches_float64(dtype, bias, dropout_p, blocks):
     token_ids = torch.arange(T) * 7 + 3
     keep = linear_keep_mask(11, token_ids, IN, dropout_p) if dropout_p else None
     options = {"dropout_p": dropout_p, "seed": 11, "token_ids": token_ids}
@@ -271,7 +278,7 @@ def test_lora_matches_float64(dtype, bias, dropout_p):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_fp32_lora_over_a_half_precision_base(dtype, dropout_p):
+def test_fp32_lora_over_a_half_precision_base(dtype, dropout_p, blocks):
     keep = linear_keep_mask(5, torch.arange(T), IN, dropout_p) if dropout_p else None
 
     def reference(x, w, a, b):
@@ -287,7 +294,8 @@ def test_fp32_lora_over_a_half_precision_base(dtype, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("trainable", ["all", "lora", "a", "b", "x"])
-def test_lora_gradcheck(dropout_p, trainable):
+def test_lora_gradcheck(dropout_p, trainable, monkeypatch):
+    monkeypatch.setattr(dropout, "CPU_BLOCK", 12)  # two rows
     x, weight, a, b, bias = randn(4, 5), randn(3, 5, seed=1), randn(2, 5, seed=2), randn(3, 2, seed=3), randn(3, seed=4)
     chosen = {"all": [x, weight, a, b, bias], "lora": [a, b], "a": [a], "b": [b], "x": [x]}[trainable]
     inputs = [tensor.requires_grad_() for tensor in chosen]
@@ -296,6 +304,18 @@ def test_lora_gradcheck(dropout_p, trainable):
         return lora_linear(x, weight, a, b, 0.8, bias=bias, dropout_p=dropout_p, seed=1)
 
     torch.autograd.gradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_lora_of_a_strided_input(dropout_p):
+    x, weight, a, b = lora_operands(torch.float64)
+    wide = torch.stack((x, -x), dim=2).flatten(1).requires_grad_()  # every second column is x
+    options = {"dropout_p": dropout_p, "seed": 9}
+    found, expected = lora_linear(wide[:, ::2], weight, a, b, SCALING, **options), x.clone().requires_grad_()
+    out = lora_linear(expected, weight, a, b, SCALING, **options)
+    torch.testing.assert_close(found, out, rtol=1e-12, atol=1e-12)
+    found.sum().backward(), out.sum().backward()
+    torch.testing.assert_close(wide.grad[:, ::2], expected.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_lora_dropout_follows_the_token_and_not_its_row():
@@ -343,6 +363,12 @@ def test_lora_saves_no_mask_and_no_copy_of_the_input():
         ({"dropout_p": 0.5, "seed": 1.5}, "seed"),
         ({"dropout_p": 0.5, "seed": 1, "token_ids": torch.arange(4)}, "token_ids"),
         ({"dropout_p": 0.5, "seed": 1, "token_ids": torch.arange(3.0)}, "int64"),
+        ({"weight": torch.ones(6, 4, device="meta")}, "weight is on meta, x on cpu; move them together"),
+        ({"lora_a": torch.ones(2, 4, device="meta")}, "lora_a is on meta"),
+        ({"lora_b": torch.ones(6, 2, device="meta")}, "lora_b is on meta"),
+        ({"bias": torch.ones(6, device="meta")}, "bias is on meta"),
+        ({"dropout_p": 0.5, "seed": 1, "token_ids": torch.arange(3, device="meta")}, "token_ids is on meta"),
+        ({"dropout_p": 0.5, "seed": torch.ones(1, dtype=torch.int64, device="meta")}, "seed is on meta"),
     ],
 )
 def test_lora_wrong_operands(changes, message):
@@ -381,7 +407,7 @@ def one_by_one(*tensors, **options):
 @pytest.mark.parametrize(
     ("dtype", "lora_dtype"), [(torch.float64, None), (torch.float32, None), (torch.bfloat16, torch.float32)]
 )
-def test_joint_lora_is_as_one_by_one(dtype, lora_dtype, dropout_p):
+def test_joint_lora_is_as_one_by_one(dtype, lora_dtype, dropout_p, blocks):
     options = {"dropout_p": dropout_p, "seed": SEED, "token_ids": torch.arange(T) * 7 + 3}
     operands = joint_operands(dtype, lora_dtype)
     together, apart = (run(lambda *t, f=f: f(*t, **options), *operands) for f in (jointly, one_by_one))
@@ -392,8 +418,9 @@ def test_joint_lora_is_as_one_by_one(dtype, lora_dtype, dropout_p):
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("trainable", ["all", "lora", "x", "one A", "one bias"])
-def test_joint_lora_gradcheck(dropout_p, trainable):
+def test_joint_lora_gradcheck(dropout_p, trainable, monkeypatch):
     """One of the outputs has a bias, and another is not used."""
+    monkeypatch.setattr(dropout, "CPU_BLOCK", 12)  # two rows
     x, bias = randn(4, 5), randn(2, seed=9)
     weights = [randn(out, 5, seed=out) for out in (3, 2, 4)]
     lora_as, lora_bs = [randn(2, 5, seed=p) for p in range(3)], [randn(out, 2, seed=out) for out in (3, 2, 4)]

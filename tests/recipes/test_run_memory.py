@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from bivec.engine import run as run_module
+from bivec.engine import trainer
 
 
 def test_a_recipe_is_cut_to_the_memory_given(execute, recipe, fails, tmp_path, capsys):
@@ -27,25 +29,46 @@ def test_a_recipe_is_cut_to_the_memory_given(execute, recipe, fails, tmp_path, c
     assert not (tmp_path / "other").exists()
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_resumed_run_keeps_its_cut_unless_another_memory_is_given(execute, recipe, tmp_path, monkeypatch):
     directory = tmp_path / "run"
     free = [3_200_000]
     monkeypatch.setattr(run_module, "free_memory", lambda device: free[0])
 
-    def stop(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # in the first stage
-        patch.setattr(run_module.Run, "_evaluate_midway", stop)
+        patch.setattr(run_module.Run, "_evaluate_midway", interrupt)
         execute(recipe, directory, "--memory", "auto")
     before = json.loads((directory / "run.json").read_text())
     assert before["memory"] == "auto" and before["cuts"]["simcse"]["recompute"] != "none"
     free[0] = 10**9
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(run_module.Run, "_evaluate_midway", stop)
+        patch.setattr(run_module.Run, "_evaluate_midway", interrupt)
         execute(recipe, directory, "--memory", "auto", "--resume")
     assert json.loads((directory / "run.json").read_text()) == before
     execute(recipe, directory, "--memory", "1GB", "--resume")
     after = json.loads((directory / "run.json").read_text())
     assert after["memory"] == "1GB" and after["cuts"]["simcse"] == {"recompute": "none"}
     assert {**after, "memory": 0, "cuts": 0} == {**before, "memory": 0, "cuts": 0}
+
+
+def test_a_cut_that_memory_forced_is_kept(execute, recipe, tmp_path, monkeypatch):
+    """A resumed run does not run out of memory again."""
+    step, failures = trainer._optimizer_step, []
+
+    def cramped(state, objective, *rest):
+        if state.stage == "mntp" and objective.micro_batch_tokens > 48:
+            failures.append(state.step)
+            raise torch.OutOfMemoryError("out of memory")
+        return step(state, objective, *rest)
+
+    monkeypatch.setattr(trainer, "_optimizer_step", cramped)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(run_module.Run, "_evaluate_midway", interrupt)
+        execute(recipe, tmp_path / "run")
+    cuts = {"mntp": {"micro_batch_tokens": 48, "recompute": "none"}}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["cuts"] == cuts and failures == [0]
+    execute(recipe, tmp_path / "run", "--resume")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["cuts"] == cuts and failures == [0]
