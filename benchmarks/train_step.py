@@ -10,10 +10,10 @@ Ours is the engine's own trainer and objectives. The peer is transformers + PEFT
 (``padded_peer.py``): SDPA, which on a CPU has a fused kernel without dropout and forms the probabilities with it;
 logits of all tokens; both SimCSE views one after the other; activations computed again in the backward (METHOD 3.6 and
 4.5). A second peer keeps its activations, which takes it less time and more memory (``--peer-recompute``: on, off, or
-both, the default on a CPU). All sides take turns on the same samples, MNTP masks, weights and LoRA values, with torch's
-fused AdamW and the same schedule and clipping. In the peers' favour, the LM head, which the original trains and throws
-away, is frozen, and no cache of keys is kept. Without their packages, or with ``--no-peer``, ours is measured alone,
-and the file says so.
+both; by default both in MNTP on a CPU, else on: a SimCSE batch of 64 would take it more than 20 GiB). All sides take
+turns on the same samples, MNTP masks, weights and LoRA values, with torch's fused AdamW and the same schedule and
+clipping. In the peers' favour, the LM head, which the original trains and throws away, is frozen, and no cache of keys
+is kept. Without their packages, or with ``--no-peer``, ours is measured alone, and the file says so.
 
 Writes train_step_DEVICE.json and .png into benchmarks/results, or ``--output DIR``. What is in them:
 
@@ -70,8 +70,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 COLOURS = ("C0", "C1", "C2")  # of the sides
 LOSS_BATCH = {"mntp": 1, "simcse": 8}  # at most
 LOSS_TOLERANCE = 0.01
-ON_CPU = {"dtype": "float32", "mntp_batch": 8, "simcse_batch": 64, "steps": 3, "warmup": 1, "peer_recompute": "both"}
-ON_GPU = {"dtype": "bfloat16", "mntp_batch": 32, "simcse_batch": 128, "steps": 20, "warmup": 3, "peer_recompute": "on"}
+ON_CPU = {"dtype": "float32", "mntp_batch": 8, "simcse_batch": 64, "steps": 3, "warmup": 1}
+ON_GPU = {"dtype": "bfloat16", "mntp_batch": 32, "simcse_batch": 128, "steps": 20, "warmup": 3}
 QUICK = {"mntp_batch": 2, "simcse_batch": 8, "steps": 2, "warmup": 1, "sequence_length": 32, "loss_steps": 4}
 
 
@@ -289,10 +289,10 @@ def draw(path: Path, stages: dict[str, Any], title: str) -> None:
 def run(options: argparse.Namespace, arguments: Sequence[str], device: torch.device) -> int:
     """All stages; the exit status. The JSON is written after each."""
     absent = "--no-peer" if options.no_peer else padded_peer.missing()
-    peers = {} if absent else PEERS[options.peer_recompute]
+    peers = {stage: {} if absent else PEERS[options.peer_recompute[stage]] for stage in options.stages}
     memory = {}  # before this process takes any
     if options.memory:
-        memory = {s: {name: memory_in_a_process(arguments, s, name) for name in (OURS, *peers)} for s in options.stages}
+        memory = {s: {name: memory_in_a_process(arguments, s, name) for name in (OURS, *of)} for s, of in peers.items()}
     name = device_name(device)
     path = options.output / f"train_step_{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,10 +314,10 @@ def run(options: argparse.Namespace, arguments: Sequence[str], device: torch.dev
     differ = []
     for stage in options.stages:
         work = prepare(stage, checkpoint, device, options)
-        found = measure_time(work, peers)
+        found = measure_time(work, peers[stage])
         add_memory(found["sides"], memory.get(stage, {}))
-        running = [name for name in peers if name not in found["peer_errors"]]
-        found["losses"] = measure_losses(work, {name: peers[name] for name in running[:1]})  # recomputed: the same
+        running = [name for name in peers[stage] if name not in found["peer_errors"]]
+        found["losses"] = measure_losses(work, {name: peers[stage][name] for name in running[:1]})  # kept: the same
         print(report(stage, found), flush=True)
         if not found["losses"].get("largest_relative_difference", 0.0) <= LOSS_TOLERANCE:
             differ.append(stage)
@@ -387,6 +387,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.learning_rate > 0.0:
         parser.error(f"--learning-rate is {options.learning_rate}, expected a positive number")
     options.stages = STAGES if options.stage is None else (options.stage,)
+    recompute = {"mntp": "on" if on_gpu else "both", "simcse": "on"}
+    options.peer_recompute = {stage: options.peer_recompute or recompute[stage] for stage in STAGES}
     options.batch = {"mntp": options.mntp_batch, "simcse": options.simcse_batch}
     return options
 
