@@ -143,18 +143,15 @@ def load_texts(
     )
     if path.is_dir():
         raise DataError(f"{path} is a folder: {hint}")
-    suffix = _data_suffix(path)
+    suffix = data_suffix(path)
     if not path.exists():
-        hub_id = HUB_ID.fullmatch(str(source))
-        if hub_id is None or _data_suffix(Path(hub_id[1])) is not None:
-            raise DataError(f"{path} does not exist: {hint}")
-        dataset = _load_hub(hub_id[1], hub_id[2], split, hint)
+        dataset = load_hub(str(source), split, hint)
     elif suffix == TEXT_SUFFIX:
         if column is not None:
             raise DataError(f"{path} is plain text and has no column {column!r}: {hint}")
         return _load_lines(path, limit, drop_empty, hint)
     elif suffix in BUILDERS:
-        dataset = _load_table(path, suffix, hint)
+        dataset = load_table(path, suffix, hint)
     else:
         raise DataError(f"{path} is of a kind that is not read: {hint}")
     texts = TextColumn(dataset, _text_column(dataset, column, str(source)))
@@ -254,10 +251,10 @@ def load_sts(path: str | Path) -> list[STSPair]:
     form = f"every row must hold {', '.join(STS_COLUMNS)}, with the score from {STS_RANGE[0]:g} to {STS_RANGE[1]:g}"
     if not path.is_file():
         raise DataError(f"{path} is no file: give a .csv or .tsv file; {form}")
-    delimiter = "\t" if _data_suffix(path) == ".tsv" else ","
+    delimiter = "\t" if data_suffix(path) == ".tsv" else ","
     columns, width = (0, 1, 2), 3
     pairs: list[STSPair] = []
-    for line, row in _csv_rows(path, delimiter):
+    for line, row in csv_rows(path, delimiter):
         if not pairs and all(name in row for name in STS_COLUMNS):
             columns, width = tuple(row.index(name) for name in STS_COLUMNS), len(row)
         elif row:
@@ -270,9 +267,9 @@ def load_sts(path: str | Path) -> list[STSPair]:
     return pairs
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: Path, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, each with the number of its (last) line."""
-    reader = csv.reader(_decoded_lines(path), delimiter=delimiter)
+    reader = csv.reader(decoded_lines(path), delimiter=delimiter, quoting=quoting)
     try:
         for row in reader:
             yield reader.line_num, row
@@ -290,7 +287,7 @@ def _score(text: str, where: str, form: str) -> float:
     return score
 
 
-def _data_suffix(path: Path) -> str | None:
+def data_suffix(path: Path) -> str | None:
     """``.csv`` for ``pairs.csv`` and ``pairs.CSV.gz``; None for kinds that are not read."""
     name = path.name.lower()
     plain = Path(name.removesuffix(".gz")).suffix
@@ -298,7 +295,7 @@ def _data_suffix(path: Path) -> str | None:
     return plain if readable else None
 
 
-def _decoded_lines(path: Path) -> Iterator[str]:
+def decoded_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, compressed or not, with their line ends; a byte-order mark is dropped."""
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     number = 0
@@ -319,7 +316,7 @@ def _decoded_lines(path: Path) -> Iterator[str]:
 def _load_lines(path: Path, limit: int | None, drop_empty: bool, hint: str) -> list[str]:
     texts: list[str] = []
     any_text = False
-    for line in _decoded_lines(path):
+    for line in decoded_lines(path):
         text = line.rstrip("\r\n")
         any_text = any_text or bool(text.strip())
         if (limit is None or len(texts) < limit) and (text.strip() or not drop_empty):
@@ -329,10 +326,10 @@ def _load_lines(path: Path, limit: int | None, drop_empty: bool, hint: str) -> l
     return texts
 
 
-def _load_table(path: Path, suffix: str, hint: str) -> Dataset:
+def load_table(path: Path, suffix: str, hint: str) -> Dataset:
     """A JSON, CSV or Parquet file as a memory-mapped table."""
     # a sum, not any(): all of the file is decoded before datasets sees it
-    if suffix != ".parquet" and not sum(bool(line.strip()) for line in _decoded_lines(path)):
+    if suffix != ".parquet" and not sum(bool(line.strip()) for line in decoded_lines(path)):
         raise DataError(f"{path} is empty: {hint}")
     datasets = _datasets()
     # keep_default_na: pandas would read the texts "None" and "NA" as missing
@@ -344,10 +341,14 @@ def _load_table(path: Path, suffix: str, hint: str) -> Dataset:
         raise DataError(f"{path} cannot be read as {suffix[1:]} ({_first_cause(error)}): {hint}") from error
 
 
-def _load_hub(name: str, detail: str | None, split: str, hint: str) -> Dataset:
-    """A data set of the hub; ``detail`` is one of its files or configurations."""
+def load_hub(source: str, split: str, hint: str) -> Dataset:
+    """A data set of the hub by its id, with ``:config`` or ``:file`` behind it; what looks like a path is none."""
+    hub_id = HUB_ID.fullmatch(source)
+    if hub_id is None or data_suffix(Path(hub_id[1])) is not None:
+        raise DataError(f"{source} does not exist: {hint}")
+    name, detail = hub_id.groups()
     datasets = _datasets()
-    is_file = detail is not None and _data_suffix(Path(detail)) is not None
+    is_file = detail is not None and data_suffix(Path(detail)) is not None
     selection = {"data_files": detail} if is_file else {"name": detail}
     try:
         return datasets.load_dataset(name, split=split, **selection)
