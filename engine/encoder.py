@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bivec.engine.encoder_config import CONFIG_FILE, CONFIG_PATTERNS, POOLINGS, EncoderConfig, read_encoder_config
+from bivec.engine.encoder_config import (
+    CONFIG_FILE,
+    CONFIG_PATTERNS,
+    POOLINGS,
+    EncoderConfig,
+    read_encoder_config,
+    text_format,
+    weights_directory,
+)
 from bivec.engine.errors import BivecError, ConfigError
 from bivec.engine.lora import load_adapter
 from bivec.engine.packing import token_budget_batches
-from bivec.engine.tokenizer import load_tokenizer, prefix_length
+from bivec.engine.text_format import Row, encoding_head
+from bivec.engine.tokenizer import load_tokenizer
 from bivec.kernels import segment_pool
 from bivec.models import PackedBatch, load_pretrained, save_pretrained
 from bivec.models.files import atomic_directory
@@ -31,14 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DEFAULT_TOKENS_PER_BATCH = 4096
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One tokenised text."""
-
-    input_ids: list[int]
-    start: int  # first pooled token
 
 
 class Encoder:
@@ -58,9 +59,7 @@ class Encoder:
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         self.config = replace(config, max_length=min(config.max_length, positions))
         self.lm_head_weight = lm_head_weight
-        self._prefix = prefix_length(tokenizer)
-        if self.config.pooling == "eos_token" and tokenizer.eos_token_id is None:
-            raise ConfigError("pooling 'eos_token': the tokenizer has no EOS; choose 'last_token'")
+        self._text_format = text_format(self.config, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -70,6 +69,7 @@ class Encoder:
         adapters: Sequence[str | Path] = (),
         pooling: str | None = None,
         pool_bos: bool | None = None,
+        pool_tail: bool | None = None,
         causal: bool | None = None,
         max_length: int | None = None,
         template: str | None = None,
@@ -86,9 +86,12 @@ class Encoder:
             pooling: "mean", "weighted_mean", "last_token", "eos_token" or "bos_token"; None = what the directory says,
                 else "mean".
             pool_bos: pool special tokens in front too; None = what the directory says, else True (as other libraries).
+            pool_tail: pool what follows the text too, the template's tail; None = what the directory says, else True
+                (as the released LLM2Vec models).
             causal: the decoder's own mask; None = what the directory says, else bidirectional.
             max_length: in tokens; None = what the directory says, else 512.
-            template: a string with ``{text}``; None = what the directory says, else none.
+            template: a string with ``{text}``, the short name of one ("llama-3", "mistral", "llama-2", "gemma-2",
+                "qwen-2") or "none"; None = what the directory says, else none. The model's name never chooses one.
             dtype: None = float32 on CPU, else the checkpoint's.
             device: None = CPU.
             backend: of the kernels.
@@ -96,7 +99,7 @@ class Encoder:
         Raises:
             BivecError: a directory of no known layout, damaged files, unknown settings.
         """
-        path = resolve_checkpoint(_weights_directory(path), (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS))
+        path = resolve_checkpoint(weights_directory(path), (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS))
         checkpoint = load_pretrained(path, dtype=dtype, device=device)
         positions = checkpoint.config.max_position_embeddings
         if max_length is not None and max_length > positions:
@@ -106,6 +109,7 @@ class Encoder:
         asked = {
             "pooling": pooling,
             "pool_bos": pool_bos,
+            "pool_tail": pool_tail,
             "causal": causal,
             "max_length": max_length,
             "template": template,
@@ -142,7 +146,8 @@ class Encoder:
         """Embeds texts.
 
         Args:
-            sentences: a text, or a list of texts or of ``[instruction, text]`` pairs.
+            sentences: a text, or a list of texts or of ``[instruction, text]`` pairs. Of a text longer than
+                ``max_length`` the last tokens are cut; instruction and template stay whole.
             instruction: put before every text of the list, not pooled (a final colon is the caller's).
             batch_size: at most this many texts a batch; None = bounded by tokens only.
             tokens_per_batch: tokens a batch, 4096 by default; memory grows with it, vectors do not change.
@@ -151,17 +156,16 @@ class Encoder:
             show_progress_bar: None = only for more than 1,000 texts.
 
         Returns:
-            float32 [D] for one text, else [N, D] in input order; on CPU. An empty text gets the mean of its special
-            tokens.
+            float32 [D] for one text, else [N, D] in input order; on CPU. For an empty text the whole row is pooled:
+            special tokens, instruction and template.
 
         Raises:
             BivecError: an input that is neither a text nor a pair, or an instruction that leaves no room for its text.
         """
         single = isinstance(sentences, str)
-        pairs = [_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))]
-        rows = self._tokenise(pairs)
+        rows = self._tokenise([_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))])
         embeddings = torch.empty(len(rows), self.dimension, dtype=torch.float32)
-        for batch, starts, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
+        for batch, starts, ends, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
             # not inference_mode: the rotary tables that the model keeps would be inference tensors, which autograd
             # does not save for a backward pass
             with torch.no_grad():
@@ -171,7 +175,7 @@ class Encoder:
                     batch.cu_seqlens,
                     mode=POOLINGS[self.config.pooling],
                     span_starts=starts,
-                    span_ends=batch.cu_seqlens[1:].long(),
+                    span_ends=ends,
                     backend=self.backend,
                 )
             embeddings[indices] = pooled.float().cpu()
@@ -209,9 +213,9 @@ class Encoder:
             if not isinstance(text, str):
                 raise BivecError(f"text {index} is {type(text).__name__}, expected a str")
         encoded = self.tokenizer(texts, truncation=True, max_length=self.config.max_length) if texts else {}
-        rows = [_Row(ids, 0) for ids in encoded.get("input_ids", [])]
+        rows = [Row(ids, 0, len(ids)) for ids in encoded.get("input_ids", [])]
         result: list[Tensor] = [torch.empty(0)] * len(rows)
-        for batch, _, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
+        for batch, _, _, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
             with torch.no_grad():
                 hidden = self.model(batch, causal=self.config.causal, backend=self.backend).float().cpu()
             for index, states in zip(indices, hidden.split(batch.cu_seqlens.diff().tolist()), strict=True):
@@ -226,7 +230,7 @@ class Encoder:
         Raises:
             CheckpointError: the disk is full, ``path`` is a file, or an adapter is not merged.
         """
-        # encoding leaves its truncation in the tokenizer, which would be saved with it
+        # encode_tokens leaves its truncation in the tokenizer, which would be saved with it
         self.tokenizer.backend_tokenizer.no_truncation()
         with atomic_directory(path, stale=MODEL_PATTERNS, last="config.json") as temporary:
             save_pretrained(self.model, temporary, is_causal=self.config.causal)
@@ -234,51 +238,19 @@ class Encoder:
             settings = json.dumps(asdict(self.config), indent=2)
             (temporary / CONFIG_FILE).write_text(settings + "\n", encoding="utf-8")
 
-    def _tokenise(self, pairs: list[tuple[str, str]]) -> list[_Row]:
+    def _tokenise(self, pairs: list[tuple[str, str]]) -> list[Row]:
         """Token ids and pooled spans of (instruction, text) pairs."""
-        if not pairs:
-            return []
-        before, after = (self.config.template or "{text}").split("{text}")
-        # instruction, one space, text: the order and spacing of the released models (METHOD 7.1)
-        heads = [before + (f"{instruction} " if instruction else "") for instruction, _ in pairs]
-        # the original strips a text before it goes into a template
-        bodies = [text if self.config.template is None else text.strip() + after for _, text in pairs]
-        eos = [self.tokenizer.eos_token_id] if self.config.pooling == "eos_token" else []
-        encoded = self.tokenizer(
-            [head + body for head, body in zip(heads, bodies, strict=True)],
-            truncation=True,
-            max_length=self.config.max_length - len(eos),
-            return_offsets_mapping=True,
-        )
-        rows = []
-        for index, (ids, offsets) in enumerate(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)):
-            start = self._pooled_start(ids, offsets, len(heads[index]))
-            if start >= len(ids) and pairs[index][1].strip():
-                raise BivecError(
-                    f"text {index}: its instruction fills all {self.config.max_length} tokens (max_length); "
-                    "nothing is left of the text to pool"
-                )
-            # a tokenizer may append the EOS by itself
-            rows.append(_Row(ids if ids[-1:] == eos else ids + eos, start if start < len(ids) else 0))
-        return rows
-
-    def _pooled_start(self, ids: list[int], offsets: list[tuple[int, int]], head_length: int) -> int:
-        """The first pooled token; ``len(ids)`` where no token belongs to the text."""
-        if self.config.pooling == "bos_token":
-            return 0
-        if head_length and self.config.skip_instruction:
-            # the first token that reaches beyond the head (METHOD 5.4, by offsets instead of tokenising twice)
-            return next((i for i, (_, end) in enumerate(offsets) if end > head_length), len(ids))
-        return 0 if self.config.pool_bos else self._prefix
+        heads = [encoding_head(instruction) for instruction, _ in pairs]
+        return self._text_format.rows(heads, [text for _, text in pairs], allow_empty=True)
 
     def _batches(
         self,
-        rows: list[_Row],
+        rows: list[Row],
         batch_size: int | None,
         tokens_per_batch: int | None,
         show_progress_bar: bool | None,
-    ) -> Iterator[tuple[PackedBatch, Tensor, list[int]]]:
-        """Yields (packed batch, first pooled row of each sequence [B], positions in the input list)."""
+    ) -> Iterator[tuple[PackedBatch, Tensor, Tensor, list[int]]]:
+        """Yields (packed batch, its pooled spans' starts [B] and ends [B], positions in the input list [B])."""
         from tqdm import tqdm
 
         lengths = [len(row.input_ids) for row in rows]
@@ -287,8 +259,10 @@ class Encoder:
         with tqdm(total=len(rows), desc="encode", unit="text", disable=not show, leave=False) as bar:
             for group in token_budget_batches(lengths, budget, max_sequences=batch_size):
                 batch = PackedBatch.from_sequences([rows[i].input_ids for i in group], device=self.device)
-                starts = torch.tensor([rows[i].start for i in group], device=self.device)
-                yield batch, batch.cu_seqlens[:-1].long() + starts, group
+                begins = batch.cu_seqlens[:-1].long()
+                starts = begins + torch.tensor([rows[i].start for i in group], device=self.device)
+                ends = begins + torch.tensor([rows[i].end for i in group], device=self.device)
+                yield batch, starts, ends, group
                 bar.update(len(group))
 
 
@@ -304,13 +278,7 @@ def _as_list(sentences: str | Sequence) -> list:
 def _split_pair(item: str | Sequence[str], instruction: str | None, index: int) -> tuple[str, str]:
     """(instruction, text) of an input; llm2vec's pairs may carry a third element, which counts for nothing."""
     if isinstance(item, str):
-        return (instruction or "").strip(), item
+        return instruction or "", item
     if isinstance(item, (list, tuple)) and len(item) >= 2 and all(isinstance(part, str) for part in item[:2]):
-        return item[0].strip(), item[1]
+        return item[0], item[1]
     raise BivecError(f"text {index} is {type(item).__name__}, expected a str or an [instruction, text] pair")
-
-
-def _weights_directory(path: str | Path) -> str | Path:
-    """A run directory stands for its ``merged/``."""
-    merged = Path(path) / "merged"
-    return merged if (merged / "config.json").is_file() and not (Path(path) / "config.json").is_file() else path

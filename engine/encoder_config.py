@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bivec.engine.text_format import TextFormat, expand_template
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CONFIG_FILE = "bivec_config.json"
 LLM2VEC_FILE = "llm2vec_config.json"
@@ -40,29 +44,29 @@ class EncoderConfig:
     """How texts become vectors; stored beside the weights as ``bivec_config.json``.
 
     Raises:
-        ConfigError: an unknown pooling, a length below 2, a template without its one ``{text}``.
+        ConfigError: an unknown pooling, a length below 2, a template that is neither a known name nor has its one
+            ``{text}``.
     """
 
     pooling: str = "mean"  # see POOLINGS; "eos_token" also puts an EOS behind every text
     pool_bos: bool = True  # False: special tokens in front are left out of the pooled span, as in the released LLM2Vec
     causal: bool = False
-    max_length: int = 512  # tokens, special ones included; the tail is cut
-    template: str | None = None  # "[INST] {text} [/INST]"; what follows {text} is pooled too (METHOD 5.4)
+    max_length: int = 512  # tokens, special ones included; a longer text loses its last ones
+    template: str | None = None  # "[INST] {text} [/INST]"; a short name of TEMPLATES becomes what it stands for
     skip_instruction: bool = True  # False: instruction and template head are pooled too, as in sentence-transformers
+    pool_tail: bool = True  # what follows {text} is pooled too (METHOD 5.4); False: the text only
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise ConfigError(f"pooling {self.pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length!r}, expected an integer of at least 2 tokens")
-        if self.template is not None and self.template.count("{text}") != 1:
-            raise ConfigError(f"template {self.template!r} must contain {{text}} exactly once")
+        if self.template is not None:
+            object.__setattr__(self, "template", expand_template(self.template))
 
 
 def read_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig:
     """The pooling rule stored in a model directory; mean, bidirectional, 512 tokens where it says nothing.
-
-    Of several files the first of ours, LLM2Vec's and sentence-transformers' counts.
 
     Args:
         folder: the directory (or a ``.gguf`` file, which says nothing).
@@ -70,6 +74,14 @@ def read_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig:
 
     Raises:
         ConfigError: a file that is not JSON, holds unknown fields or asks for a pooling that bivec does not have.
+    """
+    return stored_encoder_config(folder, config) or EncoderConfig(causal=bool(config.is_causal))
+
+
+def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig | None:
+    """See :func:`read_encoder_config`; None where the directory says nothing.
+
+    Of several files the first of ours, LLM2Vec's and sentence-transformers' counts.
     """
     for file, read in (
         (folder / CONFIG_FILE, _read_own),
@@ -82,7 +94,7 @@ def read_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig:
                 return EncoderConfig(**{"causal": bool(config.is_causal), **settings})
             except ConfigError as error:
                 raise ConfigError(f"{file}: {error}") from error
-    return EncoderConfig(causal=bool(config.is_causal))
+    return None
 
 
 def _read_own(file: Path) -> dict[str, Any]:
@@ -137,3 +149,23 @@ def _read_json(file: Path, kind: type) -> Any:
     if not isinstance(content, kind):
         raise ConfigError(f"{file}: expected a JSON {kind.__name__}, found {type(content).__name__}")
     return content
+
+
+def text_format(config: EncoderConfig, tokenizer: PreTrainedTokenizerFast) -> TextFormat:
+    """The rule by which an encoder, and its training, make rows of texts."""
+    first = config.pooling == "bos_token"  # the first token of the row, whatever the spans leave out
+    return TextFormat(
+        tokenizer,
+        config.max_length,
+        template=config.template,
+        pool_tail=config.pool_tail,
+        skip_head=config.skip_instruction and not first,
+        pool_bos=config.pool_bos or first,
+        append_eos=config.pooling == "eos_token",
+    )
+
+
+def weights_directory(path: str | Path) -> str | Path:
+    """A run directory stands for its ``merged/``."""
+    merged = Path(path) / "merged"
+    return merged if (merged / "config.json").is_file() and not (Path(path) / "config.json").is_file() else path

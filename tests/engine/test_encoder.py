@@ -194,8 +194,53 @@ def test_max_length(llama, tiny_llama_dir):
     assert configured(llama, max_length=5000).config.max_length == 1024  # the model's positions
     with pytest.raises(ConfigError, match="max_length 1025 exceeds the 1024 positions"):
         Encoder.from_pretrained(tiny_llama_dir, max_length=1025)
-    with pytest.raises(BivecError, match=r"text 1: its instruction fills all 10 tokens"):
+    with pytest.raises(BivecError, match=r"text 1: no token is left for it: of max_length 10 its instruction"):
         short.encode([["", "x"], [long, "x"]])
+
+
+def test_truncation_keeps_the_template(llama):
+    encoder = configured(llama, template="[INST] {text} [/INST]", max_length=40)
+    long, tail = " ".join(TEXTS[2:4]), len(llama.tokenizer(" [/INST]").input_ids) - 1
+    ids = llama.tokenizer(f"[INST] Find: {long} [/INST]").input_ids
+    start = len(llama.tokenizer("[INST] Find:").input_ids)
+    assert len(ids) > 50 and tail > 1
+    states = hidden_states(llama, ids[: 40 - tail] + ids[-tail:])
+    close(encoder.encode(["x", long], instruction="Find:")[1], states[start:].mean(0))
+    with pytest.raises(BivecError, match="text 1: no token is left for it"):
+        encoder.encode(["x", [long, "x"], "x"])
+    with pytest.raises(ConfigError, match="max_length 5 leaves no token to a text"):
+        configured(llama, template="[INST] {text} [/INST]", max_length=5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last_token", "eos_token", "bos_token"])
+def test_text_only(llama, pooling):
+    """``pool_tail=False`` ends the span with the text; the EOS and the BOS, where they are what is pooled, stay so."""
+    encoder = configured(llama, template="[INST] {text} [/INST]", pool_tail=False, pooling=pooling)
+    ids = llama.tokenizer(f"[INST] {TEXTS[2]} [/INST]").input_ids + ([1] if pooling == "eos_token" else [])
+    start, end = (len(llama.tokenizer(text).input_ids) for text in ("[INST]", f"[INST] {TEXTS[2]}"))
+    states = hidden_states(llama, ids)
+    expected = {
+        "mean": states[start:end].mean(0),
+        "last_token": states[end - 1],
+        "eos_token": states[-1],
+        "bos_token": states[0],
+    }
+    close(encoder.encode(["x", TEXTS[2], "y"])[1], expected[pooling])
+
+
+def test_templates_by_name(tiny_llama_dir, tmp_path, monkeypatch):
+    encoder = Encoder.from_pretrained(tiny_llama_dir, template="mistral", pool_tail=False)
+    assert encoder.config == EncoderConfig(template="[INST] {text} [/INST]", pool_tail=False)
+    # a folder says all by itself, whatever it is called and whatever names later versions know
+    name = "Qwen/Qwen2-7B-Instruct"
+    encoder.save_pretrained(tmp_path / name)
+    stored = json.loads((tmp_path / name / "bivec_config.json").read_text())
+    assert stored["template"] == "[INST] {text} [/INST]" and stored["pool_tail"] is False
+    monkeypatch.chdir(tmp_path)
+    assert Encoder.from_pretrained(name).config == encoder.config
+    assert Encoder.from_pretrained(name, template="none", pool_tail=True).config == EncoderConfig()
+    shutil.copytree(tiny_llama_dir, "mistralai/Mistral-7B-Instruct-v0.2")
+    assert Encoder.from_pretrained("mistralai/Mistral-7B-Instruct-v0.2").config.template is None
 
 
 def test_bad_input(llama):
@@ -220,6 +265,7 @@ def test_bad_input(llama):
         ({"max_length": 1}, "max_length is 1"),
         ({"max_length": "512"}, "max_length is '512'"),
         ({"template": "no place"}, "exactly once"),
+        ({"template": "lama-3"}, "choose one of llama-3, mistral"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -263,7 +309,7 @@ def test_transformers_gives_our_vectors(directory, causal, tmp_path):
 
 
 def test_round_trip(tiny_llama_dir, tmp_path):
-    settings = {"pooling": "weighted_mean", "pool_bos": False, "max_length": 20, "template": "[INST] {text} [/INST]"}
+    settings = {"pooling": "weighted_mean", "pool_bos": False, "max_length": 30, "template": "[INST] {text} [/INST]"}
     encoder = Encoder.from_pretrained(tiny_llama_dir, **settings)
     vectors = encoder.encode(TEXTS, instruction="Find:")
     encoder.save_pretrained(tmp_path / "run" / "merged")
