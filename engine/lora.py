@@ -194,7 +194,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
         ConfigError: the model already carries an adapter.
     """
     directory = Path(directory)
-    config = _read_adapter_config(directory / "adapter_config.json")
+    config = read_adapter_config(directory / "adapter_config.json")
     file = directory / "adapter_model.safetensors"
     tensors = _read_adapter_tensors(file)
     try:
@@ -235,7 +235,7 @@ def _target_projections(model: nn.Module, targets: tuple[str, ...]) -> dict[str,
     return {name: module for name, module in linear.items() if name.rpartition(".")[2] in targets}
 
 
-def _read_adapter_config(file: Path) -> LoraConfig:
+def read_adapter_config(file: Path) -> LoraConfig:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

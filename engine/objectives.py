@@ -10,30 +10,20 @@ Sources: BehnamGhader et al. 2024 (LLM2Vec; METHOD 3 and 4); Gao et al. 2021 (Si
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bivec.engine.data import BlockDataset
+from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, memory_setting
 from bivec.engine.lora import Adapter
 from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
+from bivec.engine.micro_loss import ATTENTION_SITE, MicroLoss, lora_noise, with_more_recomputation
 from bivec.engine.packing import indices_for_step
 from bivec.kernels import fold_seed, info_nce, linear_cross_entropy, segment_pool
 from bivec.models import PackedBatch
-from bivec.models.recompute import LEVELS as RECOMPUTE_LEVELS
-
-LORA_SITE, ATTENTION_SITE = 1, 2  # folded into the stage's seed: the two dropouts must not share bits
-
-
-@dataclass(frozen=True)
-class MicroLoss:
-    """The loss of one micro-batch, already weighted so that the step's loss is the sum."""
-
-    loss: Tensor  # 0-dim
-    tokens: int  # tokens that went through the model
 
 
 def mntp_loss(
@@ -115,19 +105,6 @@ def simcse_loss(
     return info_nce(first, second, scale=scale, backend=backend)
 
 
-@contextmanager
-def _lora_noise(adapter: Adapter | None, seed: int, batch: PackedBatch) -> Iterator[None]:
-    """LoRA dropout for one micro-batch, forward and backward; an evaluation between two steps must not see it."""
-    if adapter is None:
-        yield
-        return
-    adapter.set_noise(fold_seed(seed, LORA_SITE), batch.token_ids())
-    try:
-        yield
-    finally:
-        adapter.set_noise(None)
-
-
 @dataclass(frozen=True)
 class MntpObjective:
     """Feeds :func:`mntp_loss` with ``batch_size`` blocks a step, in micro-batches of at most ``micro_batch_tokens``."""
@@ -163,7 +140,7 @@ class MntpObjective:
         normalizer = float(max(1, sum(len(micro.index) for micro in micro_batches)))
         for micro in micro_batches:
             micro = micro.to(device)
-            with _lora_noise(self.adapter, self.seed, micro.batch):
+            with lora_noise(self.adapter, self.seed, micro.batch):
                 loss = mntp_loss(
                     self.model,
                     self.lm_head_weight,
@@ -184,7 +161,7 @@ class MntpObjective:
         blocks = self._blocks_per_micro_batch()
         if blocks > 1:
             return replace(self, micro_batch_tokens=blocks // 2 * self.blocks.block_size)
-        return _with_more_recomputation(self)
+        return with_more_recomputation(self)
 
     def memory_setting(self) -> str:
         """What :meth:`with_less_memory` changes, in words."""
@@ -194,7 +171,7 @@ class MntpObjective:
 
 @dataclass(frozen=True)
 class SimcseObjective:
-    """Feeds :func:`simcse_loss` with ``batch_size`` sentences a step, both views in one packed forward."""
+    """The step of :func:`simcse_loss` with ``batch_size`` sentences, in micro-batches by gradient caching."""
 
     model: nn.Module
     adapter: Adapter | None
@@ -206,39 +183,40 @@ class SimcseObjective:
     pooling: str = "mean"
     skip_prefix: int = 0
     attention_dropout: float = 0.3
+    micro_batch_tokens: int | None = None  # None = both views of all sentences in one packed forward
     recompute: str = "none"
     backend: str | None = None
 
+    def rows(self, step: int) -> StepRows:
+        """Both views of the step's sentences: sentence i at i and at B + i."""
+        chosen = indices_for_step(len(self.sentences), self.batch_size, self.seed, step)
+        views = [self.sentences[row] for row in chosen] * 2
+        lengths = np.array([len(view) for view in views], dtype=np.int64)
+        spans = np.stack([np.minimum(self.skip_prefix, lengths), lengths], axis=1)
+        return StepRows(views, spans, np.arange(len(views)) + step * len(views))
+
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
-        rows = indices_for_step(len(self.sentences), self.batch_size, self.seed, step)
-        sentences = [self.sentences[row] for row in rows]
-        first_id = step * 2 * self.batch_size
-        views = PackedBatch.from_sequences(
-            sentences * 2, range(first_id, first_id + 2 * self.batch_size), device=self.device
+        embedder = Embedder(
+            self.model,
+            self.adapter,
+            self.seed,
+            self.device,
+            pooling=self.pooling,
+            attention_dropout=self.attention_dropout,
+            recompute=self.recompute,
+            backend=self.backend,
         )
-        with _lora_noise(self.adapter, self.seed, views):
-            loss = simcse_loss(
-                self.model,
-                views,
-                scale=self.scale,
-                pooling=self.pooling,
-                skip_prefix=self.skip_prefix,
-                attention_dropout=self.attention_dropout,
-                seed=fold_seed(self.seed, ATTENTION_SITE),
-                recompute=self.recompute,
-                backend=self.backend,
-            )
-            yield MicroLoss(loss, views.num_tokens)
+        return cached_losses(embedder, self.rows(step), self.loss_of, self.micro_batch_tokens)
+
+    def loss_of(self, embeddings: Tensor) -> Tensor:
+        """0-dim, of both views of all sentences [2B, D]."""
+        first, second = embeddings.chunk(2)
+        return info_nce(first, second, scale=self.scale, backend=self.backend)
 
     def with_less_memory(self) -> SimcseObjective | None:
-        """The same step with more recomputation (the loss needs the whole batch at once); None = no way left."""
-        return _with_more_recomputation(self)
+        """The same step with more recomputation, then in micro-batches of half the size; None = no way left."""
+        return less_memory(self, self.rows(0).lengths)
 
     def memory_setting(self) -> str:
         """What :meth:`with_less_memory` changes, in words."""
-        return f"recomputation {self.recompute!r}"
-
-
-def _with_more_recomputation(objective: Any) -> Any:
-    level = RECOMPUTE_LEVELS.index(objective.recompute) + 1
-    return replace(objective, recompute=RECOMPUTE_LEVELS[level]) if level < len(RECOMPUTE_LEVELS) else None
+        return memory_setting(self)

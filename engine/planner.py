@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,15 +65,16 @@ class MicroBatch:
 
     tokens: int
     scored: int = 0  # rows that the LM head scores, of MNTP
-    sequences: int = 0  # pooled ones, of SimCSE
+    sequences: int = 0  # pooled ones, of a contrastive step
     recompute: str = "none"
+    cached: int = 0  # embeddings of the step, where gradient caching cuts it
 
 
 @dataclass(frozen=True)
 class MemoryPrediction:
     """Bytes."""
 
-    resident: int  # weights, LoRA and its optimiser
+    resident: int  # weights, LoRA and its optimiser, cached embeddings
     kept: int  # for backward
     temporaries: int  # at the peak, on top of these
 
@@ -137,6 +138,7 @@ def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
     hidden, inner = config.hidden_size, config.intermediate_size
     adapter = lora_parameters(config, setting.lora)
     resident = itemsize * config.num_parameters(lm_head=setting.lm_head) + 16 * adapter
+    resident += 2 * micro.cached * itemsize * hidden  # and their gradients
 
     mixed_lengths = micro.sequences > 0  # MNTP's blocks are of one length
     kept = config.num_layers * tokens * kept_per_token(setting, micro.recompute, mixed_lengths)
@@ -204,24 +206,48 @@ def plan_mntp(
     return max(plans, key=lambda plan: plan.micro_batch_tokens)
 
 
-def plan_simcse(setting: Setting, batch_tokens: int, batch_size: int, memory_bytes: int) -> Plan:
-    """The least recomputation with which a step of SimCSE fits; its batch is one forward, as the loss needs all of it.
+def plan_contrastive(
+    setting: Setting, stage: str, batch_tokens: int, sequences: int, longest: int, memory_bytes: int
+) -> Plan:
+    """Cuts a contrastive step: one forward of all its sequences, as long as any recomputation lets it fit.
+
+    Else micro-batches by gradient caching (``engine/grad_cache.py``), the least recomputation with which they are of a
+    good size: like that of whole layers, it costs one more forward.
 
     Args:
         setting: model and training.
-        batch_tokens: tokens of both views of a batch.
-        batch_size: sentences of a step.
+        stage: its name, for the error.
+        batch_tokens: tokens of a step.
+        sequences: texts of a step.
+        longest: tokens of the longest text, which is never cut.
         memory_bytes: what the device has for this process.
 
     Raises:
-        RunError: the batch does not fit even with all recomputation.
+        RunError: the longest text does not fit even with all recomputation.
     """
-    micro = MicroBatch(batch_tokens, sequences=2 * batch_size)
+    budget = int(memory_bytes * (1 - SLACK))
     for level in LEVELS:
-        predicted = predict(setting, replace(micro, recompute=level))
-        if predicted.total <= int(memory_bytes * (1 - SLACK)):
+        predicted = predict(setting, MicroBatch(batch_tokens, sequences=sequences, recompute=level))
+        if predicted.total <= budget:
             return Plan(batch_tokens, 1, level, predicted)
-    raise RunError(_too_small("simcse", memory_bytes, predicted, "lower simcse.batch_size"))
+
+    def fitting(recompute: str) -> Plan | None:
+        """The largest micro-batch that fits, of about equal ones."""
+        for count in range(2, batch_tokens // longest + 1):
+            tokens = -(-batch_tokens // count)
+            share = -(-sequences // count)
+            micro = MicroBatch(tokens, sequences=share, recompute=recompute, cached=sequences)
+            predicted = predict(setting, micro)
+            if predicted.total <= budget:
+                return Plan(tokens, count, recompute, predicted)
+        return None
+
+    plans = [plan for level in LEVELS if (plan := fitting(level)) is not None]
+    if not plans:
+        least = predict(setting, MicroBatch(longest, sequences=1, recompute="layer", cached=sequences))
+        raise RunError(_too_small(stage, memory_bytes, least, f"lower {stage}.max_length"))
+    good = [plan for plan in plans if plan.micro_batch_tokens >= GOOD_MICRO_BATCH]
+    return good[0] if good else max(plans, key=lambda plan: plan.micro_batch_tokens)
 
 
 def batch_tokens(lengths: np.ndarray, batch_size: int) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from bivec.engine.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from bivec.engine.errors import RunError
-from bivec.engine.objectives import MicroLoss
+from bivec.engine.micro_loss import MicroLoss
 from bivec.engine.optim import OptimConfig, learning_rate_at, make_optimizer
 
 
@@ -187,7 +187,8 @@ def _optimizer_step(
     loss, tokens = 0.0, 0
     for micro in objective.micro_losses(state.step):
         micro.loss.backward()
-        loss, tokens = loss + micro.loss.detach(), tokens + micro.tokens
+        value = micro.loss.detach() if micro.value is None else micro.value
+        loss, tokens = loss + value, tokens + micro.tokens
     norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
     loss_value, norm_value = float(loss), float(norm)
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):

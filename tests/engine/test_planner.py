@@ -23,8 +23,8 @@ from bivec.engine.planner import (
     kept_per_token,
     lora_parameters,
     parse_memory,
+    plan_contrastive,
     plan_mntp,
-    plan_simcse,
     predict,
 )
 from bivec.kernels import dropout as kernels_dropout
@@ -86,6 +86,14 @@ def simcse(config, lora, recompute, batch=12, length=24):
     return objective, MicroBatch(2 * sum(lengths), sequences=2 * batch, recompute=recompute)
 
 
+def cut_simcse(config, lora, recompute):
+    """The same batch in three micro-batches."""
+    objective, micro = simcse(config, lora, recompute)
+    tokens = micro.tokens // 3 + 8
+    cut = replace(micro, tokens=tokens, sequences=micro.sequences // 3, cached=micro.sequences)
+    return replace(objective, micro_batch_tokens=tokens), cut
+
+
 def measured_peak(objective):
     """The most memory above what was taken before, by the profiler's record of allocations and releases."""
 
@@ -109,6 +117,7 @@ def measured_peak(objective):
         (mntp, LARGE, 0.0, "none"),  # its peak is in the loss
         (simcse, SMALL, 0.0, "none"),
         (simcse, LARGE, 0.05, "selective"),
+        (cut_simcse, LARGE, 0.05, "none"),
     ],
 )
 @pytest.mark.parametrize("rows_of_dropout", [16, 1 << 10])
@@ -230,13 +239,22 @@ def test_a_plan_is_the_largest_that_fits():
         plan_mntp(ON_A_GPU, 8, 512, 0.2, 10 * GIB)
 
 
-def test_simcse_is_not_cut():
+def test_a_contrastive_step_is_cut_last():
+    """Recomputation first: it costs no more than gradient caching, and the products stay large."""
     setting = replace(ON_A_GPU, lm_head=False)
     for gib, recompute in ((80, "none"), (40, "selective"), (20, "layer")):
-        plan = plan_simcse(setting, 2 * 128 * 30, 128, gib * GIB)
+        plan = plan_contrastive(setting, "simcse", 7680, 256, 128, gib * GIB)
         assert (plan.accumulation, plan.micro_batch_tokens, plan.recompute) == (1, 7680, recompute)
-    with pytest.raises(RunError, match=r"simcse needs .*, there are 12; .*lower simcse.batch_size"):
-        plan_simcse(setting, 2 * 128 * 30, 128, 12 * GIB)
+    sizes = []
+    for gib in (17, 15.8, 15.5, 15.2):
+        plan = plan_contrastive(setting, "simcse", 7680, 256, 128, int(gib * GIB))
+        assert plan.accumulation == -(-7680 // plan.micro_batch_tokens) > 1
+        cached = MicroBatch(plan.micro_batch_tokens, 0, -(-256 // plan.accumulation), plan.recompute, cached=256)
+        assert plan.predicted == predict(setting, cached) and plan.predicted.total <= gib * GIB * (1 - SLACK)
+        sizes.append((LEVELS.index(plan.recompute), -plan.micro_batch_tokens))
+    assert sizes == sorted(set(sizes))
+    with pytest.raises(RunError, match=r"--memory: simcse needs .*, there are 12; .*lower simcse.max_length"):
+        plan_contrastive(setting, "simcse", 7680, 256, 128, 12 * GIB)
 
 
 def test_tokens_of_a_batch():

@@ -178,20 +178,20 @@ def test_an_earlier_run_is_not_mixed_in(tmp_path):
 
 
 class Cramped:
-    """An objective that runs out of memory in the last micro-batch of a step, while its micro-batches are large."""
+    """An objective that runs out of memory in a micro-batch of a step, while its micro-batches are large."""
 
-    def __init__(self, objective, fits, error):
-        self.objective, self.fits, self.error = objective, fits, error
+    def __init__(self, objective, fits, error, count=1):
+        self.objective, self.fits, self.error, self.count = objective, fits, error, count
 
     def micro_losses(self, step):
         for count, micro in enumerate(self.objective.micro_losses(step)):
-            if count > 0 and not self.fits(self.objective):
+            if count >= self.count and not self.fits(self.objective):
                 raise self.error
             yield micro
 
     def with_less_memory(self):
         smaller = self.objective.with_less_memory()
-        return None if smaller is None else Cramped(smaller, self.fits, self.error)
+        return None if smaller is None else Cramped(smaller, self.fits, self.error, self.count)
 
     def memory_setting(self):
         return self.objective.memory_setting()
@@ -243,14 +243,15 @@ def test_out_of_memory_at_one_block_recomputes_more_and_then_gives_up(tiny_llama
         run(tiny_llama_dir, lambda c, a: Cramped(mntp(c, a), lambda o: False, GPU_ERROR))
 
 
-def test_simcse_recomputes_where_memory_ends(tiny_llama_dir):
-    checkpoint = load_pretrained(tiny_llama_dir)
-    objective = simcse(checkpoint, None)
-    levels = []
-    while objective is not None:
-        levels.append(objective.memory_setting())
-        objective = objective.with_less_memory()
-    assert levels == ["recomputation 'none'", "recomputation 'selective'", "recomputation 'layer'"]
+def test_simcse_recomputes_where_memory_ends_and_then_cuts_its_batch(tiny_llama_dir):
+    def cramped(checkpoint, adapter):
+        return Cramped(simcse(checkpoint, adapter), lambda o: o.micro_batch_tokens is not None, GPU_ERROR, count=0)
+
+    whole, _ = run(tiny_llama_dir, simcse)
+    cut, _ = run(tiny_llama_dir, cramped)
+    for step, (loss, _, norm, tokens) in whole.items():
+        assert cut[step][0] == pytest.approx(loss, rel=1e-4) and cut[step][2] == pytest.approx(norm, rel=1e-3)
+        assert cut[step][3] == tokens
 
 
 def test_other_errors_are_not_taken_for_it(tiny_llama_dir):

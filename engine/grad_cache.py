@@ -1,0 +1,155 @@
+"""Gradient caching: a contrastive step of any batch size in the memory of one micro-batch.
+
+A loss over in-batch negatives needs the embeddings of all sequences at once; a backward needs the activations only of
+what it walks through. So a step
+
+1. embeds every micro-batch without a graph (of one, a full one, the graph is kept),
+2. takes the loss of all embeddings and its gradient with respect to them,
+3. embeds every micro-batch again, with a graph, and walks it back from its rows of that gradient.
+
+Dropout is keyed by sample ids, so both forwards of a sequence meet the same masks, and the gradients are those of one
+forward of the whole batch. The price is a second forward of all micro-batches but that one. Memory beyond a
+micro-batch's: the embeddings [S, D] and their gradients.
+
+Source: Gao et al. 2021 (GradCache, arXiv:2101.06983).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bivec.engine.lora import Adapter
+from bivec.engine.micro_loss import ATTENTION_SITE, AnyObjective, MicroLoss, lora_noise, with_more_recomputation
+from bivec.engine.packing import token_budget_batches
+from bivec.kernels import fold_seed, segment_pool
+from bivec.models import PackedBatch
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The S sequences of a step."""
+
+    input_ids: Sequence[Sequence[int]]
+    spans: np.ndarray  # [S, 2] int64: the first pooled token of each, and the one behind the last
+    sample_ids: np.ndarray  # [S] int64: key the dropout, so no two of them are equal
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[S] int64"""
+        return np.fromiter(map(len, self.input_ids), dtype=np.int64, count=len(self.input_ids))
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """How sequences become embeddings in training."""
+
+    model: nn.Module
+    adapter: Adapter | None  # its dropout is keyed here; None for full-weight training
+    seed: int  # of both dropouts
+    device: torch.device | str = "cpu"
+    pooling: str = "mean"  # mode of ``segment_pool``
+    causal: bool = False
+    attention_dropout: float = 0.0
+    recompute: str = "none"
+    backend: str | None = None
+
+    @contextmanager
+    def embed(self, rows: StepRows, group: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+        """Some of the sequences: their embeddings [len(group), D], and how many tokens they have.
+
+        The dropout of LoRA is keyed until the block ends: a backward belongs inside.
+        """
+        group = np.asarray(group, dtype=np.int64)
+        batch = PackedBatch.from_sequences([rows.input_ids[i] for i in group], rows.sample_ids[group], self.device)
+        spans = torch.from_numpy(rows.spans[group]).to(self.device) + batch.cu_seqlens[:-1, None]
+        with lora_noise(self.adapter, self.seed, batch):
+            hidden = self.model(
+                batch,
+                causal=self.causal,
+                attention_dropout=self.attention_dropout,
+                seed=fold_seed(self.seed, ATTENTION_SITE),
+                recompute=self.recompute,
+                backend=self.backend,
+            )
+            pooled = segment_pool(
+                hidden,
+                batch.cu_seqlens,
+                mode=self.pooling,
+                span_starts=spans[:, 0],
+                span_ends=spans[:, 1],
+                backend=self.backend,
+            )
+            yield pooled, batch.num_tokens
+
+
+def micro_batches(lengths: np.ndarray, micro_batch_tokens: int | None) -> list[list[int]]:
+    """Which sequences are run together: all, or longest first up to the budget."""
+    if micro_batch_tokens is None or lengths.sum() <= micro_batch_tokens:
+        return [list(range(len(lengths)))]
+    return token_budget_batches(lengths, micro_batch_tokens)
+
+
+def cached_losses(
+    embedder: Embedder, rows: StepRows, loss_of: Callable[[Tensor], Tensor], micro_batch_tokens: int | None = None
+) -> Iterator[MicroLoss]:
+    """The losses of a contrastive step's micro-batches; each must be walked back before the next is asked for.
+
+    Args:
+        embedder: model, pooling and dropout.
+        rows: the S sequences of the step.
+        loss_of: from all embeddings [S, D] to the 0-dim loss of the step.
+        micro_batch_tokens: of one forward and backward; a longer sequence makes a micro-batch of its own. None = all
+            sequences at once.
+
+    Yields:
+        Surrogates whose gradients are the step's; ``value`` is its loss in the first and 0 in the others.
+    """
+    kept, *cached = micro_batches(rows.lengths, micro_batch_tokens)  # the first has the most tokens, or nearly so
+    embeddings: Tensor | None = None
+    with torch.no_grad():
+        for group in cached:
+            with embedder.embed(rows, group) as (pooled, _):
+                if embeddings is None:
+                    embeddings = pooled.new_empty(len(rows.input_ids), pooled.shape[1])
+                embeddings[group] = pooled
+    with embedder.embed(rows, kept) as (pooled, tokens):
+        if embeddings is None:
+            embeddings = pooled.new_empty(len(rows.input_ids), pooled.shape[1])
+        embeddings[kept] = pooled.detach()
+        embeddings.requires_grad_()
+        loss = loss_of(embeddings)
+        (gradients,) = torch.autograd.grad(loss, embeddings)
+        yield MicroLoss((pooled * gradients[kept]).sum(), tokens, value=loss.detach())
+    for group in cached:
+        with embedder.embed(rows, group) as (pooled, tokens):
+            yield MicroLoss((pooled * gradients[group]).sum(), tokens, value=0.0)
+
+
+def less_memory(objective: AnyObjective, lengths: np.ndarray) -> AnyObjective | None:
+    """A contrastive objective with more recomputation, then in micro-batches of half the size.
+
+    Args:
+        objective: has ``recompute`` and ``micro_batch_tokens``.
+        lengths: [S] int64: tokens of the sequences of a step.
+
+    Returns:
+        The same step in less memory; None = no way left: half would be less than its longest sequence.
+    """
+    tokens = int(lengths.sum())
+    tokens = min(objective.micro_batch_tokens or tokens, tokens) // 2
+    smaller = replace(objective, micro_batch_tokens=tokens) if tokens >= lengths.max() else None
+    return with_more_recomputation(objective) or smaller
+
+
+def memory_setting(objective: AnyObjective) -> str:
+    """What :func:`less_memory` changes, in words."""
+    recomputation = f"recomputation {objective.recompute!r}"
+    if objective.micro_batch_tokens is None:
+        return recomputation
+    return f"micro-batches of {objective.micro_batch_tokens:,} tokens, {recomputation}"
