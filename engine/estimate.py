@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bivec.engine.planner import MicroBatch, Setting, lora_parameters, predict, projection_shapes
-from bivec.engine.recipe import MntpStage, Recipe, SimcseStage
+from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
 from bivec.models import DecoderConfig
 
+TRIPLE_TOKENS = 128  # a guess for questions and passages; every data set has its own
 SENTENCE_TOKENS = 28  # a Wikipedia sentence with BOS: 26.8 for SmolLM2's tokenizer on the shipped sample
 
 
@@ -27,13 +28,15 @@ class StageEstimate:
     memory_bytes: int  # predicted peak, process overhead not counted
 
 
-def setting_of(config: DecoderConfig, stage: MntpStage | SimcseStage, itemsize: int, device: str) -> Setting:
+def setting_of(
+    config: DecoderConfig, stage: MntpStage | SimcseStage | SupervisedStage, itemsize: int, device: str
+) -> Setting:
     """The stage on a device that is used as by default: fp32 and torch on a CPU, the Triton kernels on a GPU."""
     return Setting(config, stage.lora, itemsize, isinstance(stage, MntpStage), device, triton=device != "cpu")
 
 
 def estimate_stage(
-    config: DecoderConfig, stage: MntpStage | SimcseStage, itemsize: int, device: str = "cpu"
+    config: DecoderConfig, stage: MntpStage | SimcseStage | SupervisedStage, itemsize: int, device: str = "cpu"
 ) -> StageEstimate:
     """The cost of a step of one stage on a model of this shape, weights of ``itemsize`` bytes, on "cpu" or "cuda"."""
     if isinstance(stage, MntpStage):
@@ -42,14 +45,20 @@ def estimate_stage(
         scored = tokens * stage.mask_probability
         micro = MicroBatch(micro_tokens, scored=round(micro_tokens * stage.mask_probability))
     else:
-        name, length = "simcse", min(SENTENCE_TOKENS, stage.max_length)
-        tokens, scored = 2 * stage.batch_size * length, 0.0
-        micro = MicroBatch(tokens, sequences=2 * stage.batch_size)
+        simcse = isinstance(stage, SimcseStage)
+        name, sequences = ("simcse", 2 * stage.batch_size) if simcse else ("supervised", 3 * stage.batch_size)
+        length = min(SENTENCE_TOKENS if simcse else TRIPLE_TOKENS, stage.max_length)
+        tokens, scored = sequences * length, 0.0
+        micro_tokens = min(tokens, max(stage.micro_batch_tokens or tokens, length))
+        cached = sequences if micro_tokens < tokens else 0
+        micro = MicroBatch(micro_tokens, sequences=-(-sequences * micro_tokens // tokens), cached=cached)
     weights = config.num_layers * sum(i * o for i, o in projection_shapes(config).values())
     adapter = lora_parameters(config, stage.lora)
     # forward and backward: attention does 2 GEMMs, then 4 more and one recomputed
     attention = config.num_layers * config.num_heads * config.head_dim * length * 2 * (2 + 5)
     flops = tokens * (4 * weights + 6 * adapter + attention) + 4 * scored * config.vocab_size * config.hidden_size
+    if micro.cached:  # every text is embedded twice, but for those of one micro-batch
+        flops += (tokens - micro.tokens) * (2 * (weights + adapter) + attention * 2 / 7)
     memory = predict(setting_of(config, stage, itemsize, device), micro).total
     return StageEstimate(name, adapter, tokens, flops, memory)
 
@@ -61,11 +70,14 @@ def describe(recipe: Recipe, config: DecoderConfig) -> str:
         f"  parameters   {config.num_parameters():,} in the trunk "
         f"({config.num_parameters(lm_head=True):,} with the LM head)",
     ]
-    for stage in (recipe.mntp, recipe.simcse):
+    for stage in (recipe.mntp, recipe.simcse, recipe.supervised):
         half, full = estimate_stage(config, stage, 2, "cuda"), estimate_stage(config, stage, 4, "cpu")
         if full.stage not in recipe.stages:
             continue
-        sentences = f" (two views of sentences of about {SENTENCE_TOKENS})" if full.stage == "simcse" else ""
+        sentences = {
+            "simcse": f" (two views of sentences of about {SENTENCE_TOKENS})",
+            "supervised": f" (triples of texts of about {TRIPLE_TOKENS})",
+        }.get(full.stage, "")
         lines += [
             f"  {full.stage}: {stage.optim.steps} steps of {stage.batch_size}, rate {stage.optim.learning_rate:g}",
             f"    trainable parameters   {full.trainable_parameters:,}",

@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from bivec.engine.data import BlockDataset, SentenceDataset, STSPair, load_sts, load_texts, mntp_blocks, sentence_ids
-from bivec.engine.errors import BivecError, CheckpointError, DataError, RunError
+from bivec.engine.encoder_config import weights_directory
+from bivec.engine.errors import BivecError, CheckpointError, ConfigError, DataError, RunError
 from bivec.engine.hub import prefer_offline
+from bivec.engine.lora import read_adapter_config
 from bivec.engine.masking import MaskingConfig
 from bivec.engine.recipe import PACKAGED_MODEL, Recipe
+from bivec.engine.text_format import resolve_template
 from bivec.engine.tokenizer import load_tokenizer, mask_token_id
+from bivec.engine.triple_batches import TripleBatches
+from bivec.engine.triples import TripleSet, load_triples
 from bivec.models import DecoderConfig
 from bivec.models.gguf import find_smollm2
 from bivec.models.weights import CONFIG_FILE, inspect_checkpoint, resolve_checkpoint
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
 MODEL_FLAG = "--model (a LLaMA or Mistral decoder with its tokenizer)"
 MNTP_FLAG = "--mntp-data (running text: paragraphs or articles)"
 SIMCSE_FLAG = "--simcse-data (one sentence a row)"
+SUPERVISED_FLAG = "--supervised-data (queries with positives and hard negatives)"
 
 Read = TypeVar("Read")
 
@@ -45,6 +51,7 @@ class Inputs:
     blocks: BlockDataset | None
     sentences: SentenceDataset | None
     sts: dict[str, list[STSPair]]  # "dev", "test"
+    triples: list[TripleSet] | None = None
 
     def fingerprints(self) -> dict[str, str]:
         """Size and checksum of the training tokens by stage: a resumed run must meet the same."""
@@ -54,6 +61,10 @@ class Inputs:
         if self.sentences is not None:
             checksum = zlib.crc32(self.sentences.offsets, zlib.crc32(self.sentences.flat_ids))
             found["simcse"] = f"{len(self.sentences)} sentences, crc32 {checksum:08x}"
+        if self.triples is not None:
+            sets = [f"{one.name} {one.fingerprint()}" for one in self.triples]
+            tokenizer = zlib.crc32(self.tokenizer.backend_tokenizer.to_str().encode())
+            found["supervised"] = "; ".join([*sets, f"tokenizer crc32 {tokenizer:08x}"])
         return found
 
 
@@ -79,12 +90,19 @@ class _Problems:
 
 
 def resolve_model(name: str) -> Path:
-    """The directory or .gguf file behind ``--model``.
+    """The directory or .gguf file behind ``--model``; a run directory stands for its ``merged/``.
 
     Raises:
         CheckpointError: nothing of that name is here or on the hub.
     """
-    return find_smollm2() if name == PACKAGED_MODEL else resolve_checkpoint(name)
+    return find_smollm2() if name == PACKAGED_MODEL else resolve_checkpoint(_weights(name))
+
+
+def _weights(name: str) -> str | Path:
+    """What stands for a model that is a run, which must not be asked of the hub where it is missing."""
+    if Path(name).parts[:1] == ("runs",) and not Path(name).exists():
+        raise CheckpointError(f"{name}: there is no such run; give --model the directory of one, or another decoder")
+    return weights_directory(name)
 
 
 def model_config(recipe: Recipe) -> DecoderConfig:
@@ -98,7 +116,7 @@ def model_config(recipe: Recipe) -> DecoderConfig:
     if recipe.shape is not None and not Path(recipe.model).expanduser().exists():
         return recipe.shape
     prefer_offline([recipe.model])
-    return DecoderConfig.from_pretrained(resolve_checkpoint(recipe.model, (CONFIG_FILE,)))
+    return DecoderConfig.from_pretrained(resolve_checkpoint(_weights(recipe.model), (CONFIG_FILE,)))
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
@@ -107,11 +125,11 @@ def load_inputs(recipe: Recipe) -> Inputs:
     Raises:
         RunError: what is missing or wrong, with the flags that mend it; everything that cannot be opened at once.
     """
-    sources = {"mntp": recipe.mntp_data, "simcse": recipe.simcse_data}
+    sources = {"mntp": recipe.mntp_data, "simcse": recipe.simcse_data, "supervised": recipe.supervised_data or ""}
     model = [] if recipe.model == PACKAGED_MODEL else [recipe.model]
     prefer_offline(model + [source for stage, source in sources.items() if stage in recipe.stages])
     problems = _Problems()
-    config = tokenizer = masking = mntp_texts = simcse_texts = None
+    config = tokenizer = masking = mntp_texts = simcse_texts = triples = None
     path = problems.attempt(MODEL_FLAG, lambda: resolve_model(recipe.model))
     if path is not None:
         config = problems.attempt(MODEL_FLAG, lambda: _checked_config(recipe, path))
@@ -126,6 +144,18 @@ def load_inputs(recipe: Recipe) -> Inputs:
         if config is not None:
             _check_length(problems, "simcse.max_length", recipe.simcse.max_length, config)
         simcse_texts = problems.attempt(SIMCSE_FLAG, lambda: _texts(recipe, "simcse"))
+    if "supervised" in recipe.stages:
+        if config is not None:
+            _check_length(problems, "supervised.max_length", recipe.supervised.max_length, config)
+        triples = problems.attempt(SUPERVISED_FLAG, lambda: _triples(recipe))
+        template, start, dims = (getattr(recipe.supervised, x) for x in ("template", "init_adapter", "matryoshka_dims"))
+        if config is not None:
+            problems.attempt("--set supervised.matryoshka_dims", partial(_check_dims, dims, config))
+        problems.attempt("--set supervised.template", lambda: resolve_template(template, recipe.model))
+        if start is not None and not (start == "simcse" and "simcse" in recipe.stages):
+            problems.attempt("--set supervised.init_adapter", partial(_check_start, recipe, start))
+    for adapter in recipe.adapters:
+        problems.attempt("--adapters", partial(_check_adapter, adapter))
     sts = {
         split: problems.attempt(f"--sts-{split}", partial(_sts_pairs, source, recipe.eval_pairs))
         for split, source in (("dev", recipe.sts_dev), ("test", recipe.sts_test))
@@ -137,7 +167,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     if simcse_texts is not None:
         sentences = problems.attempt(SIMCSE_FLAG, lambda: _sentences(recipe, config, tokenizer, simcse_texts))
     problems.check()
-    return Inputs(config, path, tokenizer, masking, blocks, sentences, sts)
+    return Inputs(config, path, tokenizer, masking, blocks, sentences, sts, triples)
 
 
 def _checked_config(recipe: Recipe, path: Path) -> DecoderConfig:
@@ -193,6 +223,50 @@ def _sentences(
     _check_vocabulary(sentences.flat_ids, config)
     _check_enough(len(sentences), "sentences", "simcse.batch_size", recipe.simcse.batch_size)
     return sentences
+
+
+def _check_adapter(directory: str) -> None:
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory}: no adapter_config.json there; give the directory of a PEFT adapter, such as a run's simcse/"
+        )
+
+
+def _check_start(recipe: Recipe, start: str) -> None:
+    """An adapter to go on with must not be in the weights already, and has a shape of its own."""
+    _check_adapter(start)
+    directory, model = Path(start).resolve(), Path(recipe.model).resolve()
+    if directory.parent == model or directory in [Path(name).resolve() for name in recipe.adapters]:
+        raise ConfigError(
+            f"{start} is merged into the model already, by --model or --adapters; give the model as it was before it"
+        )
+    theirs, ours = read_adapter_config(directory / "adapter_config.json"), recipe.supervised.lora
+    if (theirs.rank, theirs.alpha, set(theirs.targets)) != (ours.rank, ours.alpha, set(ours.targets)):
+        raise ConfigError(
+            f"{start} has rank {theirs.rank}, alpha {theirs.alpha:g} and targets {','.join(theirs.targets)}; give the "
+            "same to supervised.lora"
+        )
+
+
+def _check_dims(dims: tuple[int, ...], config: DecoderConfig) -> None:
+    if any(dim > config.hidden_size for dim in dims):
+        raise ConfigError(f"{dims}: the model's embeddings have {config.hidden_size} numbers")
+
+
+def _triples(recipe: Recipe) -> list[TripleSet]:
+    if recipe.supervised_data is None:
+        raise DataError("none was given; recipes/entailment_triples.py makes some of entailment data")
+    found = load_triples(
+        recipe.supervised_data,
+        on_bad_line=recipe.supervised.on_bad_line,
+        limit=recipe.data_limit,
+        argument="--supervised-data",
+    )
+    for one in found:
+        if one.bad_lines:
+            print(f"{one.name}: skipped lines that hold no triple: {one.bad_lines}", flush=True)
+    TripleBatches(found, recipe.supervised.batch_size, seed=0)  # is there a batch?
+    return found
 
 
 def _check_length(problems: _Problems, key: str, length: int, config: DecoderConfig) -> None:

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bivec.engine.encoder_config import POOLINGS
 from bivec.engine.errors import ConfigError, RunError
 from bivec.engine.lora import PROJECTIONS, LoraConfig
 from bivec.engine.optim import OptimConfig
 from bivec.engine.planner import parse_memory
 from bivec.models import DecoderConfig
 
-STAGES = ("bi", "mntp", "simcse")
+STAGES = ("bi", "mntp", "simcse", "supervised")
 # fields of Recipe that have a flag each; the others are reached by --set
 OWN_FLAGS = (
     "model",
     "mntp_data",
     "simcse_data",
+    "supervised_data",
+    "adapters",
     "mntp_column",
     "simcse_column",
     "sts_dev",
@@ -83,17 +87,68 @@ class SimcseStage:
     max_length: int = 128
     attention_dropout: float = 0.3
     scale: float = 20.0
+    micro_batch_tokens: int | None = None  # of one forward and backward, by gradient caching; None = both views at once
     lora: LoraConfig = field(default_factory=LoraConfig)
     save_every: int = 200
     evaluate_every: int = 0
 
     def __post_init__(self) -> None:
         _check_stage(self)
-        _check_at_least(self, {"batch_size": 2, "max_length": 2})  # a batch of one has no negatives and no gradient
+        _check_at_least(
+            self, {"batch_size": 2, "max_length": 2, "micro_batch_tokens": 1}
+        )  # a batch of one has no negatives and no gradient
         if not (0 <= self.attention_dropout < 1 and self.scale > 0):
             raise ConfigError(
                 f"expected attention_dropout in [0, 1) and scale above 0, got {self.attention_dropout} and {self.scale}"
             )
+
+
+@dataclass(frozen=True)
+class SupervisedStage:
+    """Supervised contrastive training (METHOD 5; the defaults are those of 5.7).
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=2e-4, steps=1000, warmup_steps=300))
+    decay_epochs: int | None = 3
+    batch_size: int = 512  # triples a step, over all processes; all of one data set
+    max_length: int = 512
+    scale: float = 50.0
+    pooling: str = "mean"
+    causal: bool = False  # the Uni baseline: the decoder's own mask, with pooling "weighted_mean"
+    template: str | None = None  # a short name, "none" or a string with {text}; None = by the model's name (METHOD 5.3)
+    pool_tail: bool = True  # the template's tail is pooled, as in the released models (METHOD 5.4)
+    sts_instruction: str = ""  # in front of the sentences of the STS evaluation
+    symmetric_instruction: bool = True  # documents of symmetric sets get it too: the paper's; the repository's do not
+    filter_same: bool = True  # a document that is a query's positive is no negative of it; the repository has no filter
+    margin: float | None = None  # negatives with a cosine above the positive's - margin are left out; None = none is
+    matryoshka_dims: tuple[int, ...] = ()
+    attention_dropout: float = 0.0
+    # an adapter to go on with, as the paper's full LLM2Vec does with SimCSE's ("simcse" = this run's; METHOD 13);
+    # None = a fresh one on the merged weights
+    init_adapter: str | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    on_bad_line: str = "error"  # "skip" counts lines that hold no triple and goes on
+    micro_batch_tokens: int | None = 16384  # of one forward and backward, by gradient caching
+    save_every: int = 200
+    evaluate_every: int = 0
+
+    def __post_init__(self) -> None:
+        _check_stage(self)
+        _check_at_least(self, {"batch_size": 1, "max_length": 2, "micro_batch_tokens": 1})
+        if not (0 <= self.attention_dropout < 1 and 0 < self.scale < math.inf):
+            raise ConfigError(
+                f"expected attention_dropout in [0, 1) and scale above 0, got {self.attention_dropout} and {self.scale}"
+            )
+        if self.margin is not None and not math.isfinite(self.margin):
+            raise ConfigError(f"margin is {self.margin}, expected a number")
+        if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims) or min(self.matryoshka_dims, default=1) < 1:
+            raise ConfigError(f"matryoshka_dims are {self.matryoshka_dims}, expected different numbers of at least 1")
+        for name, known in (("pooling", tuple(POOLINGS)), ("on_bad_line", ("error", "skip"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -112,9 +167,12 @@ class Recipe:
     sts_test: str
     mntp: MntpStage = field(default_factory=MntpStage)
     simcse: SimcseStage = field(default_factory=SimcseStage)
-    stages: tuple[str, ...] = STAGES
+    supervised: SupervisedStage = field(default_factory=SupervisedStage)
+    supervised_data: str | None = None  # triples: a folder, a file or a hub id (engine/triples.py)
+    stages: tuple[str, ...] = ("bi", "mntp", "simcse")
+    adapters: tuple[str, ...] = ()  # PEFT adapters that are merged into the model first, such as those of other runs
     # the repository pools BOS in SimCSE training only (METHOD 4.3); here one rule holds for training and encoding
-    pool_bos: bool = False
+    pool_bos: bool | None = False  # None = as the model's folder says
     bos_token: str | None = None  # of the default model, where its tokenizer adds none; None = load_tokenizer's choice
     mntp_column: str | None = None
     simcse_column: str | None = None
@@ -150,6 +208,13 @@ def smoke(recipe: Recipe) -> Recipe:
         simcse=replace(
             recipe.simcse, optim=replace(recipe.simcse.optim, steps=3), batch_size=4, max_length=32, save_every=2
         ),
+        supervised=replace(
+            recipe.supervised,
+            optim=replace(recipe.supervised.optim, steps=3, warmup_steps=0),
+            batch_size=4,
+            max_length=64,
+            save_every=2,
+        ),
         data_limit=200,
         eval_pairs=16,
     )
@@ -180,6 +245,17 @@ def parse_arguments(
         help="sentences for SimCSE, one a row, same formats (default: %(default)s)",
     )
     add(
+        "--supervised-data",
+        default=recipe.supervised_data,
+        help="queries with positives and hard negatives: .jsonl, .parquet, a folder of them or a hub id "
+        "(default: %(default)s)",
+    )
+    add(
+        "--adapters",
+        default=",".join(recipe.adapters),
+        help="PEFT adapters to merge into the model first, separated by commas, such as runs/x/mntp",
+    )
+    add(
         "--mntp-column",
         default=recipe.mntp_column,
         help="column of --mntp-data that holds the text (default: text, else the only string column)",
@@ -201,7 +277,11 @@ def parse_arguments(
         default=Path("runs") / recipe.name,
         help="where the run is written (default: %(default)s)",
     )
-    add("--stages", default=",".join(recipe.stages), help="which of bi,mntp,simcse to run (default: %(default)s)")
+    add(
+        "--stages",
+        default=",".join(recipe.stages),
+        help="which of bi,mntp,simcse,supervised to run (default: %(default)s)",
+    )
     add("--seed", type=int, default=recipe.seed, help="of data order, masks, dropout and LoRA (default: %(default)s)")
     add("--device", help="torch device, such as cuda or cpu (default: cuda where there is one)")
     add(
@@ -214,6 +294,12 @@ def parse_arguments(
         "--memory",
         metavar="auto|24GiB",
         help="cut every step so that it fits: what is free on the device, or this much (default: the recipe's cut)",
+    )
+    add(
+        "--on-bad-line",
+        choices=("error", "skip"),
+        default=recipe.supervised.on_bad_line,
+        help="what to do with a line of --supervised-data that holds no triple (default: %(default)s)",
     )
     add("--full-eval", action="store_true", help="evaluate on all STS pairs instead of the first 500")
     add("--resume", action="store_true", help="go on with the run in --output-dir from its last checkpoint")
@@ -232,12 +318,18 @@ def parse_arguments(
     )
     given = parser.parse_args(arguments)
 
+    before = recipe
     given.stages = _stages(given.stages)
+    given.adapters = tuple(name.strip() for name in given.adapters.split(",") if name.strip())
     if given.memory is not None:
         parse_memory(given.memory)
     if given.model != recipe.model:  # what the recipe knows of its own model says nothing about another
         recipe = replace(recipe, shape=None, bos_token=None)
     recipe = replace(recipe, **{name: getattr(given, name) for name in OWN_FLAGS})
+    recipe = replace(recipe, supervised=replace(recipe.supervised, on_bad_line=given.on_bad_line))
+    if "supervised" not in recipe.stages and given.supervised_data != before.supervised_data:
+        stages = ",".join([*recipe.stages, "supervised"])
+        raise RunError(f"--supervised-data {given.supervised_data}: is not read without --stages {stages}")
     if given.smoke:
         recipe = smoke(recipe)
     if given.full_eval:
@@ -273,7 +365,7 @@ def _stages(text: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in STAGES]
     if unknown or not names:
         raise RunError(
-            f"--stages {text!r}: unknown stage {', '.join(unknown) or '(none given)'}; choose from bi, mntp, simcse"
+            f"--stages {text!r}: unknown stage {', '.join(unknown) or '(none given)'}; choose from {', '.join(STAGES)}"
         )
     return tuple(stage for stage in STAGES if stage in names or stage == "bi")
 
@@ -306,6 +398,8 @@ def _parse(text: str, annotation: str, key: str) -> Any:
             return {"int": int, "float": float, "str": str}[kinds[0]](text)
         if kinds[0] == "tuple[str, ...]":
             return tuple(part.strip() for part in text.split(","))
+        if kinds[0] == "tuple[int, ...]":
+            return tuple(int(part) for part in text.split(",") if part.strip())
         if kinds[0] == "tuple[float, float]":
             first, second = text.split(",")
             return float(first), float(second)
@@ -314,7 +408,7 @@ def _parse(text: str, annotation: str, key: str) -> Any:
     raise RunError(f"--set {key}: a {annotation} cannot be given on the command line")
 
 
-def _check_stage(stage: MntpStage | SimcseStage) -> None:
+def _check_stage(stage: MntpStage | SimcseStage | SupervisedStage) -> None:
     """What the stages have in common."""
     _check_at_least(stage, {"decay_epochs": 1, "save_every": 0, "evaluate_every": 0})
     unknown = [name for name in stage.lora.targets if name not in PROJECTIONS]

@@ -3,6 +3,7 @@
     with start(RECIPE, __doc__) as run:     reads the command line, checks every input, loads the model
         run.evaluate("uni", causal=True)
         run.mntp(); run.simcse()            train, save the adapter, merge it
+        run.supervised()                    the same, where it was asked for
         run.finish()                        saves merged/, reads the test set, prints the table
 
 The files of a run are listed in the README ("What a run writes"). Each step that finds its result already there (after
@@ -12,7 +13,6 @@ The files of a run are listed in the README ("What a run writes"). Each step tha
 from __future__ import annotations
 
 import json
-import platform
 import shlex
 import sys
 import time
@@ -20,55 +20,56 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from bivec.engine.checkpoint import list_checkpoints
+from bivec.engine.cuts import as_cut, plan_cuts
 from bivec.engine.encoder import Encoder, EncoderConfig
+from bivec.engine.encoder_config import POOLINGS, stored_encoder_config, text_format
 from bivec.engine.errors import BivecError, RunError
 from bivec.engine.estimate import describe
 from bivec.engine.evaluation import sts_spearman
-from bivec.engine.inputs import Inputs, load_inputs, model_config
-from bivec.engine.lora import add_lora, load_adapter
+from bivec.engine.inputs import load_inputs, model_config
+from bivec.engine.lora import Adapter, add_lora, load_adapter
 from bivec.engine.metrics import Evaluation, StepLog, losses_by_stage
 from bivec.engine.objectives import MntpObjective, SimcseObjective
-from bivec.engine.planner import Setting, batch_tokens, free_memory, parse_memory, plan_mntp, plan_simcse
 from bivec.engine.recipe import (
     MntpStage,
     Recipe,
     RunOptions,
     SimcseStage,
-    as_dict,
-    differences,
+    SupervisedStage,
     parse_arguments,
     with_horizon,
 )
 from bivec.engine.report import StageResult, draw_results, results_table, similarity_table
+from bivec.engine.run_files import (
+    RUN_FILE,
+    TRAINED,
+    base_model,
+    check_same_data,
+    check_same_device,
+    chosen_device,
+    earlier_run,
+    read_results,
+    rewrite_run_file,
+    start_state,
+    write_run_file,
+)
+from bivec.engine.supervised import SupervisedObjective, TripleRows
+from bivec.engine.text_format import resolve_template
 from bivec.engine.tokenizer import prefix_length
 from bivec.engine.trainer import Intervals, Objective, StepMetrics, is_out_of_memory, peak_memory_bytes, train
+from bivec.engine.triple_batches import TripleBatches
 from bivec.kernels import BackendError, fold_seed
-from bivec.kernels.backend import resolve
 from bivec.models import load_pretrained
 from bivec.models.files import write_text_atomic
 
-RUN_FILE = "run.json"
-LEFT_BY_A_RUN = ("metrics.jsonl", "evaluations.jsonl", "checkpoints", "mntp", "simcse", "results.json")
-VERSIONS_OF = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "safetensors",
-    "sentencepiece",
-    "numpy",
-    "scipy",
-    "triton",
-)
-MNTP_SEED, SIMCSE_SEED, LORA_SEED = 1, 2, 3  # folded into the run's seed
+MNTP_SEED, SIMCSE_SEED, LORA_SEED, SUPERVISED_SEED = 1, 2, 3, 4  # folded into the run's seed
+ORDER = 5  # into the supervised one
 SHOWN = (
     "A man is playing the guitar on stage.",
     "Someone performs music for an audience.",
@@ -105,7 +106,7 @@ def start(recipe: Recipe, description: str | None, arguments: Sequence[str] | No
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        advice = "give --memory auto, or lower mntp.micro_batch_tokens or simcse.batch_size by --set"
+        advice = "give --memory auto, or lower micro_batch_tokens of the stage: --set mntp.micro_batch_tokens=2048"
         print(f"error: {str(error).splitlines()[0]}\n{advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -121,20 +122,27 @@ class Run:
     def __init__(self, recipe: Recipe, options: RunOptions):
         self._started = time.monotonic()
         self.recipe, self.options, self.directory = recipe, options, options.output_dir
-        earlier = _earlier_run(recipe, options)
-        self.device = _device(options)
-        _check_same_device(earlier, self.device, self.directory)
+        earlier = earlier_run(recipe, options)
+        self.device = chosen_device(options)
+        check_same_device(earlier, self.device, self.directory)
         self.inputs = load_inputs(recipe)
-        _check_same_data(earlier, self.inputs, self.directory)
-        self.results, self._earlier_seconds, self._earlier_peak = _read_results(self.directory, options.resume)
+        check_same_data(earlier, self.inputs, self.directory)
+        self.results, self._earlier_seconds, self._earlier_peak = read_results(self.directory, options.resume)
+        stored = stored_encoder_config(self.inputs.model_path, self.inputs.config)
+        # METHOD 2.5: the BOS is no part of a text
+        self.pool_bos = bool(stored and stored.pool_bos) if recipe.pool_bos is None else recipe.pool_bos
+        self.template = self.triple_rows = None
+        if "supervised" in recipe.stages:
+            self.template = self._chosen_template(stored)
+            self.triple_rows = self._triple_rows()
         self.cuts = self._cuts(earlier)
         # before anything is written: damaged weights must not leave a directory behind that asks for --resume
         self._load_model()
         self.directory.mkdir(parents=True, exist_ok=True)
         if earlier is None:
-            self._write_run_file()
+            write_run_file(self.directory, recipe, self.inputs, self.device, memory=options.memory, cuts=self.cuts)
         elif self.cuts != earlier.get("cuts", {}):  # by another --memory
-            self._rewrite_run_file(memory=options.memory, cuts=self.cuts)
+            rewrite_run_file(self.directory, memory=options.memory, cuts=self.cuts)
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
         self.metrics.path.touch()
@@ -144,7 +152,10 @@ class Run:
         checkpoint = load_pretrained(self.inputs.model_path, dtype=self._dtype(), device=self.device)
         self.model, self.lm_head_weight = checkpoint.model, checkpoint.lm_head_weight
         self.model.requires_grad_(False)
-        self.state = "bi"  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse"
+        for adapter in self.recipe.adapters:
+            load_adapter(self.model, adapter).merge()
+        self.merged: list[str] = []  # which of the run's own adapters are in the weights
+        self.state = start_state(self.recipe)  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
 
     def _dtype(self) -> str:
         """bf16 as the paper, but for the CPU, where it runs a hundred times slower than fp32."""
@@ -156,44 +167,56 @@ class Run:
         A resumed run keeps its first cut, on which the rounding of its sums depends, unless another ``--memory`` is
         given.
         """
-        if earlier is not None and self.options.memory in (None, earlier.get("memory")):
-            return earlier.get("cuts", {})
-        if self.options.memory is None:
-            return {}
-        asked = parse_memory(self.options.memory)
-        device = torch.device(self.device)
-        available = free_memory(device) if asked is None else asked
-        cuts, config = {}, self.inputs.config
-        dtype = getattr(torch, self._dtype().removeprefix("torch."), None)
-        if not isinstance(dtype, torch.dtype):
-            raise RunError(f"--dtype {self._dtype()}: no dtype of torch; expected float32, bfloat16 or float16")
-        for stage in (self.recipe.mntp, self.recipe.simcse):
-            name = "mntp" if isinstance(stage, MntpStage) else "simcse"
-            done = self.options.resume and (self.directory / name / "adapter_config.json").is_file()
-            if done and name in (earlier or {}).get("cuts", {}):
-                cuts[name] = earlier["cuts"][name]
-            if done or name not in self.recipe.stages:
-                continue
-            itemsize = dtype.itemsize
-            triton = resolve(self.options.backend, "flash_attention", device) == "triton"
-            setting = Setting(config, stage.lora, itemsize, name == "mntp", device.type, triton)
-            if isinstance(stage, MntpStage):
-                plan = plan_mntp(setting, stage.batch_size, stage.sequence_length, stage.mask_probability, available)
-                cuts[name] = {"micro_batch_tokens": plan.micro_batch_tokens, "recompute": plan.recompute}
-            else:
-                tokens = 2 * batch_tokens(self.inputs.sentences.lengths, stage.batch_size)
-                plan = plan_simcse(setting, tokens, stage.batch_size, available)
-                cuts[name] = {"recompute": plan.recompute}
+        before = (earlier or {}).get("cuts", {})
+        if self.options.memory is None or (earlier is not None and self.options.memory == earlier.get("memory")):
+            return before
+        done = [name for name in TRAINED if self.options.resume and self._is_done(name)]
+        left = replace(self.recipe, stages=tuple(name for name in self.recipe.stages if name not in done))
+        rows = self.triple_rows if "supervised" in left.stages else None
+        plans = plan_cuts(left, self.options, self.inputs, rows, torch.device(self.device), self._dtype())
+        for name, plan in plans.items():
             print(f"{name}: {plan}", flush=True)
-        return cuts
+        kept = {name: before[name] for name in done if name in before}
+        return kept | {name: as_cut(name, plan) for name, plan in plans.items()}
 
-    def evaluate(self, stage: str | None = None, *, causal: bool = False, pooling: str = "mean") -> None:
-        """STS-B dev of the model as it stands; ``stage`` names the result, by default after what has been trained."""
+    def _is_done(self, name: str) -> bool:
+        return (self.directory / name / "adapter_config.json").is_file()
+
+    def _triple_rows(self) -> TripleRows:
+        stage, seed = self.recipe.supervised, fold_seed(self.recipe.seed, SUPERVISED_SEED, ORDER)
+        rules = replace(self._encoder_config("supervised"), max_length=stage.max_length)
+        return TripleRows(
+            TripleBatches(self.inputs.triples, stage.batch_size, seed),
+            text_format(rules, self.inputs.tokenizer),
+            symmetric_instruction=stage.symmetric_instruction,
+            vocab_size=self.inputs.config.vocab_size,
+        )
+
+    def _chosen_template(self, stored: EncoderConfig | None) -> str | None:
+        """Of supervised training: the one asked for, else that of the model's folder, else by the decoder's name."""
+        given, base = self.recipe.supervised.template, base_model(self.recipe.model)
+        if given is None and stored is not None and stored.template is not None:
+            given = stored.template
+        template = resolve_template(given, base)
+        why = "as asked for" if self.recipe.supervised.template else f"of {base}"
+        print(f"supervised: {'no template' if template is None else f'template {template!r}'}, {why}", flush=True)
+        return template
+
+    def evaluate(self, stage: str | None = None, *, causal: bool | None = None, pooling: str | None = None) -> None:
+        """STS-B dev of the model as it stands.
+
+        Args:
+            stage: names the result; None = after what has been trained.
+            causal: the decoder's own mask; None = bidirectional, or as the supervised stage has it.
+            pooling: None = the mean, or that of the supervised stage.
+        """
         stage = stage or self.state
         if any(result.stage == stage for result in self.results):
             return
-        score = sts_spearman(self._encode(causal, pooling), self.inputs.sts["dev"])
-        self.results.append(StageResult(stage, pooling, score))
+        trained = self.state.rpartition("+")[2]
+        config = self._encoder_config(trained, causal, pooling)
+        score = self._sts("dev", trained, config)
+        self.results.append(StageResult(stage, config.pooling, score))
         self._write_results()
         print(f"{stage}: STS-B dev {score:.1f}", flush=True)
 
@@ -229,27 +252,71 @@ class Run:
             seed=fold_seed(self.recipe.seed, SIMCSE_SEED),
             device=self.device,
             scale=stage.scale,
-            skip_prefix=0 if self.recipe.pool_bos else prefix_length(self.inputs.tokenizer),
+            skip_prefix=0 if self.pool_bos else prefix_length(self.inputs.tokenizer),
             attention_dropout=stage.attention_dropout,
             backend=self.options.backend,
-            **self.cuts.get("simcse", {}),
+            **{"micro_batch_tokens": stage.micro_batch_tokens} | self.cuts.get("simcse", {}),
         )
         self._train("simcse", stage, len(self.inputs.sentences), objective)
 
+    def supervised(self) -> None:
+        """Supervised contrastive training, then the adapter is saved to ``supervised/`` and merged (METHOD 5).
+
+        It goes on with the adapter of ``init_adapter``; without one a fresh adapter is put on the merged weights.
+        """
+        stage = self.recipe.supervised
+        if "supervised" not in self.recipe.stages:
+            return
+        before = self.state
+        if stage.init_adapter == "simcse":
+            self._merge([name for name in self.merged if name != "simcse"])  # it is to be trained, not merged too
+        self.lm_head_weight = None
+        rows = self.triple_rows
+        objective = partial(
+            SupervisedObjective,
+            self.model,
+            rows=rows,
+            seed=fold_seed(self.recipe.seed, SUPERVISED_SEED),
+            device=self.device,
+            scale=stage.scale,
+            pooling=POOLINGS[stage.pooling],
+            causal=stage.causal,
+            attention_dropout=stage.attention_dropout,
+            filter_same=stage.filter_same,
+            margin=stage.margin,
+            matryoshka_dims=stage.matryoshka_dims or None,
+            backend=self.options.backend,
+            **{"micro_batch_tokens": stage.micro_batch_tokens} | self.cuts.get("supervised", {}),
+        )
+        self._train("supervised", stage, rows.batches.steps_per_epoch * stage.batch_size, objective)
+        self.state = f"{before.replace('bi', 'uni', 1) if stage.causal else before}+supervised"
+
+    def _merge(self, names: Sequence[str]) -> None:
+        """Puts exactly these adapters of the run into the weights."""
+        if self.merged != list(names)[: len(self.merged)]:
+            self._load_model()
+        for name in names[len(self.merged) :]:
+            load_adapter(self.model, self.directory / name).merge()
+            self.merged.append(name)
+
     def _train(
-        self, name: str, stage: MntpStage | SimcseStage, samples: int, make_objective: Callable[..., Objective]
+        self,
+        name: str,
+        stage: MntpStage | SimcseStage | SupervisedStage,
+        samples: int,
+        make_objective: Callable[..., Objective],
     ) -> None:
         finished = self.directory / name
-        if self.options.resume and (finished / "adapter_config.json").is_file():
+        if self.options.resume and self._is_done(name):
             load_adapter(self.model, finished).merge()
-            self.state += f"+{name}"
+            self._has_merged(name)
             return
         checkpoints = self.directory / "checkpoints"
         saved = list_checkpoints(checkpoints, name) if self.options.resume else []
         for log in (self.metrics, self.evaluations):
             log.truncate(name, int(saved[-1].name.rpartition("-")[2]) if saved else 0)
         # the state's length, so that every stage starts from another draw
-        adapter = add_lora(self.model, stage.lora, fold_seed(self.recipe.seed, LORA_SEED, len(self.state)))
+        adapter = self._adapter(stage, fold_seed(self.recipe.seed, LORA_SEED, len(self.state)))
         train(
             name,
             make_objective(adapter=adapter),
@@ -264,17 +331,28 @@ class Run:
         )
         adapter.save(finished, self.recipe.model)
         adapter.merge()
+        self._has_merged(name)
+
+    def _adapter(self, stage: MntpStage | SimcseStage | SupervisedStage, seed: int) -> Adapter:
+        """What a stage trains: a fresh adapter, or the one it is to go on with."""
+        start = getattr(stage, "init_adapter", None)
+        if start is None:
+            return add_lora(self.model, stage.lora, seed)
+        return load_adapter(self.model, self.directory / "simcse" if start == "simcse" else start)
+
+    def _has_merged(self, name: str) -> None:
+        self.merged.append(name)
         self.state += f"+{name}"
 
     def _keep_cut(self, name: str, objective: Objective) -> None:
         """A resumed run begins with the cut that memory forced on this one."""
         fields = ("micro_batch_tokens", "recompute")
         self.cuts[name] = {field: getattr(objective, field) for field in fields if hasattr(objective, field)}
-        self._rewrite_run_file(cuts=self.cuts)
+        rewrite_run_file(self.directory, cuts=self.cuts)
 
     def _evaluate_midway(self, name: str, step: int) -> None:
         try:
-            score = sts_spearman(self._encode(False, "mean"), self.inputs.sts["dev"])
+            score = self._sts("dev", name, self._encoder_config(name))
         except RunError as error:  # the update of this step broke the weights, its loss was still finite
             saved = list_checkpoints(self.directory / "checkpoints", name)
             good = saved[-1] if saved else "none yet"
@@ -300,7 +378,7 @@ class Run:
 
     def _save_encoder(self) -> np.ndarray:
         """Writes ``merged/``; returns the unit vectors of the sentences that are shown. Keeps no second model alive."""
-        encoder = self._encoder(causal=False, pooling="mean")
+        encoder = self._encoder(self._encoder_config(self.state.rpartition("+")[2]))
         encoder.save_pretrained(self.directory / "merged")
         return encoder.encode(list(SHOWN), normalize_embeddings=True)
 
@@ -309,21 +387,34 @@ class Run:
         self._load_model()
         tested = []
         for result in self.results:
-            for name in ("mntp", "simcse"):
-                if name in result.stage and name not in self.state:
-                    load_adapter(self.model, self.directory / name).merge()
-                    self.state += f"+{name}"
-            causal = result.stage.startswith("uni")
-            embed = self._encode(causal, result.pooling)
-            tested.append(replace(result, sts_test_spearman=sts_spearman(embed, self.inputs.sts["test"])))
+            names = [name for name in TRAINED if name in self.recipe.stages and name in result.stage.split("+")]
+            if names[-1:] == ["supervised"] and self.recipe.supervised.init_adapter == "simcse":
+                names.remove("simcse")  # it is the start of that adapter
+            self._merge(names)
+            trained = names[-1] if names else "bi"
+            config = self._encoder_config(trained, result.stage.startswith("uni"), result.pooling)
+            tested.append(replace(result, sts_test_spearman=self._sts("test", trained, config)))
         self.results = tested
 
-    def _encoder(self, causal: bool, pooling: str) -> Encoder:
-        config = EncoderConfig(pooling=pooling, pool_bos=self.recipe.pool_bos, causal=causal)
+    def _encoder_config(self, stage: str, causal: bool | None = None, pooling: str | None = None) -> EncoderConfig:
+        """How a stage has trained the model to be used; ``causal`` and ``pooling`` count where they are given."""
+        rules = {"pooling": "mean", "pool_bos": self.pool_bos, "causal": False}
+        if stage == "supervised":
+            trained = self.recipe.supervised
+            rules |= {"pooling": trained.pooling, "causal": trained.causal, "pool_tail": trained.pool_tail}
+            rules["template"] = self.template
+        asked = {"pooling": pooling, "causal": causal}
+        return EncoderConfig(**rules | {name: value for name, value in asked.items() if value is not None})
+
+    def _encoder(self, config: EncoderConfig) -> Encoder:
+        """The model as it stands."""
         return Encoder(self.model, self.inputs.tokenizer, config, backend=self.options.backend)
 
-    def _encode(self, causal: bool, pooling: str) -> Callable[[list[str]], np.ndarray]:
-        return partial(self._encoder(causal, pooling).encode, show_progress_bar=True)
+    def _sts(self, split: str, stage: str, config: EncoderConfig) -> float:
+        """Spearman's correlation x 100 of the model as it stands after a stage."""
+        instruction = self.recipe.supervised.sts_instruction if stage == "supervised" else None
+        encode = partial(self._encoder(config).encode, instruction=instruction, show_progress_bar=True)
+        return sts_spearman(encode, self.inputs.sts[split])
 
     def _seconds(self) -> float:
         return self._earlier_seconds + time.monotonic() - self._started
@@ -338,109 +429,3 @@ class Run:
             "peak_memory_bytes": self._peak(),
         }
         write_text_atomic(self.directory / "results.json", json.dumps(content, indent=2) + "\n")
-
-    def _write_run_file(self) -> None:
-        versions = {"bivec": _version("bivec"), "python": platform.python_version()}
-        versions |= {name: version for name in VERSIONS_OF if (version := _version(name))}
-        content = {
-            "recipe": as_dict(self.recipe),
-            "seed": self.recipe.seed,
-            "versions": versions,
-            "data": self.inputs.fingerprints(),
-            "device": self.device,
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "memory": self.options.memory,
-            "cuts": self.cuts,
-        }
-        write_text_atomic(self.directory / RUN_FILE, json.dumps(content, indent=2) + "\n")
-
-    def _rewrite_run_file(self, **changes: Any) -> None:
-        """Of fields that do not belong to the recipe."""
-        file = self.directory / RUN_FILE
-        content = json.loads(file.read_text(encoding="utf-8")) | changes
-        write_text_atomic(file, json.dumps(content, indent=2) + "\n")
-
-
-def _earlier_run(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
-    """The ``run.json`` of the run that ``--resume`` goes on with, None for a new run. Two runs are never mixed."""
-    directory, file = options.output_dir, options.output_dir / RUN_FILE
-    if directory.exists() and not directory.is_dir():
-        raise RunError(f"{directory} is a file; give another --output-dir")
-    if not file.is_file():
-        if options.resume:
-            raise RunError(f"{directory}: --resume was given, but there is no {RUN_FILE}; leave --resume out to start")
-        left = [name for name in LEFT_BY_A_RUN if (directory / name).exists()]
-        if left:
-            raise RunError(
-                f"{directory}: holds {', '.join(left)} of a run, but no {RUN_FILE}; give another --output-dir"
-            )
-        return None
-    if not options.resume:
-        raise RunError(f"{directory}: holds a run already; give --resume to go on with it, or another --output-dir")
-    try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
-        changed = differences(earlier["recipe"], as_dict(recipe))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{file}: not the {RUN_FILE} of a recipe ({error}); choose another --output-dir") from error
-    if changed:
-        raise RunError(
-            f"{directory}: --resume with other hyper-parameters than the run was started with: {'; '.join(changed)}"
-        )
-    return earlier
-
-
-def _check_same_data(earlier: dict[str, Any] | None, inputs: Inputs, directory: Path) -> None:
-    """A data file may change under the same name; the losses of a resumed run would be others."""
-    if earlier is None:
-        return
-    for stage, now in inputs.fingerprints().items():
-        before = earlier.get("data", {}).get(stage)
-        if before != now:
-            raise RunError(
-                f"{directory}: --resume with other text: --{stage}-data gives {now}, at the start of the run {before}; "
-                "the file or the tokenizer has changed. Put the old one back or start anew in another --output-dir"
-            )
-
-
-def _check_same_device(earlier: dict[str, Any] | None, device: str, directory: Path) -> None:
-    """Another kind of device computes in another dtype: the run would go on, but not as the same run."""
-    before = None if earlier is None else str(earlier.get("device"))
-    if before is not None and before.partition(":")[0] != device.partition(":")[0]:
-        raise RunError(
-            f"{directory}: --resume on {device}, but the run was started on {before}; give --device {before}"
-        )
-
-
-def _device(options: RunOptions) -> str:
-    """The device of the run, tried; and that the kernels' backend can be had."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
-    try:
-        resolve(options.backend, "flash_attention", torch.device(device))
-    except (BackendError, ValueError) as error:
-        raise RunError(f"--backend: {error}") from error
-    return device
-
-
-def _read_results(directory: Path, resume: bool) -> tuple[list[StageResult], float, int]:
-    """The results so far, with the seconds and the peak memory spent on them."""
-    file = directory / "results.json"
-    if not (resume and file.is_file()):
-        return [], 0.0, 0
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        results = [StageResult(**stage) for stage in raw["stages"]]
-        return results, float(raw["seconds"]), int(raw["peak_memory_bytes"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file}: not a results file of this version ({error}); delete it to evaluate again") from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

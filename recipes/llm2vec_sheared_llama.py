@@ -71,6 +71,8 @@ def main() -> None:
         run.evaluate()
         run.simcse()  # step 3
         run.evaluate()
+        run.supervised()  # only with --stages bi,mntp,simcse,supervised and --supervised-data
+        run.evaluate()
         run.finish()
 
 

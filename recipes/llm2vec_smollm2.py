@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bivec.engine.lora import LoraConfig
 from bivec.engine.optim import OptimConfig
-from bivec.engine.recipe import PACKAGED_MODEL, MntpStage, Recipe, SimcseStage
+from bivec.engine.recipe import PACKAGED_MODEL, MntpStage, Recipe, SimcseStage, SupervisedStage
 from bivec.engine.run import start
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -46,6 +46,16 @@ RECIPE = Recipe(
         lora=LoraConfig(rank=16, alpha=32, dropout=0.0),
         save_every=25,
     ),
+    supervised=SupervisedStage(
+        optim=OptimConfig(learning_rate=1e-3, steps=40, warmup_steps=4),
+        decay_epochs=None,
+        batch_size=64,
+        max_length=64,
+        scale=20.0,
+        lora=LoraConfig(rank=16, alpha=32, dropout=0.0),
+        micro_batch_tokens=4096,
+        save_every=25,
+    ),
 )
 
 
@@ -57,6 +67,8 @@ def main() -> None:
         run.mntp()  # step 2
         run.evaluate()
         run.simcse()  # step 3
+        run.evaluate()
+        run.supervised()  # only with --stages bi,mntp,simcse,supervised and --supervised-data
         run.evaluate()
         run.finish()
 

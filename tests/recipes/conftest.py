@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from bivec.engine.lora import LoraConfig
 from bivec.engine.optim import OptimConfig
-from bivec.engine.recipe import MntpStage, Recipe, SimcseStage
+from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
 from bivec.engine.run import start
 
 DATA = Path(__file__).parents[2] / "recipes" / "data"
@@ -31,6 +32,13 @@ def files(tmp_path_factory):
     ):
         with gzip.open(DATA / source, "rt", encoding="utf-8") as lines:
             (folder / name).write_text("".join(islice(lines, rows)), encoding="utf-8")
+    sentences = (folder / "simcse.txt").read_text(encoding="utf-8").splitlines()
+    rows = [
+        {"query": one, "positive": other, "negatives": sentences[i : i + i % 3], "instruction": "Find it" * (i % 2)}
+        for i, (one, other) in enumerate(zip(sentences[::2], sentences[1::2], strict=True))
+    ]
+    lines = (json.dumps(row) + "\n" for row in rows)
+    (folder / "triples.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
 
 
@@ -61,6 +69,17 @@ def recipe(files, tiny_llama_dir):
             save_every=2,
             evaluate_every=2,
         ),
+        supervised=SupervisedStage(
+            optim=OptimConfig(learning_rate=1e-2, steps=STEPS),
+            batch_size=5,
+            max_length=48,
+            scale=5.0,
+            lora=LORA,
+            micro_batch_tokens=200,
+            save_every=2,
+            evaluate_every=2,
+        ),
+        supervised_data=str(files / "triples.jsonl"),
         eval_pairs=10,
     )
 
@@ -74,6 +93,8 @@ def run_all_steps(recipe: Recipe, directory: Path, *flags: object) -> None:
         run.mntp()
         run.evaluate()
         run.simcse()
+        run.evaluate()
+        run.supervised()
         run.evaluate()
         run.finish()
 

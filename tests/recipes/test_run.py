@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint(execute, fails, whole, recipe, tmp_path, monkeypat
 @pytest.mark.parametrize("stage", ["mntp", "simcse"])
 def test_a_nan_stops_the_run(execute, fails, stage, whole, recipe, tmp_path, monkeypatch):
     directory = tmp_path / "run"
-    loss_name, calls = f"{stage}_loss", []
+    loss_name, calls = {"mntp": "mntp_loss", "simcse": "info_nce"}[stage], []
     original, per_step = getattr(objectives, loss_name), 2 if stage == "mntp" else 1
 
     def broken(*args, **options):

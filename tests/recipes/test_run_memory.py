@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from bivec.engine import cuts as cuts_module
 from bivec.engine import run as run_module
 from bivec.engine import trainer
 
@@ -36,7 +37,7 @@ def interrupt(*_):
 def test_a_resumed_run_keeps_its_cut_unless_another_memory_is_given(execute, recipe, tmp_path, monkeypatch):
     directory = tmp_path / "run"
     free = [3_200_000]
-    monkeypatch.setattr(run_module, "free_memory", lambda device: free[0])
+    monkeypatch.setattr(cuts_module, "free_memory", lambda device: free[0])
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # in the first stage
         patch.setattr(run_module.Run, "_evaluate_midway", interrupt)
@@ -50,7 +51,7 @@ def test_a_resumed_run_keeps_its_cut_unless_another_memory_is_given(execute, rec
     assert json.loads((directory / "run.json").read_text()) == before
     execute(recipe, directory, "--memory", "1GB", "--resume")
     after = json.loads((directory / "run.json").read_text())
-    assert after["memory"] == "1GB" and after["cuts"]["simcse"] == {"recompute": "none"}
+    assert after["memory"] == "1GB" and after["cuts"]["simcse"] == {"micro_batch_tokens": None, "recompute": "none"}
     assert {**after, "memory": 0, "cuts": 0} == {**before, "memory": 0, "cuts": 0}
 
 

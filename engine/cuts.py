@@ -1,0 +1,83 @@
+"""How ``--memory`` cuts the steps of a recipe: the planner's answers for every stage, from what the recipe reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from bivec.engine.errors import RunError
+from bivec.engine.inputs import Inputs
+from bivec.engine.planner import Plan, Setting, batch_tokens, free_memory, parse_memory, plan_contrastive, plan_mntp
+from bivec.engine.recipe import Recipe, RunOptions
+from bivec.engine.supervised import TripleRows
+from bivec.engine.triple_batches import TripleBatches
+from bivec.kernels.backend import resolve
+
+SAMPLED_STEPS = 16  # of the supervised stage, whose texts are read as they are needed
+MARGIN = 1.1  # the largest batch is larger than the largest of these
+
+
+def plan_cuts(
+    recipe: Recipe, options: RunOptions, inputs: Inputs, rows: TripleRows | None, device: torch.device, dtype: str
+) -> dict[str, Plan]:
+    """By stage, how its steps are cut to fit ``options.memory``.
+
+    Args:
+        recipe: of its stages those that train are planned.
+        options: memory and backend.
+        inputs: what the recipe has read.
+        rows: of the supervised stage.
+        device: of the run.
+        dtype: name of the weights' dtype.
+
+    Raises:
+        RunError: a stage that does not fit however it is cut, or a dtype that torch does not have.
+    """
+    asked = parse_memory(options.memory)
+    available = free_memory(device) if asked is None else asked
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise RunError(f"--dtype {dtype}: no dtype of torch; expected float32, bfloat16 or float16")
+    triton = resolve(options.backend, "flash_attention", device) == "triton"
+
+    def setting(name: str) -> Setting:
+        lora = getattr(recipe, name).lora
+        return Setting(inputs.config, lora, found.itemsize, name == "mntp", device.type, triton)
+
+    plans = {}
+    if "mntp" in recipe.stages:
+        stage = recipe.mntp
+        plans["mntp"] = plan_mntp(
+            setting("mntp"), stage.batch_size, stage.sequence_length, stage.mask_probability, available
+        )
+    if "simcse" in recipe.stages:
+        lengths, batch_size = inputs.sentences.lengths, recipe.simcse.batch_size
+        tokens = 2 * batch_tokens(lengths, batch_size)
+        plans["simcse"] = plan_contrastive(
+            setting("simcse"), "simcse", tokens, 2 * batch_size, int(lengths.max()), available
+        )
+    if rows is not None:
+        lengths = [rows.of(step).lengths for step in _sampled(rows.batches)]
+        tokens, sequences = round(MARGIN * max(map(np.sum, lengths))), round(MARGIN * max(map(len, lengths)))
+        longest = min(tokens, rows.text_format.max_length)
+        plans["supervised"] = plan_contrastive(
+            setting("supervised"), "supervised", tokens, sequences, longest, available
+        )
+    return plans
+
+
+def as_cut(name: str, plan: Plan) -> dict[str, Any]:
+    """The fields of the stage's objective that a plan decides."""
+    whole = name == "simcse" and plan.accumulation == 1  # a supervised step may be larger than those that were sampled
+    return {"micro_batch_tokens": None if whole else plan.micro_batch_tokens, "recompute": plan.recompute}
+
+
+def _sampled(batches: TripleBatches) -> list[int]:
+    """Some of the steps of an epoch, evenly, and the first of every data set."""
+    spread = {round(step) for step in np.linspace(0, batches.steps_per_epoch - 1, SAMPLED_STEPS)}
+    first: dict[int, int] = {}
+    for step in range(batches.steps_per_epoch):
+        first.setdefault(batches.rows(step)[0], step)
+    return sorted(spread | set(first.values()))

@@ -1,0 +1,161 @@
+"""What tells one run from another, ``run.json`` and ``results.json``, and what ``--resume`` must find there."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bivec.engine.errors import RunError
+from bivec.engine.inputs import Inputs
+from bivec.engine.recipe import Recipe, RunOptions, as_dict, differences
+from bivec.engine.report import StageResult
+from bivec.kernels import BackendError
+from bivec.kernels.backend import resolve
+from bivec.models.files import write_text_atomic
+
+RUN_FILE = "run.json"
+TRAINED = ("mntp", "simcse", "supervised")  # stages that train, in their order
+LEFT_BY_A_RUN = ("metrics.jsonl", "evaluations.jsonl", "checkpoints", *TRAINED, "results.json")
+VERSIONS_OF = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "safetensors",
+    "sentencepiece",
+    "numpy",
+    "scipy",
+    "triton",
+)
+
+
+def write_run_file(directory: Path, recipe: Recipe, inputs: Inputs, device: str, **fields: Any) -> None:
+    """Everything that the run's result depends on; ``fields`` do not belong to the recipe."""
+    versions = {"bivec": _version("bivec"), "python": platform.python_version()}
+    versions |= {name: version for name in VERSIONS_OF if (version := _version(name))}
+    content = {
+        "recipe": as_dict(recipe),
+        "seed": recipe.seed,
+        "versions": versions,
+        "data": inputs.fingerprints(),
+        "device": device,
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        **fields,
+    }
+    write_text_atomic(directory / RUN_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def rewrite_run_file(directory: Path, **fields: Any) -> None:
+    """Changes fields that do not belong to the recipe."""
+    file = directory / RUN_FILE
+    content = json.loads(file.read_text(encoding="utf-8")) | fields
+    write_text_atomic(file, json.dumps(content, indent=2) + "\n")
+
+
+def earlier_run(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
+    """The ``run.json`` of the run that ``--resume`` goes on with, None for a new run. Two runs are never mixed."""
+    directory, file = options.output_dir, options.output_dir / RUN_FILE
+    if directory.exists() and not directory.is_dir():
+        raise RunError(f"{directory} is a file; give another --output-dir")
+    if not file.is_file():
+        if options.resume:
+            raise RunError(f"{directory}: --resume was given, but there is no {RUN_FILE}; leave --resume out to start")
+        left = [name for name in LEFT_BY_A_RUN if (directory / name).exists()]
+        if left:
+            raise RunError(
+                f"{directory}: holds {', '.join(left)} of a run, but no {RUN_FILE}; give another --output-dir"
+            )
+        return None
+    if not options.resume:
+        raise RunError(f"{directory}: holds a run already; give --resume to go on with it, or another --output-dir")
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        changed = differences(earlier["recipe"], as_dict(recipe))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file}: not the {RUN_FILE} of a recipe ({error}); choose another --output-dir") from error
+    if changed:
+        raise RunError(
+            f"{directory}: --resume with other hyper-parameters than the run was started with: {'; '.join(changed)}"
+        )
+    return earlier
+
+
+def check_same_data(earlier: dict[str, Any] | None, inputs: Inputs, directory: Path) -> None:
+    """A data file may change under the same name; the losses of a resumed run would be others."""
+    if earlier is None:
+        return
+    for stage, now in inputs.fingerprints().items():
+        before = earlier.get("data", {}).get(stage)
+        if before != now:
+            raise RunError(
+                f"{directory}: --resume with other text: --{stage}-data gives {now}, at the start of the run {before}; "
+                "the file or the tokenizer has changed. Put the old one back or start anew in another --output-dir"
+            )
+
+
+def check_same_device(earlier: dict[str, Any] | None, device: str, directory: Path) -> None:
+    """Another kind of device computes in another dtype: the run would go on, but not as the same run."""
+    before = None if earlier is None else str(earlier.get("device"))
+    if before is not None and before.partition(":")[0] != device.partition(":")[0]:
+        raise RunError(
+            f"{directory}: --resume on {device}, but the run was started on {before}; give --device {before}"
+        )
+
+
+def chosen_device(options: RunOptions) -> str:
+    """The device of the run, tried; and that the kernels' backend can be had."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
+    try:
+        resolve(options.backend, "flash_attention", torch.device(device))
+    except (BackendError, ValueError) as error:
+        raise RunError(f"--backend: {error}") from error
+    return device
+
+
+def read_results(directory: Path, resume: bool) -> tuple[list[StageResult], float, int]:
+    """The results so far, with the seconds and the peak memory spent on them."""
+    file = directory / "results.json"
+    if not (resume and file.is_file()):
+        return [], 0.0, 0
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        results = [StageResult(**stage) for stage in raw["stages"]]
+        return results, float(raw["seconds"]), int(raw["peak_memory_bytes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file}: not a results file of this version ({error}); delete it to evaluate again") from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def base_model(model: str) -> str:
+    """The decoder that a model was made of: of a run directory the ``--model`` of that run."""
+    try:
+        content = json.loads((Path(model) / RUN_FILE).read_text(encoding="utf-8"))
+        return base_model(str(content["recipe"]["model"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return model
+
+
+def start_state(recipe: Recipe) -> str:
+    """What has been done to the model before the run: "bi", or what the run that made it and its adapters say."""
+    try:
+        content = json.loads((Path(recipe.model) / "results.json").read_text(encoding="utf-8"))
+        state = str(content["stages"][-1]["stage"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        state = "bi"
+    return "+".join([state, *(name for name in (Path(x).name for x in recipe.adapters) if name in TRAINED)])

@@ -1,0 +1,207 @@
+"""The supervised objective of LLM2Vec: queries against their positives and hard negatives, in one packed forward.
+
+A step's texts are the B queries with their instructions, the B positives and all hard negatives, which are candidates
+of every query (METHOD 5.6). Cosines and their scale are fp32 whatever the model's dtype. What answers a query
+is no negative of it, wherever else in the batch it stands: the positives of other rows with the same query, documents
+with the id or the text of one of them, and copies of the query. (Numbers are equal or not, so this is closed under
+"same as": on batches of 512 triples of SICK it takes one hard negative in 300 from its query.) With a margin, negatives
+that score higher than the positive - margin are left out too. By gradient caching (``grad_cache.py``) the batch size is
+free of the memory.
+
+Sources: BehnamGhader et al. 2024 (LLM2Vec, section 3.3 and appendix G; METHOD 5); Gao et al. 2021 (GradCache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bivec.engine.errors import DataError
+from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, memory_setting
+from bivec.engine.lora import Adapter
+from bivec.engine.micro_loss import MicroLoss
+from bivec.engine.text_format import Row, SpanError, TextFormat, training_head
+from bivec.engine.triple_batches import TripleBatches
+from bivec.engine.triples import Triple
+from bivec.kernels import info_nce
+
+STEP_BITS = 20  # sequences of a step that have ids of their own: a million
+
+
+@dataclass(frozen=True)
+class DocumentIds:
+    """Numbers for the documents of a step. Those that answer one query, or repeat it, share a number."""
+
+    positives: Tensor  # [B] int64; of the queries too
+    negatives: Tensor  # [M] int64
+
+    @classmethod
+    def of(cls, triples: Sequence[Triple], device: torch.device | str) -> DocumentIds:
+        """A document is known by its id and by its text: two with one of them in common are the same."""
+        groups = _Groups()
+        for triple in triples:
+            groups.join(("text", triple.query), ("text", triple.positive))
+            groups.join(("text", triple.positive), _name(triple.positive_id, triple.positive))
+            for i, text in enumerate(triple.negatives):
+                groups.join(("text", text), _name(triple.negative_ids and triple.negative_ids[i], text))
+        numbers: dict[tuple[str, str], int] = {}
+
+        def number(texts: Iterable[str]) -> Tensor:
+            found = [groups.find(("text", text)) for text in texts]
+            return torch.tensor([numbers.setdefault(x, len(numbers)) for x in found], dtype=torch.int64).to(device)
+
+        return cls(
+            number(triple.positive for triple in triples),
+            number(text for triple in triples for text in triple.negatives),
+        )
+
+
+class _Groups:
+    """Union-find over names."""
+
+    def __init__(self) -> None:
+        self.parents: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def find(self, name: tuple[str, str]) -> tuple[str, str]:
+        while (parent := self.parents.setdefault(name, name)) != name:
+            self.parents[name] = self.parents[parent]  # parents of parents are there: they were asked for before
+            name = parent
+        return name
+
+    def join(self, one: tuple[str, str], other: tuple[str, str]) -> None:
+        self.parents[self.find(one)] = self.find(other)
+
+
+def _name(identity: str | None, text: str) -> tuple[str, str]:
+    return ("text", text) if identity is None else ("id", identity)
+
+
+@dataclass(frozen=True)
+class TripleRows:
+    """Triples as sequences: which of them a step has, and how their texts become tokens."""
+
+    batches: TripleBatches
+    text_format: TextFormat
+    symmetric_instruction: bool = True  # documents of symmetric sets have their query's instruction too (METHOD 13)
+    vocab_size: int | None = None  # of the model, to tell a tokenizer of another one
+
+    def of(self, step: int, triples: Sequence[Triple] | None = None) -> StepRows:
+        """A step's queries, positives and negatives, in this order.
+
+        Args:
+            step: 0, 1, 2, …
+            triples: those of the step, if they have been read already.
+
+        Raises:
+            DataError: a text of which nothing is left to pool (names the data set, the row and the field), or ids
+                outside the model's vocabulary.
+        """
+        triples = self.batches.triples(step) if triples is None else triples
+        everyone = range(len(triples))
+        heads = [training_head(triple.instruction) for triple in triples]
+        both_sides = [self.symmetric_instruction and triple.symmetric for triple in triples]
+        fronts = [head if both else "" for head, both in zip(heads, both_sides, strict=True)]  # of documents
+        negatives = [(owner, text) for owner, triple in enumerate(triples) for text in triple.negatives]
+        rows = [
+            *self._texts(step, "query", heads, [triple.query for triple in triples], everyone),
+            *self._texts(step, "positive", fronts, [triple.positive for triple in triples], everyone),
+            *self._texts(
+                step,
+                "negative",
+                [fronts[owner] for owner, _ in negatives],
+                [text for _, text in negatives],
+                [owner for owner, _ in negatives],
+            ),
+        ]
+        largest = max((max(row.input_ids) for row in rows), default=0)
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise DataError(
+                f"the tokenizer gives the id {largest}, the model's vocabulary ends at {self.vocab_size - 1}; they do "
+                "not belong together: look for the tokenizer that came with the model"
+            )
+        return StepRows(
+            [row.input_ids for row in rows],
+            np.array([(row.start, row.end) for row in rows], dtype=np.int64),
+            (step << STEP_BITS) + np.arange(len(rows)),
+        )
+
+    def _texts(
+        self, step: int, field: str, heads: Sequence[str], texts: Sequence[str], owners: Sequence[int]
+    ) -> list[Row]:
+        """The rows of one field of all triples; ``owners`` says which triple of the batch a text is of."""
+        try:
+            return self.text_format.rows(heads, texts)
+        except SpanError as error:
+            which, numbers = self.batches.rows(step)
+            row = numbers[owners[error.index]]
+            raise DataError(f"{self.batches.sets[which].name}, row {row} (from 0), {field}: {error}") from error
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """Feeds ``info_nce`` with a batch of triples a step, all of one data set."""
+
+    model: nn.Module
+    adapter: Adapter | None
+    rows: TripleRows
+    seed: int
+    device: torch.device | str = "cpu"
+    scale: float = 50.0
+    pooling: str = "mean"  # mode of ``segment_pool``
+    causal: bool = False  # the decoder's own mask: the Uni baseline, with pooling "weighted_mean"
+    attention_dropout: float = 0.0
+    filter_same: bool = True  # False: the original's loss, in which a positive may be another query's negative
+    margin: float | None = None  # leaves out negatives with a cosine above the positive's - margin
+    matryoshka_dims: tuple[int, ...] | None = None
+    micro_batch_tokens: int | None = None  # None = all texts of the step in one packed forward
+    recompute: str = "none"
+    backend: str | None = None
+
+    def micro_losses(self, step: int) -> Iterator[MicroLoss]:
+        triples = self.rows.batches.triples(step)
+        embedder = Embedder(
+            self.model,
+            self.adapter,
+            self.seed,
+            self.device,
+            pooling=self.pooling,
+            causal=self.causal,
+            attention_dropout=self.attention_dropout,
+            recompute=self.recompute,
+            backend=self.backend,
+        )
+        ids = DocumentIds.of(triples, self.device) if self.filter_same else None
+        loss_of = partial(self.loss_of, count=len(triples), ids=ids)
+        return cached_losses(embedder, self.rows.of(step, triples), loss_of, self.micro_batch_tokens)
+
+    def loss_of(self, embeddings: Tensor, count: int, ids: DocumentIds | None) -> Tensor:
+        """0-dim, of all embeddings of the step [2 count + M, D]."""
+        queries, positives, negatives = embeddings.tensor_split((count, 2 * count))
+        has_negatives = len(negatives) > 0
+        same = {}
+        if ids is not None:
+            same = {"query_ids": ids.positives, "candidate_ids": ids.positives}
+            same |= {"hard_negative_ids": ids.negatives} if has_negatives else {}
+        return info_nce(
+            queries,
+            positives,
+            scale=self.scale,
+            hard_negatives=negatives if has_negatives else None,
+            margin=None if self.margin is None else -self.margin,
+            matryoshka_dims=self.matryoshka_dims,
+            backend=self.backend,
+            **same,
+        )
+
+    def with_less_memory(self) -> SupervisedObjective | None:
+        """The same step with more recomputation, then in smaller micro-batches; None = no way left."""
+        return less_memory(self, self.rows.of(0).lengths)
+
+    def memory_setting(self) -> str:
+        """What :meth:`with_less_memory` changes, in words."""
+        return memory_setting(self)
