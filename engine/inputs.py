@@ -5,6 +5,7 @@ What is wrong is collected first, so that one error names all the flags that hav
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,9 @@ class Inputs:
             found["simcse"] = f"{len(self.sentences)} sentences, crc32 {checksum:08x}"
         if self.triples is not None:
             sets = [f"{one.name} {one.fingerprint()}" for one in self.triples]
-            tokenizer = zlib.crc32(self.tokenizer.backend_tokenizer.to_str().encode())
+            rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            rules |= {"truncation": None, "padding": None}  # as the last call left them
+            tokenizer = zlib.crc32(json.dumps(rules, sort_keys=True).encode())
             found["supervised"] = "; ".join([*sets, f"tokenizer crc32 {tokenizer:08x}"])
         return found
 
@@ -151,7 +154,9 @@ def load_inputs(recipe: Recipe) -> Inputs:
         template, start, dims = (getattr(recipe.supervised, x) for x in ("template", "init_adapter", "matryoshka_dims"))
         if config is not None:
             problems.attempt("--set supervised.matryoshka_dims", partial(_check_dims, dims, config))
-        problems.attempt("--set supervised.template", lambda: resolve_template(template, recipe.model))
+        problems.attempt(
+            "--set supervised.template", lambda: resolve_template(None if template == "auto" else template, "")
+        )
         if start is not None and not (start == "simcse" and "simcse" in recipe.stages):
             problems.attempt("--set supervised.init_adapter", partial(_check_start, recipe, start))
     for adapter in recipe.adapters:

@@ -118,7 +118,8 @@ class SupervisedStage:
     scale: float = 50.0
     pooling: str = "mean"
     causal: bool = False  # the Uni baseline: the decoder's own mask, with pooling "weighted_mean"
-    template: str | None = None  # a short name, "none" or a string with {text}; None = by the model's name (METHOD 5.3)
+    # a short name, "none", or a string with {text}; "auto" = of the model's folder, else by its name (METHOD 5.3)
+    template: str = "auto"
     pool_tail: bool = True  # the template's tail is pooled, as in the released models (METHOD 5.4)
     sts_instruction: str = ""  # in front of the sentences of the STS evaluation
     symmetric_instruction: bool = True  # documents of symmetric sets get it too: the paper's; the repository's do not

@@ -194,11 +194,10 @@ class Run:
 
     def _chosen_template(self, stored: EncoderConfig | None) -> str | None:
         """Of supervised training: the one asked for, else that of the model's folder, else by the decoder's name."""
-        given, base = self.recipe.supervised.template, base_model(self.recipe.model)
-        if given is None and stored is not None and stored.template is not None:
-            given = stored.template
+        asked, base = self.recipe.supervised.template, base_model(self.recipe.model)
+        given = asked if asked != "auto" else None if stored is None else stored.template
         template = resolve_template(given, base)
-        why = "as asked for" if self.recipe.supervised.template else f"of {base}"
+        why = f"of {base}" if asked == "auto" else "as asked for"
         print(f"supervised: {'no template' if template is None else f'template {template!r}'}, {why}", flush=True)
         return template
 
