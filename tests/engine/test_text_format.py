@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bivec.engine.errors import BivecError, ConfigError
@@ -41,7 +41,7 @@ TEXTS = [
     "ends in a blank \u00a0.",
 ]
 INSTRUCTION = "Retrieve semantically similar text:"
-NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "clean_up_tokenization_spaces": False}
 LONG = "The red colour only appears after cooking, which takes a large pot of boiling salted water."
 
 
@@ -213,7 +213,7 @@ def test_template_that_fills_max_length():
 
 def merging():
     """A BPE with a merge over every boundary of head, text and tail, and none inside of text and tail."""
-    letters = ["<s>", "</s>", *"htxzyr"]
+    letters = ["<s>", "</s>", *"ahtxzyr"]
     merged = ["ht", "htx", "htxz", "htxzy", "zy", "tr"]
     pairs = [("h", "t"), ("ht", "x"), ("htx", "z"), ("htxz", "y"), ("z", "y"), ("t", "r")]
     vocabulary = {token: number for number, token in enumerate(letters + merged)}
@@ -301,6 +301,17 @@ def test_empty_and_blank_texts(tokenizer):
     with pytest.raises(BivecError, match=r"text 1: .* max_length 12 "):
         TextFormat(tokenizer, 12).rows(["", head], ["", ""], allow_empty=True)
     assert TextFormat(tokenizer, 60).rows([], []) == []
+
+
+def test_text_of_characters_without_tokens():
+    """A normaliser may drop all there is."""
+    tokenizer = merging()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("é", "")
+    text_format = TextFormat(tokenizer, 8, "h{text}y", pool_bos=False)
+    with pytest.raises(BivecError, match="text 0: is empty or blank"):
+        text_format.rows([""], ["é"])
+    (row,) = text_format.rows([""], ["é"], allow_empty=True)
+    assert (row.start, row.end) == (0, 3) == (0, len(row.input_ids))
 
 
 def test_very_long_texts(tokenizer):

@@ -194,6 +194,18 @@ def test_an_echo_folder(tmp_path):
     assert found["squad"] == ["Retrieve Wikipedia passages that answer the question"] * 3
     assert found["nq"] == ["Given a question, retrieve Wikipedia passages that answer the question", "Own", ""]
     assert found["mine"] == [""] * 3
+    assert {triples.name for triples in sets if triples[0].symmetric} == {"allnli", "quora_duplicates"}
+
+
+def test_a_row_may_say_that_it_is_symmetric(tmp_path):
+    """Against its set, and without one; a word is no answer."""
+    path = write_jsonl(tmp_path / "allnli.jsonl", [{**GOOD, "symmetric": False}, {**GOOD, "symmetric": None}])
+    assert [triple.symmetric for triple in load_triples(path)[0]] == [False, True]
+    path = write_jsonl(tmp_path / "mine.jsonl", [{**GOOD, "symmetric": True}, GOOD])
+    assert [triple.symmetric for triple in load_triples(path)[0]] == [True, False]
+    path = write_jsonl(tmp_path / "bad.jsonl", [{**GOOD, "symmetric": "yes"}])
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1: the field 'symmetric' must be true or false"):
+        load_triples(path)
 
 
 def test_rows_that_the_echo_archive_holds_twice_are_taken_once(tmp_path):
