@@ -2,6 +2,9 @@
 
 A checkpoint is a directory ``checkpoints/<stage>-<step>/``; it gets its name only once it is whole, so a kill at any
 moment leaves the previous one usable. Data order, masks and dropout follow from (seed, step) and need no state.
+
+Tensors that are sharded over ranks are written by ``torch.distributed.checkpoint``, every rank its shards in files of
+their own (safetensors too: nothing is ever unpickled). Either kind is read on any number of ranks, sharded or not.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from bivec.engine.distributed import ALONE, World, is_sharded_tensor, sharded_like
 from bivec.engine.errors import CheckpointError
 from bivec.models.files import atomic_directory
 
+WHOLE = "state.safetensors"  # of a checkpoint whose tensors are not sharded
 KEPT = 2  # checkpoints kept per stage: the last and the one before it
 
 
@@ -33,28 +38,54 @@ class TrainState:
     optimizer: torch.optim.Optimizer
 
 
-def save_checkpoint(directory: Path, state: TrainState) -> Path:
+def save_checkpoint(directory: Path, state: TrainState, world: World = ALONE) -> Path:
     """Writes ``<directory>/<stage>-<step>`` and drops all but the last two of the stage.
+
+    Every rank calls it. Rank 0 writes, and where tensors are sharded every rank its shards: then the directory must be
+    on a file system that all of them see.
 
     Raises:
         BivecError: the disk is full; the earlier checkpoints are still there.
     """
-    tensors: dict[str, Tensor] = {}
-    names = {id(parameter): name for name, parameter in state.parameters.items()}
-    for name, parameter in state.parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
-    for parameter, slots in state.optimizer.state.items():
-        for slot, value in slots.items():
-            tensors[f"optimizer/{slot}/{names[id(parameter)]}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    tensors = _tensors(state)
+    sharded = any(map(is_sharded_tensor, tensors.values()))
+    final = directory / f"{state.stage}-{state.step:06d}"
+    if not world.is_main:
+        if sharded:
+            _write_shards(tensors, world.from_main(None))
+        return final
     for abandoned in directory.glob(f".{state.stage}-*.tmp"):  # a kill in the middle of an earlier write
         shutil.rmtree(abandoned)
-    final = directory / f"{state.stage}-{state.step:06d}"
     with atomic_directory(final, last="state.json") as temporary:
-        save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"stage": state.stage, "step": state.step}), encoding="utf-8")
+        if sharded:
+            _write_shards(tensors, world.from_main(str(temporary)))
+        else:
+            whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, temporary / WHOLE)
+        content = {"stage": state.stage, "step": state.step}
+        if sharded:
+            content["shards"] = {file.name: file.stat().st_size for file in temporary.iterdir()}
+        (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
     for old in list_checkpoints(directory, state.stage)[:-KEPT]:
         shutil.rmtree(old)
     return final
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Everything that changes from step to step: "parameter/<name>" and "optimizer/<slot>/<name>"."""
+    names = {id(parameter): name for name, parameter in state.parameters.items()}
+    tensors = {f"parameter/{name}": parameter.detach() for name, parameter in state.parameters.items()}
+    for parameter, slots in state.optimizer.state.items():
+        for slot, value in slots.items():
+            tensors[f"optimizer/{slot}/{names[id(parameter)]}"] = torch.as_tensor(value).detach()
+    return tensors
+
+
+def _write_shards(tensors: dict[str, Tensor], directory: str) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(directory, save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer, checkpoint_id=directory)
 
 
 def list_checkpoints(directory: Path, stage: str) -> list[Path]:
@@ -67,36 +98,83 @@ def list_checkpoints(directory: Path, stage: str) -> list[Path]:
 def load_checkpoint(path: Path, state: TrainState) -> TrainState:
     """Copies a checkpoint into the parameters and the optimiser of ``state``; returns it with the step set.
 
+    Every rank calls it; how many wrote it, and whether its tensors were sharded, does not matter.
+
     Raises:
         CheckpointError: a missing or truncated file, or tensors that do not fit; nothing was copied then.
     """
     try:
-        step = json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
-        tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole checkpoint ({error}); delete it to resume from the one before"
-        ) from error
-    trained = {name.partition("/")[2] for name in tensors if name.startswith("parameter/")}
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        step = int(content["step"])
+        for name, size in content.get("shards", {}).items():  # their reader would not miss one
+            if (found := (path / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes, {size} were written")
+        stored = _stored_shapes(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise _not_whole(path, error) from error
+    trained = {name.partition("/")[2] for name in stored if name.startswith("parameter/")}
     if trained != state.parameters.keys():
         odd = sorted(trained ^ state.parameters.keys())
         raise CheckpointError(f"{path}: it holds other parameters than this run trains ({len(odd)}, first: {odd[0]})")
-    slots: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
-    for key, tensor in tensors.items():
+    targets: dict[str, Tensor] = {}
+    for key, shape in stored.items():
         kind, _, rest = key.partition("/")
         slot, _, name = rest.partition("/") if kind == "optimizer" else ("", "", rest)
         parameter = state.parameters.get(name)
         # beside the moments, which have the parameter's shape, AdamW keeps its step counter, a single number
-        if parameter is None or (tensor.shape != parameter.shape and slot != "step"):
+        if parameter is None or (shape != parameter.shape and slot != "step"):
             wanted = "no such parameter" if parameter is None else list(parameter.shape)
-            raise CheckpointError(f"{path}: {key} has shape {list(tensor.shape)}, this run has {wanted}")
-        if kind == "optimizer":
-            slots[name][slot] = tensor
+            raise CheckpointError(f"{path}: {key} has shape {list(shape)}, this run has {wanted}")
+        single = slot == "step"
+        targets[key] = (
+            torch.zeros(shape, device=parameter.device) if single else torch.zeros_like(parameter, requires_grad=False)
+        )
+    try:
+        _read(path, targets)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _not_whole(path, error) from error
     for name, parameter in state.parameters.items():
-        parameter.data.copy_(tensors[f"parameter/{name}"])
-        state.optimizer.state[parameter] = {
-            # copied: tensors read by safetensors may be views of the mapped file, which rotation deletes later
-            slot: value.to(parameter.device, copy=True)
-            for slot, value in slots[name].items()
-        }
+        parameter.data.copy_(targets[f"parameter/{name}"])
+        state.optimizer.state[parameter] = {}
+    for key, value in targets.items():
+        kind, _, rest = key.partition("/")
+        if kind == "optimizer":
+            slot, _, name = rest.partition("/")
+            state.optimizer.state[state.parameters[name]][slot] = value
     return TrainState(state.stage, step, state.parameters, state.optimizer)
+
+
+def _not_whole(path: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"{path}: not a whole checkpoint ({error}); delete it to resume from the one before")
+
+
+def _stored_shapes(path: Path) -> dict[str, torch.Size]:
+    """What the checkpoint holds, by its headers."""
+    file = path / WHOLE
+    if file.is_file():
+        with safe_open(file, framework="pt") as handle:
+            return {key: torch.Size(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    import torch.distributed.checkpoint as dcp
+
+    stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    if not stored:
+        raise ValueError(f"neither {WHOLE} nor shards are there")
+    return {key: entry.size for key, entry in stored.items()}
+
+
+def _read(path: Path, targets: dict[str, Tensor]) -> None:
+    """Fills the tensors, each sharded as it is here."""
+    file = path / WHOLE
+    if not file.is_file():
+        import torch.distributed.checkpoint as dcp
+
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        try:
+            dcp.load(targets, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+        except dcp.CheckpointException as error:  # a BaseException
+            raise ValueError(str(error).splitlines()[0]) from error
+        return
+    with safe_open(file, framework="pt") as handle:
+        for key, target in targets.items():
+            tensor = handle.get_tensor(key).to(target.device, target.dtype)
+            target.copy_(sharded_like(tensor, target))

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bivec.engine.distributed import ALONE, World, runs_in_lockstep, sync_gradients
 from bivec.engine.lora import Adapter
 from bivec.engine.micro_loss import ATTENTION_SITE, AnyObjective, MicroLoss, lora_noise, with_more_recomputation
 from bivec.engine.packing import token_budget_batches
@@ -33,11 +34,11 @@ from bivec.models import PackedBatch
 
 @dataclass(frozen=True)
 class StepRows:
-    """The S sequences of a step."""
+    """The S sequences of a step, or of this rank's share of it."""
 
     input_ids: Sequence[Sequence[int]]
     spans: np.ndarray  # [S, 2] int64: the first pooled token of each, and the one behind the last
-    sample_ids: np.ndarray  # [S] int64: key the dropout, so no two of them are equal
+    sample_ids: np.ndarray  # [S] int64: key the dropout, so no two of them are equal, on any rank
 
     @property
     def lengths(self) -> np.ndarray:
@@ -96,21 +97,29 @@ def micro_batches(lengths: np.ndarray, micro_batch_tokens: int | None) -> list[l
 
 
 def cached_losses(
-    embedder: Embedder, rows: StepRows, loss_of: Callable[[Tensor], Tensor], micro_batch_tokens: int | None = None
+    embedder: Embedder,
+    rows: StepRows,
+    loss_of: Callable[[Tensor], Tensor],
+    micro_batch_tokens: int | None = None,
+    world: World = ALONE,
 ) -> Iterator[MicroLoss]:
     """The losses of a contrastive step's micro-batches; each must be walked back before the next is asked for.
 
     Args:
         embedder: model, pooling and dropout.
         rows: the S sequences of the step.
-        loss_of: from all embeddings [S, D] to the 0-dim loss of the step.
+        loss_of: from all embeddings [S, D] to the 0-dim loss of the step, or this rank's share of it.
         micro_batch_tokens: of one forward and backward; a longer sequence makes a micro-batch of its own. None = all
             sequences at once.
+        world: the ranks that share the step.
 
     Yields:
         Surrogates whose gradients are the step's; ``value`` is its loss in the first and 0 in the others.
     """
     kept, *cached = micro_batches(rows.lengths, micro_batch_tokens)  # the first has the most tokens, or nearly so
+    own = len(cached)
+    if runs_in_lockstep(embedder.model):  # what others have more of is run here too, for nothing
+        cached += [(cached or [kept])[-1]] * (world.max(own) - own)
     embeddings: Tensor | None = None
     with torch.no_grad():
         for group in cached:
@@ -118,6 +127,7 @@ def cached_losses(
                 if embeddings is None:
                     embeddings = pooled.new_empty(len(rows.input_ids), pooled.shape[1])
                 embeddings[group] = pooled
+    sync_gradients(embedder.model, last=not cached)
     with embedder.embed(rows, kept) as (pooled, tokens):
         if embeddings is None:
             embeddings = pooled.new_empty(len(rows.input_ids), pooled.shape[1])
@@ -126,9 +136,11 @@ def cached_losses(
         loss = loss_of(embeddings)
         (gradients,) = torch.autograd.grad(loss, embeddings)
         yield MicroLoss((pooled * gradients[kept]).sum(), tokens, value=loss.detach())
-    for group in cached:
+    for number, group in enumerate(cached, start=1):
+        sync_gradients(embedder.model, last=number == len(cached))
         with embedder.embed(rows, group) as (pooled, tokens):
-            yield MicroLoss((pooled * gradients[group]).sum(), tokens, value=0.0)
+            surrogate = (pooled * gradients[group]).sum()
+            yield MicroLoss(surrogate, tokens, value=0.0) if number <= own else MicroLoss(0 * surrogate, 0, value=0.0)
 
 
 def less_memory(objective: AnyObjective, lengths: np.ndarray) -> AnyObjective | None:

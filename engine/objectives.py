@@ -9,7 +9,7 @@ Sources: BehnamGhader et al. 2024 (LLM2Vec; METHOD 3 and 4); Gao et al. 2021 (Si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bivec.engine.data import BlockDataset
+from bivec.engine.distributed import ALONE, World, runs_in_lockstep, sync_gradients
 from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, memory_setting
 from bivec.engine.lora import Adapter
 from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
@@ -28,7 +29,7 @@ from bivec.models import PackedBatch
 
 def mntp_loss(
     model: nn.Module,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | Callable[[], Tensor],
     batch: MntpBatch,
     *,
     normalizer: Tensor | float | None = None,
@@ -41,7 +42,7 @@ def mntp_loss(
 
     Args:
         model: a decoder, run bidirectionally.
-        lm_head_weight: [V, D].
+        lm_head_weight: [V, D], or what gives it after the forward: a sharded one is whole only then.
         batch: masked tokens, rows to score, labels.
         normalizer: number of labels of the whole step, under gradient accumulation; None = of this batch.
         attention_dropout: the paper trains MNTP without.
@@ -55,7 +56,7 @@ def mntp_loss(
     hidden = model(batch.batch, attention_dropout=attention_dropout, seed=seed, recompute=recompute, backend=backend)
     return linear_cross_entropy(
         hidden,
-        lm_head_weight,
+        lm_head_weight() if callable(lm_head_weight) else lm_head_weight,
         batch.targets,
         batch.index,
         normalizer=normalizer,
@@ -107,10 +108,13 @@ def simcse_loss(
 
 @dataclass(frozen=True)
 class MntpObjective:
-    """Feeds :func:`mntp_loss` with ``batch_size`` blocks a step, in micro-batches of at most ``micro_batch_tokens``."""
+    """Feeds :func:`mntp_loss` with ``batch_size`` blocks a step, in micro-batches of at most ``micro_batch_tokens``.
+
+    Of several ranks each takes its share of the blocks; its losses add up to its share of the step's loss.
+    """
 
     model: nn.Module
-    lm_head_weight: Tensor
+    lm_head_weight: Tensor | Callable[[], Tensor]
     adapter: Adapter | None  # its dropout is keyed here; None for full-weight training
     blocks: BlockDataset
     masking: MaskingConfig
@@ -120,12 +124,14 @@ class MntpObjective:
     attention_dropout: float = 0.0
     recompute: str = "none"
     backend: str | None = None
+    world: World = ALONE
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
-        device = self.lm_head_weight.device
-        rows = indices_for_step(len(self.blocks), self.batch_size, self.seed, step)
+        device = next(self.model.parameters()).device
+        mine = self.world.share(self.batch_size)
+        rows = indices_for_step(len(self.blocks), self.batch_size, self.seed, step)[mine.start : mine.stop]
         # one id per block ever drawn: a block met again in the next epoch gets other masks and other dropout
-        sample_ids = range(step * self.batch_size, (step + 1) * self.batch_size)
+        sample_ids = range(step * self.batch_size + mine.start, step * self.batch_size + mine.stop)
         per_micro = self._blocks_per_micro_batch()
         micro_batches = [
             mask_batch(
@@ -137,24 +143,29 @@ class MntpObjective:
             )
             for i in range(0, len(rows), per_micro)
         ]
-        normalizer = float(max(1, sum(len(micro.index) for micro in micro_batches)))
-        for micro in micro_batches:
+        (labels,) = self.world.sums(sum(len(micro.index) for micro in micro_batches))
+        own = len(micro_batches)
+        if runs_in_lockstep(self.model):  # what others have more of is run here too, for nothing
+            micro_batches += micro_batches[-1:] * (self.world.max(own) - own)
+        for number, micro in enumerate(micro_batches, start=1):
             micro = micro.to(device)
+            sync_gradients(self.model, last=number == len(micro_batches))
             with lora_noise(self.adapter, self.seed, micro.batch):
                 loss = mntp_loss(
                     self.model,
                     self.lm_head_weight,
                     micro,
-                    normalizer=normalizer,
+                    normalizer=float(max(1, labels)),
                     attention_dropout=self.attention_dropout,
                     seed=fold_seed(self.seed, ATTENTION_SITE),
                     recompute=self.recompute,
                     backend=self.backend,
                 )
-                yield MicroLoss(loss, micro.batch.num_tokens)
+                yield MicroLoss(loss, micro.batch.num_tokens) if number <= own else MicroLoss(0 * loss, 0)
 
     def _blocks_per_micro_batch(self) -> int:
-        return max(1, min(self.batch_size, (self.micro_batch_tokens or 1 << 62) // self.blocks.block_size))
+        share = len(self.world.share(self.batch_size))
+        return max(1, min(share, (self.micro_batch_tokens or 1 << 62) // self.blocks.block_size))
 
     def with_less_memory(self) -> MntpObjective | None:
         """The same step in micro-batches of half the size; at one block with more recomputation; None = no way left."""
@@ -171,7 +182,10 @@ class MntpObjective:
 
 @dataclass(frozen=True)
 class SimcseObjective:
-    """The step of :func:`simcse_loss` with ``batch_size`` sentences, in micro-batches by gradient caching."""
+    """The step of :func:`simcse_loss` with ``batch_size`` sentences, in micro-batches by gradient caching.
+
+    Of several ranks each takes its share of the sentences; the views of all of them are everyone's negatives.
+    """
 
     model: nn.Module
     adapter: Adapter | None
@@ -186,14 +200,17 @@ class SimcseObjective:
     micro_batch_tokens: int | None = None  # None = both views of all sentences in one packed forward
     recompute: str = "none"
     backend: str | None = None
+    world: World = ALONE
 
     def rows(self, step: int) -> StepRows:
-        """Both views of the step's sentences: sentence i at i and at B + i."""
-        chosen = indices_for_step(len(self.sentences), self.batch_size, self.seed, step)
+        """Both views of this rank's n sentences of the step: sentence i at i and at n + i."""
+        mine = self.world.share(self.batch_size)
+        chosen = indices_for_step(len(self.sentences), self.batch_size, self.seed, step)[mine.start : mine.stop]
         views = [self.sentences[row] for row in chosen] * 2
         lengths = np.array([len(view) for view in views], dtype=np.int64)
         spans = np.stack([np.minimum(self.skip_prefix, lengths), lengths], axis=1)
-        return StepRows(views, spans, np.arange(len(views)) + step * len(views))
+        first = np.array(mine) + step * 2 * self.batch_size
+        return StepRows(views, spans, np.concatenate([first, first + self.batch_size]))
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
         embedder = Embedder(
@@ -206,12 +223,16 @@ class SimcseObjective:
             recompute=self.recompute,
             backend=self.backend,
         )
-        return cached_losses(embedder, self.rows(step), self.loss_of, self.micro_batch_tokens)
+        return cached_losses(embedder, self.rows(step), self.loss_of, self.micro_batch_tokens, self.world)
 
     def loss_of(self, embeddings: Tensor) -> Tensor:
-        """0-dim, of both views of all sentences [2B, D]."""
+        """0-dim share of the step's loss, of both views of this rank's n sentences [2n, D]."""
         first, second = embeddings.chunk(2)
-        return info_nce(first, second, scale=self.scale, backend=self.backend)
+        mine = self.world.share(self.batch_size)
+        targets = torch.arange(mine.start, mine.stop, device=first.device)
+        everyones = self.world.gather(second, self.world.shares(self.batch_size))
+        summed = info_nce(first, everyones, targets, scale=self.scale, reduction="sum", backend=self.backend)
+        return summed / self.batch_size
 
     def with_less_memory(self) -> SimcseObjective | None:
         """The same step with more recomputation, then in micro-batches of half the size; None = no way left."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import DataError
 from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, memory_setting
 from bivec.engine.lora import Adapter
@@ -90,34 +91,39 @@ class TripleRows:
     symmetric_instruction: bool = True  # documents of symmetric sets have their query's instruction too (METHOD 13)
     vocab_size: int | None = None  # of the model, to tell a tokenizer of another one
 
-    def of(self, step: int, triples: Sequence[Triple] | None = None) -> StepRows:
-        """A step's queries, positives and negatives, in this order.
+    def of(self, step: int, triples: Sequence[Triple] | None = None, world: World = ALONE) -> StepRows:
+        """A step's queries, positives and negatives, in this order, of this rank's share of the triples.
 
         Args:
             step: 0, 1, 2, …
-            triples: those of the step, if they have been read already.
+            triples: all those of the step, if they have been read already.
+            world: the ranks that share the step.
 
         Raises:
             DataError: a text of which nothing is left to pool (names the data set, the row and the field), or ids
                 outside the model's vocabulary.
         """
         triples = self.batches.triples(step) if triples is None else triples
-        everyone = range(len(triples))
+        batch_size, mine = len(triples), world.share(len(triples))
+        before = sum(len(triple.negatives) for triple in triples[: mine.start])
+        triples = triples[mine.start : mine.stop]
         heads = [training_head(triple.instruction) for triple in triples]
         both_sides = [self.symmetric_instruction and triple.symmetric for triple in triples]
         fronts = [head if both else "" for head, both in zip(heads, both_sides, strict=True)]  # of documents
-        negatives = [(owner, text) for owner, triple in enumerate(triples) for text in triple.negatives]
+        negatives = [(place, text) for place, triple in enumerate(triples) for text in triple.negatives]
         rows = [
-            *self._texts(step, "query", heads, [triple.query for triple in triples], everyone),
-            *self._texts(step, "positive", fronts, [triple.positive for triple in triples], everyone),
+            *self._texts(step, "query", heads, [triple.query for triple in triples], mine),
+            *self._texts(step, "positive", fronts, [triple.positive for triple in triples], mine),
             *self._texts(
                 step,
                 "negative",
-                [fronts[owner] for owner, _ in negatives],
+                [fronts[place] for place, _ in negatives],
                 [text for _, text in negatives],
-                [owner for owner, _ in negatives],
+                [mine[place] for place, _ in negatives],
             ),
         ]
+        # as if one rank had all: the queries, the positives, the negatives of the whole batch
+        numbers = [np.array(mine), batch_size + np.array(mine), 2 * batch_size + before + np.arange(len(negatives))]
         largest = max((max(row.input_ids) for row in rows), default=0)
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise DataError(
@@ -127,7 +133,7 @@ class TripleRows:
         return StepRows(
             [row.input_ids for row in rows],
             np.array([(row.start, row.end) for row in rows], dtype=np.int64),
-            (step << STEP_BITS) + np.arange(len(rows)),
+            (step << STEP_BITS) + np.concatenate(numbers),
         )
 
     def _texts(
@@ -144,7 +150,10 @@ class TripleRows:
 
 @dataclass(frozen=True)
 class SupervisedObjective:
-    """Feeds ``info_nce`` with a batch of triples a step, all of one data set."""
+    """Feeds ``info_nce`` with a batch of triples a step, all of one data set.
+
+    Of several ranks each takes its share of the triples; the documents of all of them are every query's candidates.
+    """
 
     model: nn.Module
     adapter: Adapter | None
@@ -161,6 +170,7 @@ class SupervisedObjective:
     micro_batch_tokens: int | None = None  # None = all texts of the step in one packed forward
     recompute: str = "none"
     backend: str | None = None
+    world: World = ALONE
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
         triples = self.rows.batches.triples(step)
@@ -176,31 +186,45 @@ class SupervisedObjective:
             backend=self.backend,
         )
         ids = DocumentIds.of(triples, self.device) if self.filter_same else None
-        loss_of = partial(self.loss_of, count=len(triples), ids=ids)
-        return cached_losses(embedder, self.rows.of(step, triples), loss_of, self.micro_batch_tokens)
+        loss_of = partial(self.loss_of, counts=[len(triple.negatives) for triple in triples], ids=ids)
+        rows = self.rows.of(step, triples, self.world)
+        return cached_losses(embedder, rows, loss_of, self.micro_batch_tokens, self.world)
 
-    def loss_of(self, embeddings: Tensor, count: int, ids: DocumentIds | None) -> Tensor:
-        """0-dim, of all embeddings of the step [2 count + M, D]."""
-        queries, positives, negatives = embeddings.tensor_split((count, 2 * count))
-        has_negatives = len(negatives) > 0
+    def loss_of(self, embeddings: Tensor, counts: Sequence[int], ids: DocumentIds | None) -> Tensor:
+        """0-dim share of the step's loss.
+
+        Args:
+            embeddings: [2n + m, D]: of this rank's n queries, positives and m negatives.
+            counts: how many negatives each triple of the whole step has.
+            ids: of the documents of the whole step; None = no two of them are the same.
+        """
+        batch_size, mine = len(counts), self.world.share(len(counts))
+        queries, positives, negatives = embeddings.tensor_split((len(mine), 2 * len(mine)))
+        shares = self.world.shares(batch_size)
+        ends = np.cumsum(shares)
+        owned = [sum(counts[end - share : end]) for end, share in zip(ends, shares, strict=True)]
+        has_negatives = sum(owned) > 0
         same = {}
         if ids is not None:
-            same = {"query_ids": ids.positives, "candidate_ids": ids.positives}
+            same = {"query_ids": ids.positives[mine.start : mine.stop], "candidate_ids": ids.positives}
             same |= {"hard_negative_ids": ids.negatives} if has_negatives else {}
-        return info_nce(
+        summed = info_nce(
             queries,
-            positives,
+            self.world.gather(positives, shares),
+            torch.arange(mine.start, mine.stop, device=queries.device),
             scale=self.scale,
-            hard_negatives=negatives if has_negatives else None,
+            hard_negatives=self.world.gather(negatives, owned) if has_negatives else None,
             margin=None if self.margin is None else -self.margin,
             matryoshka_dims=self.matryoshka_dims,
+            reduction="sum",
             backend=self.backend,
             **same,
         )
+        return summed / batch_size
 
     def with_less_memory(self) -> SupervisedObjective | None:
         """The same step with more recomputation, then in smaller micro-batches; None = no way left."""
-        return less_memory(self, self.rows.of(0).lengths)
+        return less_memory(self, self.rows.of(0, world=self.world).lengths)
 
     def memory_setting(self) -> str:
         """What :meth:`with_less_memory` changes, in words."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from bivec.engine.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
+from bivec.engine.distributed import ALONE, World, whole
 from bivec.engine.errors import RunError
 from bivec.engine.micro_loss import MicroLoss
 from bivec.engine.optim import OptimConfig, learning_rate_at, make_optimizer
@@ -77,6 +78,7 @@ def train(
     cut: Callable[[Objective], None] | None = None,
     resume: bool = False,
     progress: bool = True,
+    world: World = ALONE,
 ) -> TrainState:
     """Runs a stage to ``config.steps``.
 
@@ -92,6 +94,8 @@ def train(
         cut: receives the objective that goes on after a step ran out of memory.
         resume: continue from the stage's last checkpoint, if there is one.
         progress: show a bar with loss, tokens/s and time left.
+        world: the ranks that train together. Metrics are those of all; rank 0 logs, shows and writes. Out of memory
+            ends the stage: the others are in the middle of the step.
 
     Returns:
         The state after the last step.
@@ -112,13 +116,18 @@ def train(
     if saved:
         state = load_checkpoint(saved[-1], state)
     bar = tqdm(
-        total=config.steps, initial=state.step, desc=stage, unit="step", disable=not progress, dynamic_ncols=True
+        total=config.steps,
+        initial=state.step,
+        desc=stage,
+        unit="step",
+        disable=not (progress and world.is_main),
+        dynamic_ncols=True,
     )
     seconds = tokens = 0.0  # since the last logged step, evaluation and saving not counted
     with bar:
         while state.step < config.steps:
             started = time.perf_counter()
-            metrics, fitting = _step_within_memory(state, objective, config, checkpoints)
+            metrics, fitting = _step_within_memory(state, objective, config, checkpoints, world)
             if fitting is not objective and cut is not None:
                 cut(fitting)
             objective = fitting
@@ -129,12 +138,13 @@ def train(
             bar.update()
             done = state.step == config.steps
             if log is not None and (done or _due(state.step, intervals.log)):
-                log(metrics)
+                if world.is_main:
+                    log(metrics)
                 seconds = tokens = 0.0
             if evaluate is not None and _due(state.step, intervals.evaluate):
                 evaluate(state.step)
             if checkpoints is not None and (done or _due(state.step, intervals.save)):
-                save_checkpoint(checkpoints, state)
+                save_checkpoint(checkpoints, state, world)
     return state
 
 
@@ -143,7 +153,7 @@ def _due(step: int, interval: int) -> bool:
 
 
 def _step_within_memory(
-    state: TrainState, objective: Objective, config: OptimConfig, checkpoints: Path | None
+    state: TrainState, objective: Objective, config: OptimConfig, checkpoints: Path | None, world: World
 ) -> tuple[StepMetrics, Objective]:
     """One step; out of memory, it is begun again in smaller parts, with the same effective batch and gradient.
 
@@ -153,9 +163,9 @@ def _step_within_memory(
 
     while True:
         try:
-            return _optimizer_step(state, objective, config, checkpoints), objective
+            return _optimizer_step(state, objective, config, checkpoints, world), objective
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if world.size > 1 or not is_out_of_memory(error):
                 raise
             smaller = objective.with_less_memory() if hasattr(objective, "with_less_memory") else None
             if smaller is None:
@@ -178,7 +188,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _optimizer_step(
-    state: TrainState, objective: Objective, config: OptimConfig, checkpoints: Path | None
+    state: TrainState, objective: Objective, config: OptimConfig, checkpoints: Path | None, world: World
 ) -> StepMetrics:
     learning_rate = learning_rate_at(state.step, config)
     for group in state.optimizer.param_groups:
@@ -186,11 +196,13 @@ def _optimizer_step(
     state.optimizer.zero_grad(set_to_none=True)
     loss, tokens = 0.0, 0
     for micro in objective.micro_losses(state.step):
-        micro.loss.backward()
+        # the engines average gradients over the ranks, whose losses are to be added up
+        (micro.loss * world.size if world.size > 1 else micro.loss).backward()
         value = micro.loss.detach() if micro.value is None else micro.value
         loss, tokens = loss + value, tokens + micro.tokens
     norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
-    loss_value, norm_value = float(loss), float(norm)
+    norm_value = float(whole(norm))
+    loss_value, tokens = world.sums(float(loss), tokens)
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         saved = list_checkpoints(checkpoints, state.stage) if checkpoints is not None else []
         raise RunError(
@@ -205,7 +217,7 @@ def _optimizer_step(
         loss=loss_value,
         lr=learning_rate,
         grad_norm=norm_value,
-        tokens=tokens,
+        tokens=int(tokens),
         tokens_per_s=0.0,
-        peak_memory_bytes=peak_memory_bytes(),
+        peak_memory_bytes=world.max(peak_memory_bytes()),
     )

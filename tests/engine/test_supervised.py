@@ -130,9 +130,9 @@ def test_the_instruction_is_read_and_not_pooled(tiny_llama_dir):
 def test_a_positive_is_no_negative(tiny_llama_dir, triples, hidden):
     found, vectors = objective(tiny_llama_dir), random_vectors(6)
     ids = DocumentIds.of(triples, "cpu")
-    loss = found.loss_of(vectors, count=2, ids=ids)
+    loss = found.loss_of(vectors, counts=[1, 1], ids=ids)
     assert loss.item() == pytest.approx(plain_loss(vectors, 2, hidden=hidden).item(), rel=1e-9)
-    unfiltered = found.loss_of(vectors, count=2, ids=None)
+    unfiltered = found.loss_of(vectors, counts=[1, 1], ids=None)
     assert unfiltered.item() == pytest.approx(plain_loss(vectors, 2).item(), rel=1e-9)
 
 
@@ -148,14 +148,14 @@ def test_margin(tiny_llama_dir):
             if candidate != query and cosines[query, candidate] > cosines[query, query] - margin
         ]
         assert 0 < len(hidden) < 12
-        loss = objective(tiny_llama_dir, margin=margin).loss_of(vectors, count=3, ids=None)
+        loss = objective(tiny_llama_dir, margin=margin).loss_of(vectors, counts=[1, 1, 0], ids=None)
         assert loss.item() == pytest.approx(plain_loss(vectors, 3, hidden=hidden).item(), rel=1e-9)
 
 
 def test_matryoshka(tiny_llama_dir):
     vectors = random_vectors(7)
     expected = (plain_loss(vectors, 2) + plain_loss(vectors[:, :4], 2)) / 2
-    loss = objective(tiny_llama_dir, matryoshka_dims=(4, 16)).loss_of(vectors, count=2, ids=None)
+    loss = objective(tiny_llama_dir, matryoshka_dims=(4, 16)).loss_of(vectors, counts=[2, 1], ids=None)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
@@ -164,7 +164,7 @@ def test_without_negatives(tiny_llama_dir):
     loss, gradients, _ = step(objective(tiny_llama_dir, triples))
     assert loss > 0 and all(gradient.norm() > 0 for gradient in gradients)
     vectors = random_vectors(8)
-    assert objective(tiny_llama_dir, triples).loss_of(vectors, count=4, ids=None).item() == pytest.approx(
+    assert objective(tiny_llama_dir, triples).loss_of(vectors, counts=[0] * 4, ids=None).item() == pytest.approx(
         plain_loss(vectors, 4).item(), rel=1e-9
     )
 
