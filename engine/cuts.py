@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
 from bivec.engine.planner import Plan, Setting, batch_tokens, free_memory, parse_memory, plan_contrastive, plan_mntp
@@ -20,7 +21,13 @@ MARGIN = 1.1  # the largest batch is larger than the largest of these
 
 
 def plan_cuts(
-    recipe: Recipe, options: RunOptions, inputs: Inputs, rows: TripleRows | None, device: torch.device, dtype: str
+    recipe: Recipe,
+    options: RunOptions,
+    inputs: Inputs,
+    rows: TripleRows | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World = ALONE,
 ) -> dict[str, Plan]:
     """By stage, how its steps are cut to fit ``options.memory``.
 
@@ -30,42 +37,63 @@ def plan_cuts(
         inputs: what the recipe has read.
         rows: of the supervised stage.
         device: of the run.
-        dtype: name of the weights' dtype.
+        dtype: of the weights.
+        world: the ranks that share the steps, and the machine's memory where ``device`` is a CPU.
 
     Raises:
-        RunError: a stage that does not fit however it is cut, or a dtype that torch does not have.
+        RunError: a stage that does not fit however it is cut.
     """
     asked = parse_memory(options.memory)
-    available = free_memory(device) if asked is None else asked
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise RunError(f"--dtype {dtype}: no dtype of torch; expected float32, bfloat16 or float16")
+    sharing = world.local_size if device.type == "cpu" else 1
+    available = free_memory(device) // sharing if asked is None else asked
     triton = resolve(options.backend, "flash_attention", device) == "triton"
 
     def setting(name: str) -> Setting:
-        lora = getattr(recipe, name).lora
-        return Setting(inputs.config, lora, found.itemsize, name == "mntp", device.type, triton)
+        stage = getattr(recipe, name)
+        full = stage.tuning == "full"
+        return Setting(
+            inputs.config,
+            stage.lora,
+            dtype.itemsize,
+            name == "mntp",
+            device.type,
+            triton,
+            full=full,
+            shards=world.size if full or options.shard else None,
+        )
 
     plans = {}
     if "mntp" in recipe.stages:
         stage = recipe.mntp
         plans["mntp"] = plan_mntp(
-            setting("mntp"), stage.batch_size, stage.sequence_length, stage.mask_probability, available
+            setting("mntp"), world.shares(stage.batch_size)[0], stage.sequence_length, stage.mask_probability, available
         )
     if "simcse" in recipe.stages:
-        lengths, batch_size = inputs.sentences.lengths, recipe.simcse.batch_size
+        lengths, batch_size = inputs.sentences.lengths, world.shares(recipe.simcse.batch_size)[0]
         tokens = 2 * batch_tokens(lengths, batch_size)
         plans["simcse"] = plan_contrastive(
             setting("simcse"), "simcse", tokens, 2 * batch_size, int(lengths.max()), available
         )
     if rows is not None:
-        lengths = [rows.of(step).lengths for step in _sampled(rows.batches)]
+        lengths = [rows.of(step, world=world).lengths for step in _sampled(rows.batches)]
         tokens, sequences = round(MARGIN * max(map(np.sum, lengths))), round(MARGIN * max(map(len, lengths)))
         longest = min(tokens, rows.text_format.max_length)
         plans["supervised"] = plan_contrastive(
             setting("supervised"), "supervised", tokens, sequences, longest, available
         )
     return plans
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """torch's dtype of this name.
+
+    Raises:
+        RunError: it has none.
+    """
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise RunError(f"--dtype {name}: no dtype of torch; expected float32, bfloat16 or float16")
+    return found
 
 
 def as_cut(name: str, plan: Plan) -> dict[str, Any]:

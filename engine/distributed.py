@@ -160,7 +160,9 @@ def _address(given: Mapping[str, str], world: World) -> tuple[str, int]:
 
 
 @contextmanager
-def process_group(world: World, device_type: str, timeout_seconds: float = 600.0) -> Iterator[None]:
+def process_group(
+    world: World, device_type: str, timeout_seconds: float = 600.0, *, of_one: bool = False
+) -> Iterator[None]:
     """Connects the processes for the ``with`` block: gloo, beside it nccl for tensors on a GPU.
 
     An error that one rank alone has cuts the others off in their next exchange. Then, or when a rank has not come to
@@ -170,23 +172,31 @@ def process_group(world: World, device_type: str, timeout_seconds: float = 600.0
         world: of :func:`launched`.
         device_type: "cpu" or "cuda".
         timeout_seconds: of every exchange; the slowest rank's step, evaluation and checkpoint must fit in.
+        of_one: a single process makes a group too, which sharding needs.
 
     Raises:
         RunError: a rank is lost, or the processes do not find each other.
     """
-    if world.size == 1:
+    if world.size == 1 and not of_one:
         yield
         return
     import torch.distributed as dist
 
     timeout = timedelta(seconds=timeout_seconds)
+    backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
+    if world.size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+        return
     address, port = _address(os.environ, world)
     try:
         if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:  # torchrun keeps a store for its workers
             store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
         else:
             store = dist.TCPStore(address, port, world.size, is_master=world.is_main, timeout=timeout)
-        backend = "gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:nccl"
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise RunError(
@@ -264,11 +274,12 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:
-    """To be called before every forward with a graph: only the last one of a step exchanges gradients."""
+    """To be called before every forward with a graph: only the last one of a step exchanges gradients.
+
+    A sharded model exchanges them in all: else every rank would hold those of all weights.
+    """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model.require_backward_grad_sync = last
-    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2
-        model.set_requires_gradient_sync(last)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a stage will cost, from the model's shape alone: parameters, FLOPs a step and peak memory.
 
 Used by ``--dry-run``. FLOPs count a multiply and an add as two. The trunk is frozen, so a step takes a forward and
-the gradient of the activations, no weight gradients (DESIGN 5). Memory is that of ``engine/planner.py``, for the
-stage's own micro-batches and no recomputation.
+the gradient of the activations, no weight gradients (DESIGN 5), unless the stage trains all weights. Memory is that of
+``engine/planner.py``, for the stage's own micro-batches and no recomputation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,17 @@ def setting_of(
     config: DecoderConfig, stage: MntpStage | SimcseStage | SupervisedStage, itemsize: int, device: str
 ) -> Setting:
     """The stage on a device that is used as by default: fp32 and torch on a CPU, the Triton kernels on a GPU."""
-    return Setting(config, stage.lora, itemsize, isinstance(stage, MntpStage), device, triton=device != "cpu")
+    full = stage.tuning == "full"
+    return Setting(
+        config,
+        stage.lora,
+        itemsize,
+        isinstance(stage, MntpStage),
+        device,
+        triton=device != "cpu",
+        full=full,
+        shards=1 if full else None,
+    )
 
 
 def estimate_stage(
@@ -53,14 +63,19 @@ def estimate_stage(
         cached = sequences if micro_tokens < tokens else 0
         micro = MicroBatch(micro_tokens, sequences=-(-sequences * micro_tokens // tokens), cached=cached)
     weights = config.num_layers * sum(i * o for i, o in projection_shapes(config).values())
-    adapter = lora_parameters(config, stage.lora)
+    full = stage.tuning == "full"
+    adapter = 0 if full else lora_parameters(config, stage.lora)
     # forward and backward: attention does 2 GEMMs, then 4 more and one recomputed
     attention = config.num_layers * config.num_heads * config.head_dim * length * 2 * (2 + 5)
-    flops = tokens * (4 * weights + 6 * adapter + attention) + 4 * scored * config.vocab_size * config.hidden_size
+    flops = (
+        tokens * ((6 if full else 4) * weights + 6 * adapter + attention)
+        + 4 * scored * config.vocab_size * config.hidden_size
+    )
     if micro.cached:  # every text is embedded twice, but for those of one micro-batch
         flops += (tokens - micro.tokens) * (2 * (weights + adapter) + attention * 2 / 7)
     memory = predict(setting_of(config, stage, itemsize, device), micro).total
-    return StageEstimate(name, adapter, tokens, flops, memory)
+    trainable = config.num_parameters() if full else adapter
+    return StageEstimate(name, trainable, tokens, flops, memory)
 
 
 def describe(recipe: Recipe, config: DecoderConfig) -> str:

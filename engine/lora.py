@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bivec.engine.distributed import ALONE, World, whole
 from bivec.kernels import fold_seed, lora_linears
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.files import atomic_directory
@@ -128,15 +129,20 @@ class Adapter:
         for name, layer in self.layers.items():
             _set_submodule(self.model, name, layer.base)
 
-    def save(self, directory: str | Path, base_model_name: str) -> None:
+    def save(self, directory: str | Path, base_model_name: str, world: World = ALONE) -> None:
         """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT reads them.
+
+        Of several ranks all must call it, since the adapter may be sharded; rank 0 writes.
 
         Raises:
             BivecError: the disk is full.
         """
         tensors = {
-            PEFT_PREFIX + name: p.detach().float().cpu().contiguous() for name, p in self.named_parameters().items()
+            PEFT_PREFIX + name: whole(p.detach()).float().cpu().contiguous()
+            for name, p in self.named_parameters().items()
         }
+        if not world.is_main:
+            return
         fields = {
             "peft_type": "LORA",
             "task_type": None,

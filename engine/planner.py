@@ -57,6 +57,8 @@ class Setting:
     lm_head: bool  # MNTP scores with it
     device: str = "cpu"  # "cpu" | "cuda"
     triton: bool = False  # the backend of the kernels
+    full: bool = False  # all weights are trained, in fp32 at least, instead of an adapter
+    shards: int | None = None  # ranks over which weights and optimiser are spread; None = each has a copy
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def kept_per_token(setting: Setting, recompute: str = "none", mixed_lengths: boo
     own = 2 * hidden + 2 * inner
     if recompute == "none":
         own += 2 * hidden + inner
-    single = config.num_heads + 2 + len(setting.lora.targets) * setting.lora.rank
+    single = config.num_heads + 2 + (0 if setting.full else len(setting.lora.targets) * setting.lora.rank)
     if setting.triton:
         own += 2 * q + 2 * kv
     else:
@@ -136,8 +138,7 @@ def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
     """The peak of a step in such micro-batches."""
     config, itemsize, tokens = setting.config, setting.itemsize, micro.tokens
     hidden, inner = config.hidden_size, config.intermediate_size
-    adapter = lora_parameters(config, setting.lora)
-    resident = itemsize * config.num_parameters(lm_head=setting.lm_head) + 16 * adapter
+    resident = _resident(setting)
     resident += 2 * micro.cached * itemsize * hidden  # and their gradients
 
     mixed_lengths = micro.sequences > 0  # MNTP's blocks are of one length
@@ -155,7 +156,9 @@ def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
 
     # in the backward of down_proj and of the gated unit: the gradients of the residual stream and of the product
     block = tokens * itemsize * (2 * hidden + inner)
-    if setting.lora.dropout > 0 and not setting.triton:  # masks and update, on a CPU of a block of rows: as measured
+    if (
+        setting.lora.dropout > 0 and not setting.triton and not setting.full
+    ):  # masks and update, on a CPU of a block of rows: as measured
         drawn = min(tokens * inner, dropout.CPU_BLOCK) if setting.device == "cpu" else tokens * inner
         block += (6 if itemsize >= 4 else 10) * drawn
     if micro.recompute != "none":
@@ -163,6 +166,31 @@ def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
     if micro.recompute == "layer":
         block += tokens * (kept_per_token(setting, "none", mixed_lengths) - itemsize * (hidden + inner))
     return MemoryPrediction(resident, kept, max(loss, block))
+
+
+def _resident(setting: Setting) -> int:
+    """Weights, their gradients and the optimiser's moments; of sharded ones a share, and what is whole meanwhile."""
+    config, itemsize = setting.config, setting.itemsize
+    weights = config.num_parameters(lm_head=setting.lm_head)
+    trained = weights if setting.full else lora_parameters(config, setting.lora)
+    own = (
+        max(itemsize, 4) if setting.full else 4
+    )  # bytes of an element that is trained, and of each of its gradient and two moments
+    stays = (0 if setting.full else itemsize * weights) + 4 * own * trained
+    if setting.shards is None:
+        return stays
+    # whole: embedding, last norm and head from the forward to the backward, and two layers
+    layer = (config.num_parameters() - _ends(config, False)) // config.num_layers
+    gathered = itemsize * (_ends(config, setting.lm_head) + 2 * layer)
+    if setting.full:  # their gradients, and as they are reduced
+        gathered += (itemsize + own) * max(_ends(config, setting.lm_head), layer)
+    return stays // setting.shards + gathered
+
+
+def _ends(config: DecoderConfig, lm_head: bool) -> int:
+    """Parameters outside of the layers."""
+    head = lm_head and not config.tie_word_embeddings
+    return config.vocab_size * config.hidden_size * (2 if head else 1) + config.hidden_size
 
 
 def plan_mntp(

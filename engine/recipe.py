@@ -22,6 +22,7 @@ from bivec.engine.planner import parse_memory
 from bivec.models import DecoderConfig
 
 STAGES = ("bi", "mntp", "simcse", "supervised")
+TUNINGS = ("lora", "full")
 # fields of Recipe that have a flag each; the others are reached by --set
 OWN_FLAGS = (
     "model",
@@ -57,8 +58,10 @@ class MntpStage:
     mask_probability: float = 0.2
     mask_style: str = "bert"  # "bert" (80/10/10) | "all_mask"
     mask_token: str = "blank"  # "blank" (_) | "eos" | "mask"
-    # the repository also trains the LM head and throws it away (METHOD 3.4); here it stays frozen
     lora: LoraConfig = field(default_factory=LoraConfig)
+    tuning: str = "lora"  # "lora" | "full": all weights of the trunk, with fp32 masters of bf16 ones
+    # "frozen" | "trained", then thrown away: the repository's, where the head is not the embedding (METHOD 3.4)
+    lm_head: str = "frozen"
     micro_batch_tokens: int | None = 8192  # tokens of one forward and backward; the step's gradient does not change
     save_every: int = 200
     evaluate_every: int = 0
@@ -68,7 +71,11 @@ class MntpStage:
         _check_at_least(self, {"batch_size": 1, "sequence_length": 2, "micro_batch_tokens": 1})
         if not 0 < self.mask_probability <= 1:
             raise ConfigError(f"mask_probability is {self.mask_probability}, expected above 0 and at most 1")
-        for name, known in (("mask_style", ("bert", "all_mask")), ("mask_token", ("blank", "eos", "mask"))):
+        for name, known in (
+            ("mask_style", ("bert", "all_mask")),
+            ("mask_token", ("blank", "eos", "mask")),
+            ("lm_head", ("frozen", "trained")),
+        ):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
 
@@ -89,6 +96,7 @@ class SimcseStage:
     scale: float = 20.0
     micro_batch_tokens: int | None = None  # of one forward and backward, by gradient caching; None = both views at once
     lora: LoraConfig = field(default_factory=LoraConfig)
+    tuning: str = "lora"  # "lora" | "full"
     save_every: int = 200
     evaluate_every: int = 0
 
@@ -131,6 +139,7 @@ class SupervisedStage:
     # None = a fresh one on the merged weights
     init_adapter: str | None = None
     lora: LoraConfig = field(default_factory=LoraConfig)
+    tuning: str = "lora"  # "lora" | "full"
     on_bad_line: str = "error"  # "skip" counts lines that hold no triple and goes on
     micro_batch_tokens: int | None = 16384  # of one forward and backward, by gradient caching
     save_every: int = 200
@@ -147,6 +156,8 @@ class SupervisedStage:
             raise ConfigError(f"margin is {self.margin}, expected a number")
         if len(set(self.matryoshka_dims)) < len(self.matryoshka_dims) or min(self.matryoshka_dims, default=1) < 1:
             raise ConfigError(f"matryoshka_dims are {self.matryoshka_dims}, expected different numbers of at least 1")
+        if self.tuning == "full" and self.init_adapter is not None:
+            raise ConfigError(f"init_adapter is {self.init_adapter!r}, but tuning is 'full', which has no adapter")
         for name, known in (("pooling", tuple(POOLINGS)), ("on_bad_line", ("error", "skip"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
@@ -185,11 +196,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_at_least(self, {"eval_pairs": 2, "data_limit": 1})
+        if self.supervised.init_adapter == "simcse" and self.simcse.tuning == "full":
+            raise ConfigError("supervised.init_adapter is 'simcse', but simcse.tuning is 'full', which has no adapter")
+
+    def trains_all_weights(self) -> bool:
+        """Whether one of its stages does."""
+        return any(getattr(self, name).tuning == "full" for name in self.stages if name != "bi")
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a recipe is run; none of it changes the result."""
+    """How a recipe is run; none of it changes the result beyond rounding."""
 
     output_dir: Path
     resume: bool = False
@@ -197,6 +214,8 @@ class RunOptions:
     device: str | None = None
     backend: str | None = None
     memory: str | None = None  # "auto" or a size: the planner cuts the steps; None = the recipe's micro-batches
+    shard: bool = False  # spread the weights over the processes (FSDP2), instead of a copy in each
+    timeout: float = 600.0  # seconds that a process waits for the others
 
 
 def smoke(recipe: Recipe) -> Recipe:
@@ -297,6 +316,19 @@ def parse_arguments(
         help="cut every step so that it fits: what is free on the device, or this much (default: the recipe's cut)",
     )
     add(
+        "--shard",
+        action="store_true",
+        help="spread the weights over the processes of torchrun or srun (FSDP2): for models that do not fit on one "
+        "device (default: each has a copy; full-weight stages are always spread)",
+    )
+    add(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long a process waits for the others before the run ends (default: %(default)g)",
+    )
+    add(
         "--on-bad-line",
         choices=("error", "skip"),
         default=recipe.supervised.on_bad_line,
@@ -345,7 +377,16 @@ def parse_arguments(
             recipe = _assign(recipe, key.split("."), value, key)
         except ConfigError as error:
             raise RunError(f"--set {assignment}: {error}") from error
-    options = RunOptions(given.output_dir, given.resume, given.dry_run, given.device, given.backend, given.memory)
+    options = RunOptions(
+        given.output_dir,
+        given.resume,
+        given.dry_run,
+        given.device,
+        given.backend,
+        given.memory,
+        given.shard,
+        given.timeout,
+    )
     return recipe, options
 
 
@@ -411,6 +452,8 @@ def _parse(text: str, annotation: str, key: str) -> Any:
 
 def _check_stage(stage: MntpStage | SimcseStage | SupervisedStage) -> None:
     """What the stages have in common."""
+    if stage.tuning not in TUNINGS:
+        raise ConfigError(f"tuning is {stage.tuning!r}, expected one of {', '.join(TUNINGS)}")
     _check_at_least(stage, {"decay_epochs": 1, "save_every": 0, "evaluate_every": 0})
     unknown = [name for name in stage.lora.targets if name not in PROJECTIONS]
     if unknown or not stage.lora.targets:

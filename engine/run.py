@@ -13,11 +13,12 @@ The files of a run are listed in the README ("What a run writes"). Each step tha
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,25 +27,17 @@ import numpy as np
 import torch
 
 from bivec.engine.checkpoint import list_checkpoints
-from bivec.engine.cuts import as_cut, plan_cuts
+from bivec.engine.cuts import as_cut, named_dtype, plan_cuts
+from bivec.engine.distributed import ALONE, World, launched, process_group
 from bivec.engine.encoder import Encoder, EncoderConfig
 from bivec.engine.encoder_config import POOLINGS, stored_encoder_config, text_format
 from bivec.engine.errors import BivecError, RunError
 from bivec.engine.estimate import describe
 from bivec.engine.evaluation import sts_spearman
 from bivec.engine.inputs import load_inputs, model_config
-from bivec.engine.lora import Adapter, add_lora, load_adapter
 from bivec.engine.metrics import Evaluation, StepLog, losses_by_stage
 from bivec.engine.objectives import MntpObjective, SimcseObjective
-from bivec.engine.recipe import (
-    MntpStage,
-    Recipe,
-    RunOptions,
-    SimcseStage,
-    SupervisedStage,
-    parse_arguments,
-    with_horizon,
-)
+from bivec.engine.recipe import Recipe, RunOptions, parse_arguments, with_horizon
 from bivec.engine.report import StageResult, draw_results, results_table, similarity_table
 from bivec.engine.run_files import (
     RUN_FILE,
@@ -53,19 +46,20 @@ from bivec.engine.run_files import (
     check_same_data,
     check_same_device,
     chosen_device,
+    device_type,
     earlier_run,
     read_results,
     rewrite_run_file,
     start_state,
     write_run_file,
 )
+from bivec.engine.run_weights import RunWeights, Stage, stage_is_done
 from bivec.engine.supervised import SupervisedObjective, TripleRows
 from bivec.engine.text_format import resolve_template
 from bivec.engine.tokenizer import prefix_length
 from bivec.engine.trainer import Intervals, Objective, StepMetrics, is_out_of_memory, peak_memory_bytes, train
 from bivec.engine.triple_batches import TripleBatches
 from bivec.kernels import BackendError, fold_seed
-from bivec.models import load_pretrained
 from bivec.models.files import write_text_atomic
 
 MNTP_SEED, SIMCSE_SEED, LORA_SEED, SUPERVISED_SEED = 1, 2, 3, 4  # folded into the run's seed
@@ -86,28 +80,36 @@ def start(recipe: Recipe, description: str | None, arguments: Sequence[str] | No
     Bad input, and what stops a step (a NaN loss, a full disk), end the process with the error on stderr and exit code
     2; Ctrl-C with the command that goes on and exit code 130; ``--dry-run`` with its figures and exit code 0.
 
+    Of several processes, made by torchrun or srun, rank 0 speaks and writes; the others show errors alone.
+
     Args:
         recipe: the defaults of the command line.
         description: of the recipe, for ``--help``.
         arguments: of the command; None = those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    directory = None
+    directory, who = None, ""
     try:
         recipe, options = parse_arguments(recipe, description, arguments)
         if options.dry_run:
             print(describe(recipe, model_config(recipe)))
             sys.exit(0)
-        directory = options.output_dir
-        yield Run(recipe, options)
+        directory, world = options.output_dir, launched()
+        with ExitStack() as stack:
+            if not world.is_main:
+                who = f"rank {world.rank}: "
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            of_one = options.shard or recipe.trains_all_weights()
+            stack.enter_context(process_group(world, device_type(options), options.timeout, of_one=of_one))
+            yield Run(recipe, options, world)
     except (BivecError, BackendError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         advice = "give --memory auto, or lower micro_batch_tokens of the stage: --set mntp.micro_batch_tokens=2048"
-        print(f"error: {str(error).splitlines()[0]}\n{advice}", file=sys.stderr)
+        print(f"{who}error: {str(error).splitlines()[0]}\n{advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         command = shlex.join(["python", sys.argv[0], *(word for word in arguments if word != "--resume"), "--resume"])
@@ -119,11 +121,11 @@ def start(recipe: Recipe, description: str | None, arguments: Sequence[str] | No
 class Run:
     """The model on its way from decoder to encoder. Made by :func:`start`."""
 
-    def __init__(self, recipe: Recipe, options: RunOptions):
+    def __init__(self, recipe: Recipe, options: RunOptions, world: World = ALONE):
         self._started = time.monotonic()
-        self.recipe, self.options, self.directory = recipe, options, options.output_dir
+        self.recipe, self.options, self.directory, self.world = recipe, options, options.output_dir, world
         earlier = earlier_run(recipe, options)
-        self.device = chosen_device(options)
+        self.device = chosen_device(options, world)
         check_same_device(earlier, self.device, self.directory)
         self.inputs = load_inputs(recipe)
         check_same_data(earlier, self.inputs, self.directory)
@@ -135,31 +137,35 @@ class Run:
         if "supervised" in recipe.stages:
             self.template = self._chosen_template(stored)
             self.triple_rows = self._triple_rows()
-        self.cuts = self._cuts(earlier)
+        # bf16 as the paper, but for the CPU, where it runs a hundred times slower than fp32
+        self.dtype = named_dtype(recipe.dtype or ("float32" if device_type(options) == "cpu" else "bfloat16"))
+        self.cuts = world.from_main(self._cuts(earlier))
         # before anything is written: damaged weights must not leave a directory behind that asks for --resume
-        self._load_model()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if earlier is None:
-            write_run_file(self.directory, recipe, self.inputs, self.device, memory=options.memory, cuts=self.cuts)
-        elif self.cuts != earlier.get("cuts", {}):  # by another --memory
-            rewrite_run_file(self.directory, memory=options.memory, cuts=self.cuts)
+        self.weights = RunWeights(
+            recipe,
+            self.inputs.model_path,
+            self.directory,
+            device=self.device,
+            dtype=self.dtype,
+            world=world,
+            sharded=options.shard,
+        )
+        self.state = start_state(recipe)  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
+        world.barrier()  # everyone has looked at the directory as it was
+        if world.is_main:
+            self._begin(earlier)
+
+    def _begin(self, earlier: dict[str, Any] | None) -> None:
+        """The first that is written."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        memory = self.options.memory
+        if earlier is None:
+            write_run_file(self.directory, self.recipe, self.inputs, self.device, memory=memory, cuts=self.cuts)
+        elif self.cuts != earlier.get("cuts", {}):  # by another --memory
+            rewrite_run_file(self.directory, memory=memory, cuts=self.cuts)
         self.metrics.path.touch()
-
-    def _load_model(self) -> None:
-        self.model = self.lm_head_weight = None  # the memory of the old one first
-        checkpoint = load_pretrained(self.inputs.model_path, dtype=self._dtype(), device=self.device)
-        self.model, self.lm_head_weight = checkpoint.model, checkpoint.lm_head_weight
-        self.model.requires_grad_(False)
-        for adapter in self.recipe.adapters:
-            load_adapter(self.model, adapter).merge()
-        self.merged: list[str] = []  # which of the run's own adapters are in the weights
-        self.state = start_state(self.recipe)  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
-
-    def _dtype(self) -> str:
-        """bf16 as the paper, but for the CPU, where it runs a hundred times slower than fp32."""
-        return self.recipe.dtype or ("float32" if torch.device(self.device).type == "cpu" else "bfloat16")
 
     def _cuts(self, earlier: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
         """By stage, the fields of its objective that ``--memory`` decides; nothing without it.
@@ -170,17 +176,14 @@ class Run:
         before = (earlier or {}).get("cuts", {})
         if self.options.memory is None or (earlier is not None and self.options.memory == earlier.get("memory")):
             return before
-        done = [name for name in TRAINED if self.options.resume and self._is_done(name)]
+        done = [name for name in TRAINED if self.options.resume and stage_is_done(self.directory / name)]
         left = replace(self.recipe, stages=tuple(name for name in self.recipe.stages if name not in done))
         rows = self.triple_rows if "supervised" in left.stages else None
-        plans = plan_cuts(left, self.options, self.inputs, rows, torch.device(self.device), self._dtype())
+        plans = plan_cuts(left, self.options, self.inputs, rows, torch.device(self.device), self.dtype, self.world)
         for name, plan in plans.items():
             print(f"{name}: {plan}", flush=True)
         kept = {name: before[name] for name in done if name in before}
         return kept | {name: as_cut(name, plan) for name, plan in plans.items()}
-
-    def _is_done(self, name: str) -> bool:
-        return (self.directory / name / "adapter_config.json").is_file()
 
     def _triple_rows(self) -> TripleRows:
         stage, seed = self.recipe.supervised, fold_seed(self.recipe.seed, SUPERVISED_SEED, ORDER)
@@ -226,8 +229,6 @@ class Run:
             return
         objective = partial(
             MntpObjective,
-            self.model,
-            self.lm_head_weight,
             blocks=self.inputs.blocks,
             masking=self.inputs.masking,
             batch_size=stage.batch_size,
@@ -242,10 +243,8 @@ class Run:
         stage = self.recipe.simcse
         if "simcse" not in self.recipe.stages:
             return
-        self.lm_head_weight = None  # MNTP alone needed it: 1 GB of a Llama-3-8B
         objective = partial(
             SimcseObjective,
-            self.model,
             sentences=self.inputs.sentences,
             batch_size=stage.batch_size,
             seed=fold_seed(self.recipe.seed, SIMCSE_SEED),
@@ -266,14 +265,9 @@ class Run:
         stage = self.recipe.supervised
         if "supervised" not in self.recipe.stages:
             return
-        before = self.state
-        if stage.init_adapter == "simcse":
-            self._merge([name for name in self.merged if name != "simcse"])  # it is to be trained, not merged too
-        self.lm_head_weight = None
-        rows = self.triple_rows
+        before, rows = self.state, self.triple_rows
         objective = partial(
             SupervisedObjective,
-            self.model,
             rows=rows,
             seed=fold_seed(self.recipe.seed, SUPERVISED_SEED),
             device=self.device,
@@ -290,36 +284,24 @@ class Run:
         self._train("supervised", stage, rows.batches.steps_per_epoch * stage.batch_size, objective)
         self.state = f"{before.replace('bi', 'uni', 1) if stage.causal else before}+supervised"
 
-    def _merge(self, names: Sequence[str]) -> None:
-        """Puts exactly these adapters of the run into the weights."""
-        if self.merged != list(names)[: len(self.merged)]:
-            self._load_model()
-        for name in names[len(self.merged) :]:
-            load_adapter(self.model, self.directory / name).merge()
-            self.merged.append(name)
-
-    def _train(
-        self,
-        name: str,
-        stage: MntpStage | SimcseStage | SupervisedStage,
-        samples: int,
-        make_objective: Callable[..., Objective],
-    ) -> None:
-        finished = self.directory / name
-        if self.options.resume and self._is_done(name):
-            load_adapter(self.model, finished).merge()
-            self._has_merged(name)
+    def _train(self, name: str, stage: Stage, samples: int, make_objective: Callable[..., Objective]) -> None:
+        self.world.share(stage.batch_size)  # is there something for every rank?
+        if self.options.resume and stage_is_done(self.directory / name):
+            self.weights.merge(self._without_start(stage, [*self.weights.merged, name]))
+            self.state += f"+{name}"
             return
         checkpoints = self.directory / "checkpoints"
         saved = list_checkpoints(checkpoints, name) if self.options.resume else []
-        for log in (self.metrics, self.evaluations):
-            log.truncate(name, int(saved[-1].name.rpartition("-")[2]) if saved else 0)
+        if self.world.is_main:
+            for log in (self.metrics, self.evaluations):
+                log.truncate(name, int(saved[-1].name.rpartition("-")[2]) if saved else 0)
         # the state's length, so that every stage starts from another draw
-        adapter = self._adapter(stage, fold_seed(self.recipe.seed, LORA_SEED, len(self.state)))
+        trained = self.weights.trainable(name, stage, fold_seed(self.recipe.seed, LORA_SEED, len(self.state)))
+        head = {"lm_head_weight": trained.lm_head_weight} if name == "mntp" else {}
         train(
             name,
-            make_objective(adapter=adapter),
-            adapter.named_parameters(),
+            make_objective(trained.model, adapter=trained.adapter, world=self.world, **head),
+            trained.parameters,
             with_horizon(stage.optim, stage.decay_epochs, samples, stage.batch_size),
             intervals=Intervals(log=1, evaluate=stage.evaluate_every, save=stage.save_every),
             checkpoints=checkpoints,
@@ -327,21 +309,15 @@ class Run:
             evaluate=partial(self._evaluate_midway, name),
             cut=partial(self._keep_cut, name),
             resume=self.options.resume,
+            world=self.world,
         )
-        adapter.save(finished, self.recipe.model)
-        adapter.merge()
-        self._has_merged(name)
-
-    def _adapter(self, stage: MntpStage | SimcseStage | SupervisedStage, seed: int) -> Adapter:
-        """What a stage trains: a fresh adapter, or the one it is to go on with."""
-        start = getattr(stage, "init_adapter", None)
-        if start is None:
-            return add_lora(self.model, stage.lora, seed)
-        return load_adapter(self.model, self.directory / "simcse" if start == "simcse" else start)
-
-    def _has_merged(self, name: str) -> None:
-        self.merged.append(name)
+        self.weights.keep(name, trained, is_causal=getattr(stage, "causal", False))
         self.state += f"+{name}"
+
+    @staticmethod
+    def _without_start(stage: Stage, names: Sequence[str]) -> list[str]:
+        """Without the stage whose adapter this one goes on with: the result of this one takes its place."""
+        return [name for name in names if not (name == "simcse" == getattr(stage, "init_adapter", None))]
 
     def _keep_cut(self, name: str, objective: Objective) -> None:
         """A resumed run begins with the cut that memory forced on this one."""
@@ -356,7 +332,8 @@ class Run:
             saved = list_checkpoints(self.directory / "checkpoints", name)
             good = saved[-1] if saved else "none yet"
             raise RunError(f"{name}, step {step}: {error}. Last good checkpoint: {good}") from error
-        self.evaluations.append(Evaluation(name, step, score))
+        if self.world.is_main:
+            self.evaluations.append(Evaluation(name, step, score))
 
     def finish(self) -> None:
         """Saves ``merged/``, reads the test set once for every stage, prints and writes the results."""
@@ -364,6 +341,8 @@ class Run:
         if any(result.sts_test_spearman is None for result in self.results):
             self._test_all_stages()
         self._write_results()
+        if not self.world.is_main:
+            return
         losses = losses_by_stage(self.metrics.read())
         draw_results(self.directory / "results.png", self.recipe.name, self.results, losses)
         table = results_table(self.results, {split: len(pairs) for split, pairs in self.inputs.sts.items()})
@@ -377,19 +356,22 @@ class Run:
 
     def _save_encoder(self) -> np.ndarray:
         """Writes ``merged/``; returns the unit vectors of the sentences that are shown. Keeps no second model alive."""
-        encoder = self._encoder(self._encoder_config(self.state.rpartition("+")[2]))
-        encoder.save_pretrained(self.directory / "merged")
-        return encoder.encode(list(SHOWN), normalize_embeddings=True)
+        self.weights.merge(self.weights.merged)  # whole, where it was sharded
+        config = self._encoder_config(self.state.rpartition("+")[2])
+        if self.world.is_main:
+            encoder = Encoder(self.weights.model, self.inputs.tokenizer, config)
+            encoder.save_pretrained(self.directory / "merged")
+        return self._encoder(config).encode(list(SHOWN), normalize_embeddings=True)
 
     def _test_all_stages(self) -> None:
         """Walks once more from the decoder through the saved adapters: no choice could have seen the test set."""
-        self._load_model()
+        self.weights.load()
         tested = []
         for result in self.results:
             names = [name for name in TRAINED if name in self.recipe.stages and name in result.stage.split("+")]
-            if names[-1:] == ["supervised"] and self.recipe.supervised.init_adapter == "simcse":
-                names.remove("simcse")  # it is the start of that adapter
-            self._merge(names)
+            if names[-1:] == ["supervised"]:
+                names = self._without_start(self.recipe.supervised, names)
+            self.weights.merge(names)
             trained = names[-1] if names else "bi"
             config = self._encoder_config(trained, result.stage.startswith("uni"), result.pooling)
             tested.append(replace(result, sts_test_spearman=self._sts("test", trained, config)))
@@ -407,12 +389,12 @@ class Run:
 
     def _encoder(self, config: EncoderConfig) -> Encoder:
         """The model as it stands."""
-        return Encoder(self.model, self.inputs.tokenizer, config, backend=self.options.backend)
+        return Encoder(self.weights.runnable(), self.inputs.tokenizer, config, backend=self.options.backend)
 
     def _sts(self, split: str, stage: str, config: EncoderConfig) -> float:
         """Spearman's correlation x 100 of the model as it stands after a stage."""
         instruction = self.recipe.supervised.sts_instruction if stage == "supervised" else None
-        encode = partial(self._encoder(config).encode, instruction=instruction, show_progress_bar=True)
+        encode = partial(self._encoder(config).encode, instruction=instruction, show_progress_bar=self.world.is_main)
         return sts_spearman(encode, self.inputs.sts[split])
 
     def _seconds(self) -> float:
@@ -422,6 +404,8 @@ class Run:
         return max(self._earlier_peak, peak_memory_bytes())
 
     def _write_results(self) -> None:
+        if not self.world.is_main:
+            return
         content = {
             "stages": [result.to_dict() for result in self.results],
             "seconds": round(self._seconds(), 1),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
 from bivec.engine.recipe import Recipe, RunOptions, as_dict, differences
@@ -108,9 +109,23 @@ def check_same_device(earlier: dict[str, Any] | None, device: str, directory: Pa
         )
 
 
-def chosen_device(options: RunOptions) -> str:
-    """The device of the run, tried; and that the kernels' backend can be had."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def device_type(options: RunOptions) -> str:
+    """ "cpu" or "cuda"."""
+    return (options.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
+
+
+def chosen_device(options: RunOptions, world: World = ALONE) -> str:
+    """The device of this process, tried; and that the kernels' backend can be had."""
+    device = options.device or device_type(options)
+    if world.size > 1 and device_type(options) != "cpu":
+        if ":" in device:
+            raise RunError(f"--device {device}: each of {world.size} processes has one of its own; give --device cuda")
+        if world.local_size > torch.cuda.device_count():
+            raise RunError(
+                f"{world.local_size} processes on this machine, but {torch.cuda.device_count()} GPUs; start one a GPU"
+            )
+        device = f"{device}:{world.local_rank}"
+        torch.cuda.set_device(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

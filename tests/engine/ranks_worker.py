@@ -25,10 +25,9 @@ from bivec.engine.distributed import (
     data_parallel,
     launched,
     process_group,
-    sharded_like,
     whole,
 )
-from bivec.engine.lora import Adapter, LoraConfig, add_lora
+from bivec.engine.lora import LoraConfig, add_lora
 from bivec.engine.masking import MaskingConfig
 from bivec.engine.objectives import MntpObjective, SimcseObjective
 from bivec.engine.optim import OptimConfig

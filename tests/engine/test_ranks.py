@@ -1,4 +1,4 @@
-"""Two processes on gloo train as one: same losses and gradients, resumed on any number of ranks, a lost rank is named."""
+"""Two processes on gloo train as one: same losses and gradients, resumed on any number, a lost rank is named."""
 
 import importlib.util
 import os

@@ -1,0 +1,166 @@
+"""The weights of a run on their way through the stages: loaded, with stages merged in, sharded, trained, kept.
+
+What a stage trained lies in ``<output-dir>/<stage>/``: an adapter in PEFT's format, or after full-weight training the
+whole trunk as transformers loads it, in the precision of its master weights. A model that was sharded is not put
+together again in place: it is read anew, with what the stages left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bivec.engine.distributed import World, data_parallel
+from bivec.engine.errors import ConfigError
+from bivec.engine.lora import Adapter, add_lora, load_adapter
+from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
+from bivec.engine.sharding import attach_head, detach_head, gathered, is_sharded, shard
+from bivec.models import Llama, load_pretrained, save_pretrained
+from bivec.models.weights import CONFIG_FILE
+
+ADAPTER_FILE = "adapter_config.json"
+Stage = MntpStage | SimcseStage | SupervisedStage
+
+
+def stage_is_done(directory: Path) -> bool:
+    """Whether a stage has left its result there."""
+    return any((directory / file).is_file() for file in (ADAPTER_FILE, CONFIG_FILE))
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What a stage trains, ready for its objective."""
+
+    model: nn.Module  # the trunk, or the engine that reduces its gradients
+    adapter: Adapter | None  # None: all weights are trained
+    parameters: dict[str, nn.Parameter]
+    lm_head_weight: Tensor | Callable[[], Tensor] | None  # of MNTP
+
+
+class RunWeights:
+    """The trunk of a run as it stands.
+
+    ``model`` may be replaced by every method. ``merged`` names the stages whose result is in it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model_path: Path,
+        directory: Path,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        world: World,
+        sharded: bool,
+    ):
+        self.recipe, self.model_path, self.directory = recipe, model_path, directory
+        self.device, self.dtype, self.world, self.sharded = device, dtype, world, sharded
+        self.load()
+
+    def load(self, names: Sequence[str] = (), dtype: torch.dtype | None = None) -> None:
+        """Reads the decoder and puts exactly these stages' results into it.
+
+        Args:
+            names: stages that are done, in their order.
+            dtype: of the weights; None = the run's.
+        """
+        self.model = self.lm_head_weight = None  # the memory of the old one first
+        dtype = dtype or self.dtype
+        # what is to be sharded need not fit on the device
+        home = "cpu" if self.sharded or (dtype != self.dtype and self.world.size > 1) else self.device
+        whole = [name for name in names if (self.directory / name / CONFIG_FILE).is_file()]
+        source = self.directory / whole[-1] if whole else self.model_path
+        checkpoint = load_pretrained(source, dtype=dtype, device=home)
+        self.model, self.lm_head_weight = checkpoint.model.requires_grad_(False), checkpoint.lm_head_weight
+        if not whole:
+            for adapter in self.recipe.adapters:
+                load_adapter(self.model, adapter).merge()
+        for name in names[names.index(whole[-1]) + 1 :] if whole else names:
+            load_adapter(self.model, self.directory / name).merge()
+        self.merged = list(names)
+
+    def merge(self, names: Sequence[str]) -> None:
+        """Puts exactly these stages' results into the weights, which are whole then, in the run's dtype."""
+        begins = self.merged == list(names)[: len(self.merged)]
+        added = names[len(self.merged) :]
+        if is_sharded(self.model) or not begins or any((self.directory / x / CONFIG_FILE).is_file() for x in added):
+            self.load(names)
+            return
+        for name in added:
+            load_adapter(self.model, self.directory / name).merge()
+            self.merged.append(name)
+
+    def runnable(self) -> Llama:
+        """The model for a forward: sharded, if it is to be."""
+        if self.sharded and not is_sharded(self.model):
+            self.lm_head_weight = None
+            shard(self.model, self.world, self.device)
+        return self.model
+
+    def trainable(self, name: str, stage: Stage, seed: int) -> Trainable:
+        """Makes ready what a stage trains.
+
+        Args:
+            name: of the stage.
+            stage: its settings.
+            seed: of a fresh adapter.
+        """
+        start = getattr(stage, "init_adapter", None)
+        names = [done for done in self.merged if not (start == "simcse" and done == "simcse")]  # trained, not merged
+        full, masters = stage.tuning == "full", torch.promote_types(self.dtype, torch.float32)
+        if full and (masters != self.dtype or self.sharded):
+            self.load(names, masters)
+        else:
+            self.merge(names)
+        model, adapter, head = self.model, None, self.lm_head_weight if name == "mntp" else None
+        self.lm_head_weight = None  # MNTP alone needs it: 1 GB of a Llama-3-8B
+        if full:
+            model.requires_grad_(True)
+        elif start is None:
+            adapter = add_lora(model, stage.lora, seed)
+        else:
+            adapter = load_adapter(model, self.directory / "simcse" if start == "simcse" else start)
+        learns = name == "mntp" and stage.lm_head == "trained"
+        if learns and not full and head is model.embed_tokens.weight:
+            raise ConfigError(
+                "mntp.lm_head is 'trained', but the head is the input embedding here (tie_word_embeddings), which LoRA "
+                "leaves frozen; give mntp.lm_head=frozen, or mntp.tuning=full"
+            )
+        split = full or self.sharded
+        if head is not None and (split or learns):
+            head = attach_head(model, head, trained=learns)
+        if split:
+            shard(model, self.world, self.device, self.dtype)
+        parameters = dict(model.named_parameters()) if adapter is None else adapter.named_parameters()
+        if adapter is not None and learns:
+            parameters["lm_head_weight"] = head()
+        parameters = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
+        return Trainable(model if split else data_parallel(model, self.world), adapter, parameters, head)
+
+    def keep(self, name: str, trained: Trainable, is_causal: bool) -> None:
+        """Writes what a stage trained to ``<output-dir>/<stage>/`` and has it in the weights.
+
+        Args:
+            name: of the stage.
+            trained: of :meth:`trainable`.
+            is_causal: what the config.json of a whole trunk says.
+        """
+        names = [*self.merged, name]
+        detach_head(self.model)
+        if trained.adapter is None:
+            model = gathered(self.model, self.world)
+            if model is not None:
+                save_pretrained(model, self.directory / name, is_causal=is_causal)
+        else:
+            trained.adapter.save(self.directory / name, self.recipe.model, self.world)
+            if not is_sharded(self.model):
+                trained.adapter.merge()
+                self.merged = names
+                return
+        self.world.barrier()  # rank 0 has written
+        self.load(names)
