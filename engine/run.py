@@ -133,6 +133,9 @@ class Run:
         stored = stored_encoder_config(self.inputs.model_path, self.inputs.config)
         # METHOD 2.5: the BOS is no part of a text
         self.pool_bos = bool(stored and stored.pool_bos) if recipe.pool_bos is None else recipe.pool_bos
+        for name in TRAINED:
+            if name in recipe.stages:
+                world.share(getattr(recipe, name).batch_size)  # is there something for every rank?
         self.template = self.triple_rows = None
         if "supervised" in recipe.stages:
             self.template = self._chosen_template(stored)
@@ -285,7 +288,6 @@ class Run:
         self.state = f"{before.replace('bi', 'uni', 1) if stage.causal else before}+supervised"
 
     def _train(self, name: str, stage: Stage, samples: int, make_objective: Callable[..., Objective]) -> None:
-        self.world.share(stage.batch_size)  # is there something for every rank?
         if self.options.resume and stage_is_done(self.directory / name):
             self.weights.merge(self._without_start(stage, [*self.weights.merged, name]))
             self.state += f"+{name}"
