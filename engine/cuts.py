@@ -59,6 +59,7 @@ def plan_cuts(
             device.type,
             triton,
             full=full,
+            train_head=getattr(stage, "lm_head", "") == "trained",
             shards=world.size if full or options.shard else None,
         )
 

@@ -41,6 +41,7 @@ def setting_of(
         device,
         triton=device != "cpu",
         full=full,
+        train_head=getattr(stage, "lm_head", "") == "trained",
         shards=1 if full else None,
     )
 

@@ -58,6 +58,7 @@ class Setting:
     device: str = "cpu"  # "cpu" | "cuda"
     triton: bool = False  # the backend of the kernels
     full: bool = False  # all weights are trained, in fp32 at least, instead of an adapter
+    train_head: bool = False  # the LM head too
     shards: int | None = None  # ranks over which weights and optimiser are spread; None = each has a copy
 
 
@@ -165,6 +166,10 @@ def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
         block += tokens * itemsize * inner
     if micro.recompute == "layer":
         block += tokens * (kept_per_token(setting, "none", mixed_lengths) - itemsize * (hidden + inner))
+    if setting.full:
+        # a layer's weight gradients come with its activations still there; the embedding's when they are gone
+        block += _gradient_bytes(setting, _layer(config))
+        block = max(block, _gradient_bytes(setting, config.vocab_size * config.hidden_size) - kept)
     return MemoryPrediction(resident, kept, max(loss, block))
 
 
@@ -172,25 +177,28 @@ def _resident(setting: Setting) -> int:
     """Weights, their gradients and the optimiser's moments; of sharded ones a share, and what is whole meanwhile."""
     config, itemsize = setting.config, setting.itemsize
     weights = config.num_parameters(lm_head=setting.lm_head)
-    trained = weights if setting.full else lora_parameters(config, setting.lora)
-    own = (
-        max(itemsize, 4) if setting.full else 4
-    )  # bytes of an element that is trained, and of each of its gradient and two moments
-    stays = (0 if setting.full else itemsize * weights) + 4 * own * trained
+    head = weights - config.num_parameters()
+    trained = config.num_parameters() if setting.full else lora_parameters(config, setting.lora)
+    own = max(itemsize, 4) if setting.full else 4  # bytes of an element that is trained, its gradient and each moment
+    stays = own * head if setting.full else itemsize * weights
+    stays += own * (4 * trained + 3 * head * setting.train_head)
     if setting.shards is None:
         return stays
-    # whole: embedding, last norm and head from the forward to the backward, and two layers
-    layer = (config.num_parameters() - _ends(config, False)) // config.num_layers
-    gathered = itemsize * (_ends(config, setting.lm_head) + 2 * layer)
-    if setting.full:  # their gradients, and as they are reduced
-        gathered += (itemsize + own) * max(_ends(config, setting.lm_head), layer)
-    return stays // setting.shards + gathered
+    # whole: embedding, last norm and head from the forward to the backward, a layer and the next, fetched meanwhile
+    sharded = config.num_layers - (1 if setting.shards == 1 else 2)
+    return stays // setting.shards + itemsize * (weights - sharded * _layer(config))
 
 
-def _ends(config: DecoderConfig, lm_head: bool) -> int:
-    """Parameters outside of the layers."""
-    head = lm_head and not config.tie_word_embeddings
-    return config.vocab_size * config.hidden_size * (2 if head else 1) + config.hidden_size
+def _layer(config: DecoderConfig) -> int:
+    """Parameters of a layer."""
+    ends = (config.vocab_size + 1) * config.hidden_size
+    return (config.num_parameters() - ends) // config.num_layers
+
+
+def _gradient_bytes(setting: Setting, weights: int) -> int:
+    """Of gradients of whole weights; several ranks reduce them in a second buffer, in the masters' dtype."""
+    reduced = max(setting.itemsize, 4) if setting.shards and setting.shards > 1 else 0
+    return (setting.itemsize + reduced) * weights
 
 
 def plan_mntp(

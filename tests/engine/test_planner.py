@@ -10,8 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from bivec.engine import planner
 from bivec.engine.data import BlockDataset
+from bivec.engine.distributed import ALONE, process_group
 from bivec.engine.errors import RunError
-from bivec.engine.lora import LoraConfig, add_lora
+from bivec.engine.lora import LoraConfig, LoraLinear, add_lora
 from bivec.engine.masking import MaskingConfig
 from bivec.engine.objectives import MntpObjective, SimcseObjective
 from bivec.engine.planner import (
@@ -27,6 +28,7 @@ from bivec.engine.planner import (
     plan_mntp,
     predict,
 )
+from bivec.engine.sharding import attach_head, shard
 from bivec.kernels import dropout as kernels_dropout
 from bivec.models import DecoderConfig, Llama, PackedBatch, load_pretrained
 from bivec.models.recompute import LEVELS, Recipes
@@ -128,6 +130,31 @@ def test_the_peak_is_predicted_within_a_tenth(make, config, dropout, recompute, 
     objective, micro = make(config, lora, recompute)
     predicted = predict(Setting(config, lora, 4, lm_head=make is mntp), micro)
     assert predicted.kept + predicted.temporaries == pytest.approx(measured_peak(objective), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "recompute"),
+    [(mntp, SMALL, "none"), (mntp, SMALL, "layer"), (mntp, LARGE, "none"), (cut_simcse, LARGE, "selective")],
+)
+def test_the_peak_of_full_weight_training_is_predicted_within_a_tenth(make, config, recompute):
+    """Beyond what stays, sixteen bytes a weight: whole weights and their gradients, as they are fetched and made."""
+    with process_group(ALONE, "cpu", of_one=True):
+        objective, micro = make(config, LoraConfig(), recompute)
+        model, head = objective.model, make is mntp
+        for name in [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]:
+            model.set_submodule(name, model.get_submodule(name).base)
+        model.requires_grad_(True)
+        objective = replace(objective, adapter=None)
+        if head:
+            objective = replace(objective, lm_head_weight=attach_head(model, objective.lm_head_weight, trained=False))
+        shard(model, ALONE, "cpu")
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        measured = measured_peak(objective)
+    predicted = predict(Setting(config, LoraConfig(), 4, lm_head=head, full=True, shards=1), micro)
+    weights = config.num_parameters()
+    stays = 16 * weights + 4 * (config.num_parameters(lm_head=head) - weights)
+    assert predicted.total - stays == pytest.approx(measured, rel=0.1)
 
 
 def test_resident_memory():
