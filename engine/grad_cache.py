@@ -47,6 +47,32 @@ class StepRows:
 
 
 @dataclass(frozen=True)
+class PackedRows:
+    """Some rows of a step, n of them, as one forward takes them."""
+
+    places: Tensor  # [n] int64: which rows
+    batch: PackedBatch
+    spans: Tensor  # [n, 2] int64, in the packed batch
+
+    @classmethod
+    def of(cls, rows: StepRows, places: Sequence[int]) -> PackedRows:
+        """The rows at these places, on the CPU."""
+        places = np.asarray(places, dtype=np.int64)
+        batch = PackedBatch.from_sequences([rows.input_ids[place] for place in places], rows.sample_ids[places])
+        spans = torch.from_numpy(rows.spans[places]) + batch.cu_seqlens[:-1, None]
+        return cls(torch.from_numpy(places), batch, spans)
+
+    def to(self, device: torch.device | str) -> PackedRows:
+        """The same on another device, which is not waited for."""
+        background = torch.device(device).type != "cpu"
+        return PackedRows(
+            self.places.to(device, non_blocking=background),
+            self.batch.to(device),
+            self.spans.to(device, non_blocking=background),
+        )
+
+
+@dataclass(frozen=True)
 class Embedder:
     """How sequences become embeddings in training."""
 
@@ -61,14 +87,13 @@ class Embedder:
     backend: str | None = None
 
     @contextmanager
-    def embed(self, rows: StepRows, group: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
-        """Some of the sequences: their embeddings [len(group), D], and how many tokens they have.
+    def embed(self, rows: PackedRows) -> Iterator[tuple[Tensor, Tensor]]:
+        """The n rows: their embeddings [n, D] and their places in the step [n], on the device.
 
         The dropout of LoRA is keyed until the block ends: a backward belongs inside.
         """
-        group = np.asarray(group, dtype=np.int64)
-        batch = PackedBatch.from_sequences([rows.input_ids[i] for i in group], rows.sample_ids[group], self.device)
-        spans = torch.from_numpy(rows.spans[group]).to(self.device) + batch.cu_seqlens[:-1, None]
+        rows = rows.to(self.device)
+        batch = rows.batch
         with lora_noise(self.adapter, self.seed, batch):
             hidden = self.model(
                 batch,
@@ -82,11 +107,11 @@ class Embedder:
                 hidden,
                 batch.cu_seqlens,
                 mode=self.pooling,
-                span_starts=spans[:, 0],
-                span_ends=spans[:, 1],
+                span_starts=rows.spans[:, 0],
+                span_ends=rows.spans[:, 1],
                 backend=self.backend,
             )
-            yield pooled, batch.num_tokens
+            yield pooled, rows.places
 
 
 def micro_batches(lengths: np.ndarray, micro_batch_tokens: int | None) -> list[list[int]]:
@@ -116,31 +141,35 @@ def cached_losses(
     Yields:
         Surrogates whose gradients are the step's; ``value`` is its loss in the first and 0 in the others.
     """
-    kept, *cached = micro_batches(rows.lengths, micro_batch_tokens)  # the first has the most tokens, or nearly so
+    groups = micro_batches(rows.lengths, micro_batch_tokens)
+    kept, *cached = (PackedRows.of(rows, group) for group in groups)  # the first has the most tokens, or nearly so
     own = len(cached)
     if runs_in_lockstep(embedder.model):  # what others have more of is run here too, for nothing
         cached += [(cached or [kept])[-1]] * (world.max(own) - own)
     embeddings: Tensor | None = None
     with torch.no_grad():
         for group in cached:
-            with embedder.embed(rows, group) as (pooled, _):
+            with embedder.embed(group) as (pooled, places):
                 if embeddings is None:
                     embeddings = pooled.new_empty(len(rows.input_ids), pooled.shape[1])
-                embeddings[group] = pooled
+                embeddings[places] = pooled
     sync_gradients(embedder.model, last=not cached)
-    with embedder.embed(rows, kept) as (pooled, tokens):
+    with embedder.embed(kept) as (pooled, places):
         if embeddings is None:
             embeddings = pooled.new_empty(len(rows.input_ids), pooled.shape[1])
-        embeddings[kept] = pooled.detach()
+        embeddings[places] = pooled.detach()
         embeddings.requires_grad_()
         loss = loss_of(embeddings)
         (gradients,) = torch.autograd.grad(loss, embeddings)
-        yield MicroLoss((pooled * gradients[kept]).sum(), tokens, value=loss.detach())
+        yield MicroLoss((pooled * gradients[places]).sum(), kept.batch.num_tokens, value=loss.detach())
     for number, group in enumerate(cached, start=1):
         sync_gradients(embedder.model, last=number == len(cached))
-        with embedder.embed(rows, group) as (pooled, tokens):
-            surrogate = (pooled * gradients[group]).sum()
-            yield MicroLoss(surrogate, tokens, value=0.0) if number <= own else MicroLoss(0 * surrogate, 0, value=0.0)
+        with embedder.embed(group) as (pooled, places):
+            surrogate = (pooled * gradients[places]).sum()
+            if number > own:
+                yield MicroLoss(0 * surrogate, 0, value=0.0)
+            else:
+                yield MicroLoss(surrogate, group.batch.num_tokens, value=0.0)
 
 
 def less_memory(objective: AnyObjective, lengths: np.ndarray) -> AnyObjective | None:

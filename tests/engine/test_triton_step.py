@@ -80,7 +80,10 @@ def test_training_on_triton_repeats_training_on_torch(family, stage, request, mo
             monkeypatch.setattr(module, "launch", noting(original, launched))
     monkeypatch.setenv("BIVEC_BACKEND", "triton")
     got = losses(directory, stage)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[:, 0], expected[:, 0], rtol=1e-4, atol=1e-5)
+    # AdamW divides by the root of squared gradients: where those are near zero, roundings grow; not in the first step
+    torch.testing.assert_close(got[0, 1], expected[0, 1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(got[:, 1], expected[:, 1], rtol=1e-3, atol=0)
     assert (expected[0] - expected[-1]).abs().min() > 1e-3  # and the steps did change something
     missing = (KERNELS["both"] | KERNELS[stage]) - launched
     assert not missing, launched
