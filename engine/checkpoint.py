@@ -67,7 +67,8 @@ def save_checkpoint(directory: Path, state: TrainState, world: World = ALONE) ->
             content["shards"] = {file.name: file.stat().st_size for file in temporary.iterdir()}
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
     for old in list_checkpoints(directory, state.stage)[:-KEPT]:
-        shutil.rmtree(old)
+        # first under a name that is no checkpoint's: a kill in between leaves nothing that looks like one
+        shutil.rmtree(old.rename(directory / f".{old.name}.old.tmp"))
     return final
 
 

@@ -60,7 +60,7 @@ from bivec.engine.tokenizer import prefix_length
 from bivec.engine.trainer import Intervals, Objective, StepMetrics, is_out_of_memory, peak_memory_bytes, train
 from bivec.engine.triple_batches import TripleBatches
 from bivec.kernels import BackendError, fold_seed
-from bivec.models.files import write_text_atomic
+from bivec.models.files import remove_abandoned, write_text_atomic
 
 MNTP_SEED, SIMCSE_SEED, LORA_SEED, SUPERVISED_SEED = 1, 2, 3, 4  # folded into the run's seed
 ORDER = 5  # into the supervised one
@@ -74,7 +74,13 @@ SHOWN = (
 
 
 @contextmanager
-def start(recipe: Recipe, description: str | None, arguments: Sequence[str] | None = None) -> Iterator[Run]:
+def start(
+    recipe: Recipe,
+    description: str | None,
+    arguments: Sequence[str] | None = None,
+    *,
+    trains: Sequence[str] = TRAINED,
+) -> Iterator[Run]:
     """Reads the command line, checks every input and loads the model, for the steps in the ``with`` block.
 
     Bad input, and what stops a step (a NaN loss, a full disk), end the process with the error on stderr and exit code
@@ -86,11 +92,18 @@ def start(recipe: Recipe, description: str | None, arguments: Sequence[str] | No
         recipe: the defaults of the command line.
         description: of the recipe, for ``--help``.
         arguments: of the command; None = those of the process.
+        trains: the stages that the ``with`` block calls; ``--stages`` with another one is an error.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     directory, who = None, ""
     try:
         recipe, options = parse_arguments(recipe, description, arguments)
+        missing = [name for name in recipe.stages if name in TRAINED and name not in trains]
+        if missing:
+            raise RunError(
+                f"--stages {','.join(recipe.stages)}: this recipe does not train {' and '.join(missing)}, only "
+                f"{' and '.join(trains)}; take a recipe that does (recipes/llm2vec_*.py)"
+            )
         if options.dry_run:
             print(describe(recipe, model_config(recipe)))
             sys.exit(0)
@@ -168,6 +181,9 @@ class Run:
             write_run_file(self.directory, self.recipe, self.inputs, self.device, memory=memory, cuts=self.cuts)
         elif self.cuts != earlier.get("cuts", {}):  # by another --memory
             rewrite_run_file(self.directory, memory=memory, cuts=self.cuts)
+        if earlier is not None:  # what a kill has left of unfinished writes; in merged/ a whole model
+            for folder in (self.directory, self.directory / "checkpoints", self.directory / "merged"):
+                remove_abandoned(folder)
         self.metrics.path.touch()
 
     def _cuts(self, earlier: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -158,12 +159,19 @@ def _version(package: str) -> str | None:
 
 
 def base_model(model: str) -> str:
-    """The decoder that a model was made of: of a run directory the ``--model`` of that run."""
-    try:
-        content = json.loads((Path(model) / RUN_FILE).read_text(encoding="utf-8"))
-        return base_model(str(content["recipe"]["model"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return model
+    """The decoder that a model was made of: of a run directory the ``--model`` of that run, and so on.
+
+    Directories that were trained from each other in turn have no known decoder: the one where the circle closes.
+    """
+    met: set[str] = set()
+    while (place := os.path.realpath(model)) not in met:
+        met.add(place)
+        try:
+            content = json.loads((Path(model) / RUN_FILE).read_text(encoding="utf-8"))
+            model = str(content["recipe"]["model"])
+        except (OSError, ValueError, KeyError, TypeError):
+            break
+    return model
 
 
 def start_state(recipe: Recipe) -> str:

@@ -23,16 +23,15 @@ from bivec.kernels.overwriting import check_overwritable
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
     """x [T, H, Dh]; cos, sin [T, 1, Dh/2] fp32; ``out`` may be x itself."""
     half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    if x.dtype != cos.dtype:
-        first, second = first.to(cos.dtype), second.to(cos.dtype)
-    rotated_first = (first * cos).addcmul_(second, sin, value=-1)
-    rotated_second = (second * cos).addcmul_(first, sin)
-    if out is None:
-        return torch.cat((rotated_first, rotated_second), dim=-1).to(x.dtype)
-    out[..., :half] = rotated_first
-    out[..., half:] = rotated_second
-    return out
+    wide = x.to(cos.dtype)
+    turned = torch.empty_like(wide)  # [T, H, Dh] (-x₂ · sin, x₁ · sin)
+    torch.mul(wide[..., half:], -sin, out=turned[..., :half])
+    torch.mul(wide[..., :half], sin, out=turned[..., half:])
+    cos = torch.cat((cos, cos), dim=-1)
+    if out is not None and out.dtype == cos.dtype:
+        return torch.addcmul(turned, wide, cos, out=out)
+    turned.addcmul_(wide, cos)
+    return turned.to(x.dtype) if out is None else out.copy_(turned)
 
 
 class _Rotary(torch.autograd.Function):

@@ -97,6 +97,15 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_abandoned(directory: str | Path) -> None:
+    """Deletes what killed processes have left under temporary names; no other process may be writing there."""
+    for path in Path(directory).glob(".*.tmp"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _sync(directory: Path) -> None:
     """Forces the files of the directory to the disk before it gets its final name."""
     for file in directory.rglob("*"):

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from bivec.kernels import AttentionPlan, apply_rotary, attention_plan, flash_attention, fold_seed, rms_norm, swiglu
 from bivec.models.batch import PackedBatch
 from bivec.models.config import DecoderConfig
-from bivec.models.projection import project
+from bivec.models.projection import project, project_gated, project_onto
 from bivec.models.recompute import LEVELS, Recipes
 from bivec.models.rope import rotary_table
 
@@ -59,7 +59,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, stream: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+        """Of the normed stream ``x``; returns the residual stream and the update still to be added to it, if any."""
         batch = context.batch
         projected = project(x, self.q_proj, self.k_proj, self.v_proj, backend=context.backend)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # [T, H or Hkv, Dh]
@@ -78,8 +79,7 @@ class Attention(nn.Module):
             plan=context.plan,
             backend=context.backend,
         )
-        (out,) = project(attended.flatten(-2), self.o_proj, backend=context.backend)
-        return out
+        return project_onto(stream, attended.flatten(-2), self.o_proj, backend=context.backend)
 
 
 class MLP(nn.Module):
@@ -89,12 +89,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        gate, up = project(x, self.gate_proj, self.up_proj, backend=context.backend)
-        product = swiglu(gate, up, overwrite=True, backend=context.backend)
-        context.recipes.add(product, partial(swiglu, backend=context.backend), gate, up)
-        (out,) = project(product, self.down_proj, backend=context.backend)
-        return out
+    def forward(self, x: Tensor, stream: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+        """As that of :class:`Attention`."""
+        product = project_gated(x, self.gate_proj, self.up_proj, backend=context.backend)
+        if product is None:
+            gate, up = project(x, self.gate_proj, self.up_proj, backend=context.backend)
+            product = swiglu(gate, up, overwrite=True, backend=context.backend)
+            context.recipes.add(product, partial(swiglu, backend=context.backend), gate, up)
+        return project_onto(stream, product, self.down_proj, backend=context.backend)
 
 
 class DecoderLayer(nn.Module):
@@ -105,19 +107,21 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, update: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, update: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """Takes the residual stream and the update still to be added to it; returns the same pair.
 
-        Leaving the last addition to the next norm fuses every residual addition of the model with a norm.
+        Leaving the last addition to the next norm fuses every residual addition of the model with a norm. The update is
+        None where the projection has added it already.
         """
         normed, x = self._normed(self.input_layernorm, x, update, context)
-        normed, x = self._normed(self.post_attention_layernorm, x, self.self_attn(normed, context), context)
-        return x, self.mlp(normed, context)
+        x, update = self.self_attn(normed, x, context)
+        normed, x = self._normed(self.post_attention_layernorm, x, update, context)
+        return self.mlp(normed, x, context)
 
     def whole(self, x: Tensor, context: AttentionContext) -> Tensor:
         """The residual stream after the layer, its last addition done: one tensor in, one out."""
         x, update = self(x, None, context)
-        return x + update
+        return x if update is None else x + update
 
     @staticmethod
     def _normed(norm: RMSNorm, x: Tensor, update: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor]:

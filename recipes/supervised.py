@@ -37,7 +37,7 @@ RECIPE = Recipe(
 
 
 def main() -> None:
-    with start(RECIPE, __doc__) as run:
+    with start(RECIPE, __doc__, trains=("supervised",)) as run:
         run.evaluate()
         run.supervised()
         run.evaluate()

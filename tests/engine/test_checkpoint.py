@@ -85,6 +85,29 @@ def test_rotation(tmp_path):
     assert list_checkpoints(tmp_path / "nowhere", "stage") == []
 
 
+def test_a_kill_in_the_middle_of_the_rotation(tmp_path, monkeypatch):
+    """What is left of a dropped checkpoint does not look like one, and goes with the next save."""
+
+    def killed(path, **_):
+        if path.exists():
+            next(path.iterdir()).unlink()
+            raise KeyboardInterrupt
+
+    def save(step):
+        save_checkpoint(tmp_path, TrainState("stage", step, state.parameters, state.optimizer))
+
+    state = fresh_state()
+    for step in range(1, KEPT + 1):
+        save(step)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        save(KEPT + 1)
+    names = [path.name for path in list_checkpoints(tmp_path, "stage")]
+    assert names == ["stage-000002", "stage-000003"] and len(list(tmp_path.iterdir())) == 3
+    save(KEPT + 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-000003", "stage-000004"]
+
+
 def test_an_injected_failure_keeps_the_previous_one(tmp_path, monkeypatch):
     state = advance(fresh_state(), 1)
     path = save_checkpoint(tmp_path, state)

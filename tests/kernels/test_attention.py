@@ -286,3 +286,29 @@ def test_plan_of_a_smaller_bound():
     cu_seqlens = int32(0, 3, 5)
     with pytest.raises(ValueError, match="max_seqlen=2"):
         bad(plan=attention_plan(cu_seqlens, 3), max_seqlen=2)
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0, -30.0, 300.0])
+@pytest.mark.parametrize("name", ["plain", "causal", "dropout", "softcap"])
+def test_scores_of_any_size(name, size):
+    """Narrow softmaxes shift nothing; scores near ±size, where that would overflow or vanish, are shifted."""
+    cu_seqlens, q, k, v, d_out = make([7, 3, 12, 20, 7, 1], 6, 2, dtype=torch.float32)
+    q, k = q * 0.1, k * 0.1  # every score is size (4²: the scale is 1/4) and a little
+    q[..., 0], k[..., 0] = 4.0, size
+    exact = oracle(*(x.double() for x in (q, k, v, d_out)), cu_seqlens, OPTIONS[name])
+    plain = oracle(q, k, v, d_out, cu_seqlens, OPTIONS[name], dtype=torch.float32)
+    got = ours(q, k, v, d_out, cu_seqlens, OPTIONS[name])
+    for i in (0, 2, 3, 4):
+        error, expected = ((x[i].double() - exact[i]).abs().max() for x in (got, plain))
+        assert error <= 2 * expected + 1e-6 * exact[i].abs().max()
+
+
+@pytest.mark.parametrize(("size", "narrow"), [(1.0, 2), (300.0, 0), (-300.0, 0), (float("nan"), 0)])
+def test_which_softmaxes_are_narrow(size, narrow, monkeypatch):
+    """Those of the two lengths below a vector, unless a score is out of reach."""
+    done, original = [], attention_torch._narrow_softmax
+    monkeypatch.setattr(attention_torch, "_narrow_softmax", lambda *a: done.append(original(*a)) or done[-1])
+    cu_seqlens, q, k, v, _ = make([7, 20, 12, 7], 6, 2, dtype=torch.float32)
+    q[..., 0], k[..., 0] = 4.0, size
+    flash_attention(q, k, v, cu_seqlens, 20, return_lse=True)  # always the explicit path
+    assert done == [narrow]

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from bivec.models import BivecError, CheckpointError
-from bivec.models.files import atomic_directory, write_text_atomic
+from bivec.models.files import atomic_directory, remove_abandoned, write_text_atomic
 
 
 class Killed(BaseException):
@@ -113,3 +113,15 @@ def test_texts_are_replaced(tmp_path):
         write_text_atomic(tmp_path / "text", text)
         assert (tmp_path / "text").read_text(encoding="utf-8") == text
     assert os.listdir(tmp_path) == ["text"]
+
+
+def test_what_a_kill_has_left_is_removed(tmp_path):
+    write(tmp_path, **{".run.json.01234567.tmp": "half", ".hidden": "mine", "notes.tmp": "mine"})
+    for name in (".merged.01234567.tmp", "kept.tmp"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, file="x")
+    (tmp_path / ".link.tmp").symlink_to(tmp_path / "kept.tmp")
+    remove_abandoned(tmp_path)
+    assert contents(tmp_path) == {".hidden": "mine", "notes.tmp": "mine", "kept.tmp/file": "x"}
+    assert not (tmp_path / ".merged.01234567.tmp").exists() and not (tmp_path / ".link.tmp").is_symlink()
+    remove_abandoned(tmp_path / "nowhere")

@@ -178,8 +178,13 @@ def test_the_recipe_of_its_own(recipe, files, tmp_path, monkeypatch, capsys):
     module["main"]()
     assert [found["stage"] for found in stages(tmp_path / "x")] == ["bi", "bi+supervised"]
     assert not Encoder.from_pretrained(tmp_path / "x").config.pool_bos
-    monkeypatch.setattr(sys, "argv", ["supervised.py", "--supervised-data", str(files / "triples.jsonl")])
+    monkeypatch.setattr(sys, "argv", ["supervised.py", *flags[:-1], "y", "--stages", "bi,mntp,simcse,supervised"])
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        module["main"]()
+    assert stop.value.code == 2 and not (tmp_path / "y").exists()
+    assert "this recipe does not train mntp and simcse, only supervised" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["supervised.py", "--supervised-data", str(files / "triples.jsonl")])
     with pytest.raises(SystemExit):
         module["main"]()
     assert "runs/llm2vec-mistral-7b: there is no such run" in capsys.readouterr().err
