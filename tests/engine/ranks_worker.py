@@ -2,7 +2,7 @@
 
     python ranks_worker.py steps MODEL_DIR OUT      loss and gradients of every case, into OUT (rank 0)
     python ranks_worker.py train MODEL_DIR DIR STEPS [sharded]
-    python ranks_worker.py lose MODEL_DIR DIR       rank 1 kills itself in the middle of a step
+    python ranks_worker.py lose MODEL_DIR DIR SIGKILL|SIGSTOP   what rank 1 does to itself in the middle of a step
 
 The test imports it too, for the same objectives in one process.
 """
@@ -44,7 +44,7 @@ BATCH = 5  # of two ranks one has three samples, the other two
 STEPS = 4
 OPTIM = OptimConfig(learning_rate=1e-2, steps=STEPS)
 OBJECTIVES = ("mntp", "simcse", "supervised")
-MODES = ("replicated", "sharded", "full")
+MODES = ("replicated", "sharded", "full")  # and "head": an adapter and the LM head, replicated
 SENTENCES = [[0, 5, 9, 300, 42], [0, 17], [0, *range(100, 112)], [0, 3, 3, 3, 3, 3], [0, 8, 700], [0, 2, 4, 6, 8, 10]]
 TRIPLES = [
     Triple("who sang it", "the song was sung by a choir", ("a ship sailed", "the king is old"), "Find a passage"),
@@ -76,6 +76,7 @@ class Case:
 CASES = [
     *(Case(name, dtype, cut) for name in OBJECTIVES for dtype in ("float64", "float32") for cut in (None, 16)),
     *(Case(name, "float64", cut, mode) for name in OBJECTIVES for cut in (None, 16) for mode in ("sharded", "full")),
+    *(Case("mntp", "float64", cut, "head") for cut in (None, 16)),
     Case("simcse", "float32", 16, "sharded"),
     Case("mntp", "float32", 16, "full"),
 ]
@@ -93,7 +94,9 @@ def build(case: Case, directory: str | Path, world: World = ALONE):
             values = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(number))
             parameter.data = (0.2 * values - 0.1).to(dtype)  # an adapter is fp32, whatever the model
     run_model = model
-    if case.mode == "replicated" or not torch.distributed.is_initialized():
+    if case.mode == "head":
+        head = attach_head(model, head, trained=True)()
+    if case.mode in ("replicated", "head") or not torch.distributed.is_initialized():
         run_model = data_parallel(model, world)
     else:
         head = attach_head(model, head, trained=case.mode == "full") if case.objective == "mntp" else None
@@ -119,7 +122,7 @@ def build(case: Case, directory: str | Path, world: World = ALONE):
         )
         objective = SupervisedObjective(run_model, adapter, rows, **common)
     if adapter is not None:
-        return objective, adapter.named_parameters()
+        return objective, adapter.named_parameters() | ({"lm_head_weight": head} if case.mode == "head" else {})
     parameters = dict(model.named_parameters())
     if case.objective == "mntp" and isinstance(head, torch.Tensor):
         parameters["lm_head_weight"] = head
@@ -160,15 +163,15 @@ def run(directory, checkpoints, steps, world, mode="replicated", objective="supe
 
 
 class Dies:
-    """An objective whose second step is the last thing that rank 1 does."""
+    """An objective whose third step is the last thing that rank 1 does."""
 
-    def __init__(self, objective, world: World):
-        self.objective, self.world = objective, world
+    def __init__(self, objective, world: World, end: signal.Signals):
+        self.objective, self.world, self.end = objective, world, end
 
     def micro_losses(self, number: int):
         for micro in self.objective.micro_losses(number):
             if number == 2 and self.world.rank == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.end)
             yield micro
 
 
@@ -176,7 +179,7 @@ def main() -> None:
     what, directory, place, *rest = sys.argv[1:]
     torch.set_num_threads(1)
     world = launched()
-    with process_group(world, "cpu", timeout_seconds=60):
+    with process_group(world, "cpu", timeout_seconds=10 if "SIGSTOP" in rest else 60):
         if what == "steps":
             results = {str(case): step(case, directory, world) for case in CASES}
             if world.is_main:
@@ -191,7 +194,7 @@ def main() -> None:
                 place,
                 STEPS,
                 world,
-                before=lambda objective: Dies(objective, world),
+                before=lambda objective: Dies(objective, world, signal.Signals[rest[0]]),
                 intervals=Intervals(save=1),
             )
 
