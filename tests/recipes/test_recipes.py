@@ -195,7 +195,7 @@ def test_dry_run(name, monkeypatch, capsys):
         raise AssertionError("loaded something")
 
     monkeypatch.setattr("bivec.engine.run.load_inputs", forbidden)
-    monkeypatch.setattr("bivec.engine.run.load_pretrained", forbidden)
+    monkeypatch.setattr("bivec.engine.run_weights.load_pretrained", forbidden)
     monkeypatch.setattr("socket.create_connection", forbidden)
     with pytest.raises(SystemExit) as stop:
         run_recipe(monkeypatch, name, "--dry-run")

@@ -100,12 +100,12 @@ def cramped(monkeypatch, most, error):
     """Forwards that keep a graph of more than ``most`` tokens, or keep all of it, run out of memory at their end."""
     original, failures = Embedder.embed, []
 
-    def embed(self, rows, group):
-        tokens = sum(len(rows.input_ids[i]) for i in group)
+    def embed(self, rows):
+        tokens = rows.batch.num_tokens
         if torch.is_grad_enabled() and (tokens > most or self.recompute != "layer"):
             failures.append((tokens, self.recompute))
             raise error
-        return original(self, rows, group)
+        return original(self, rows)
 
     monkeypatch.setattr(Embedder, "embed", embed)
     return failures
@@ -148,13 +148,13 @@ def test_out_of_memory_in_the_middle_of_a_step_leaves_nothing_of_it(execute, who
     """The second micro-batch of step 3 fails once, when the first has been walked back already."""
     original, count = Embedder.embed, {}
 
-    def embed(self, rows, group):
-        step = int(rows.sample_ids[0]) >> supervised.STEP_BITS
+    def embed(self, rows):
+        step = int(rows.batch.sample_ids[0]) >> supervised.STEP_BITS
         if torch.is_grad_enabled() and step == 2:
             count[step] = count.get(step, 0) + 1
             if count[step] == 2:
                 raise torch.OutOfMemoryError("out of memory")
-        return original(self, rows, group)
+        return original(self, rows)
 
     monkeypatch.setattr(Embedder, "embed", embed)
     execute(recipe, tmp_path / "run", *STAGES)
