@@ -65,6 +65,11 @@ def save_checkpoint(directory: Path, state: TrainState, world: World = ALONE) ->
         content = {"stage": state.stage, "step": state.step}
         if sharded:
             content["shards"] = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            if len(content["shards"]) < world.size:
+                raise CheckpointError(
+                    f"{final}: {len(content['shards'])} of {world.size} shards are there; the directory must be on a "
+                    "file system that all ranks share"
+                )
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
     for old in list_checkpoints(directory, state.stage)[:-KEPT]:
         # first under a name that is no checkpoint's: a kill in between leaves nothing that looks like one
@@ -86,7 +91,11 @@ def _write_shards(tensors: dict[str, Tensor], directory: str) -> None:
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(directory, save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, checkpoint_id=directory)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, checkpoint_id=directory)
+    except dcp.CheckpointException as error:  # a BaseException
+        reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+        raise CheckpointError(f"{directory}: shards could not be written ({reasons})") from error
 
 
 def list_checkpoints(directory: Path, stage: str) -> list[Path]:

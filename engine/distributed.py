@@ -32,6 +32,7 @@ from bivec.engine.errors import ConfigError, RunError
 PORT = 29500  # of the store, where SLURM starts the processes; the job's number is added
 BEAT_SECONDS = 2.0  # every so often a rank says that it is alive
 MISSED_BEATS = 5  # after which it counts as lost
+STORE_LOST = "rank 0, which holds the store"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def launched(environment: Mapping[str, str] | None = None) -> World:
             "torchrun or srun"
         )
     size = given[names[1]]
+    if names[3] not in given and given.get("MASTER_ADDR", "localhost") not in ("localhost", "127.0.0.1", "::1"):
+        raise ConfigError(f"{names[3]} is not set: how many of the {size} processes are on this machine?")
     local_size = given.get(names[3], size).partition("(")[0].partition(",")[0]  # SLURM: "8(x2)", "8,7"
     try:
         world = World(int(given[names[0]]), int(size), int(given[names[2]]), int(local_size))
@@ -227,7 +230,8 @@ class _Pulse:
         self.store, self.world = store, world
         self._stopped = threading.Event()
         self._beat()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def _beat(self) -> None:
         self.store.add(f"alive/{self.world.rank}", 1)
@@ -241,9 +245,17 @@ class _Pulse:
 
     def stop(self) -> None:
         self._stopped.set()
+        self._thread.join(timeout=1)
 
     def lost(self) -> str:
-        """Names of the ranks whose beat has stopped, of rank 0 if the store is gone with it; "" = none has."""
+        """Names of the ranks whose beat has stopped, of rank 0 if the store does not answer; "" = none has."""
+        found: list[str] = []
+        asking = threading.Thread(target=lambda: found.append(self._silent()), daemon=True)
+        asking.start()
+        asking.join(timeout=BEAT_SECONDS * (MISSED_BEATS + 2))  # a store whose process hangs never answers
+        return found[0] if found else STORE_LOST
+
+    def _silent(self) -> str:
         everyone = range(self.world.size)
         try:
             before = [self.store.add(f"alive/{rank}", 0) for rank in everyone]
@@ -253,7 +265,7 @@ class _Pulse:
                 time.sleep(BEAT_SECONDS / 4)
                 silent = {rank for rank in silent if self.store.add(f"alive/{rank}", 0) == before[rank]}
         except RuntimeError:
-            return "rank 0, which holds the store,"
+            return STORE_LOST
         return ", ".join(f"rank {rank}" for rank in sorted(silent))
 
 
@@ -268,9 +280,7 @@ def data_parallel(model: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return model
-    return nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False
-    )
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, init_sync=False)
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:
@@ -300,6 +310,6 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
-def runs_in_lockstep(model: nn.Module) -> bool:
-    """Whether every rank must run the model equally often: a sharded one fetches its weights from all."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has the model: every rank must then run it equally often, since weights are fetched from all."""
     return hasattr(model, "set_requires_gradient_sync")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bivec.engine.distributed import ALONE, World, runs_in_lockstep, sync_gradients
+from bivec.engine.distributed import ALONE, World, is_sharded, sync_gradients
 from bivec.engine.lora import Adapter
 from bivec.engine.micro_loss import ATTENTION_SITE, AnyObjective, MicroLoss, lora_noise, with_more_recomputation
 from bivec.engine.packing import token_budget_batches
@@ -144,7 +144,7 @@ def cached_losses(
     groups = micro_batches(rows.lengths, micro_batch_tokens)
     kept, *cached = (PackedRows.of(rows, group) for group in groups)  # the first has the most tokens, or nearly so
     own = len(cached)
-    if runs_in_lockstep(embedder.model):  # what others have more of is run here too, for nothing
+    if is_sharded(embedder.model):  # what others have more of is run here too, for nothing
         cached += [(cached or [kept])[-1]] * (world.max(own) - own)
     embeddings: Tensor | None = None
     with torch.no_grad():

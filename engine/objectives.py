@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bivec.engine.data import BlockDataset
-from bivec.engine.distributed import ALONE, World, runs_in_lockstep, sync_gradients
+from bivec.engine.distributed import ALONE, World, is_sharded, sync_gradients
 from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, memory_setting
 from bivec.engine.lora import Adapter
 from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
@@ -145,7 +145,7 @@ class MntpObjective:
         ]
         (labels,) = self.world.sums(sum(len(micro.index) for micro in micro_batches))
         own = len(micro_batches)
-        if runs_in_lockstep(self.model):  # what others have more of is run here too, for nothing
+        if is_sharded(self.model):  # what others have more of is run here too, for nothing
             micro_batches += micro_batches[-1:] * (self.world.max(own) - own)
         for number, micro in enumerate(micro_batches, start=1):
             micro = micro.to(device)

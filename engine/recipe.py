@@ -217,6 +217,10 @@ class RunOptions:
     shard: bool = False  # spread the weights over the processes (FSDP2), instead of a copy in each
     timeout: float = 600.0  # seconds that a process waits for the others
 
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < math.inf:
+            raise ConfigError(f"--timeout {self.timeout:g}: expected a number of seconds")
+
 
 def smoke(recipe: Recipe) -> Recipe:
     """A few steps of every stage on a little data: shows that everything works, not that it helps."""

@@ -45,6 +45,7 @@ from bivec.engine.run_files import (
     base_model,
     check_same_data,
     check_same_device,
+    check_shared,
     chosen_device,
     device_type,
     earlier_run,
@@ -64,6 +65,10 @@ from bivec.models.files import remove_abandoned, write_text_atomic
 
 MNTP_SEED, SIMCSE_SEED, LORA_SEED, SUPERVISED_SEED = 1, 2, 3, 4  # folded into the run's seed
 ORDER = 5  # into the supervised one
+OUT_OF_MEMORY_ADVICE = (
+    "give --memory a size below the device's, such as 20GiB, or lower micro_batch_tokens of the stage: --set "
+    "mntp.micro_batch_tokens=2048"
+)
 SHOWN = (
     "A man is playing the guitar on stage.",
     "Someone performs music for an audience.",
@@ -95,8 +100,11 @@ def start(
         trains: the stages that the ``with`` block calls; ``--stages`` with another one is an error.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    directory, who = None, ""
+    directory, who, world = None, "", ALONE
     try:
+        world = launched()
+        if not world.is_main:
+            who = f"rank {world.rank}: "
         recipe, options = parse_arguments(recipe, description, arguments)
         missing = [name for name in recipe.stages if name in TRAINED and name not in trains]
         if missing:
@@ -105,12 +113,12 @@ def start(
                 f"{' and '.join(trains)}; take a recipe that does (recipes/llm2vec_*.py)"
             )
         if options.dry_run:
-            print(describe(recipe, model_config(recipe)))
+            if world.is_main:
+                print(describe(recipe, model_config(recipe)))
             sys.exit(0)
-        directory, world = options.output_dir, launched()
+        directory = options.output_dir
         with ExitStack() as stack:
             if not world.is_main:
-                who = f"rank {world.rank}: "
                 stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
             of_one = options.shard or recipe.trains_all_weights()
             stack.enter_context(process_group(world, device_type(options), options.timeout, of_one=of_one))
@@ -121,13 +129,14 @@ def start(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        advice = "give --memory auto, or lower micro_batch_tokens of the stage: --set mntp.micro_batch_tokens=2048"
-        print(f"{who}error: {str(error).splitlines()[0]}\n{advice}", file=sys.stderr)
+        print(f"{who}error: {str(error).splitlines()[0]}\n{OUT_OF_MEMORY_ADVICE}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         command = shlex.join(["python", sys.argv[0], *(word for word in arguments if word != "--resume"), "--resume"])
         begun = directory is not None and (directory / RUN_FILE).is_file()
-        print(f"stopped; to go on: {command}" if begun else "stopped before anything was written", file=sys.stderr)
+        command = "the same command with --resume" if world.size > 1 else command
+        if world.is_main:
+            print(f"stopped; to go on: {command}" if begun else "stopped before anything was written", file=sys.stderr)
         sys.exit(130)
 
 
@@ -172,28 +181,35 @@ class Run:
         world.barrier()  # everyone has looked at the directory as it was
         if world.is_main:
             self._begin(earlier)
+        world.barrier()
+        check_shared(self.directory, world)
 
     def _begin(self, earlier: dict[str, Any] | None) -> None:
         """The first that is written."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        memory = self.options.memory
+        fields = self._asked() | {"cuts": self.cuts}
         if earlier is None:
-            write_run_file(self.directory, self.recipe, self.inputs, self.device, memory=memory, cuts=self.cuts)
-        elif self.cuts != earlier.get("cuts", {}):  # by another --memory
-            rewrite_run_file(self.directory, memory=memory, cuts=self.cuts)
+            write_run_file(self.directory, self.recipe, self.inputs, self.device, **fields)
+        elif fields != {key: earlier.get(key) for key in fields}:  # by another --memory
+            rewrite_run_file(self.directory, **fields)
         if earlier is not None:  # what a kill has left of unfinished writes; in merged/ a whole model
             for folder in (self.directory, self.directory / "checkpoints", self.directory / "merged"):
                 remove_abandoned(folder)
         self.metrics.path.touch()
 
+    def _asked(self) -> dict[str, Any]:
+        """What the cuts depend on beside the recipe."""
+        return {"memory": self.options.memory, "processes": self.world.size, "shard": self.options.shard}
+
     def _cuts(self, earlier: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
         """By stage, the fields of its objective that ``--memory`` decides; nothing without it.
 
-        A resumed run keeps its first cut, on which the rounding of its sums depends, unless another ``--memory`` is
-        given.
+        A resumed run keeps its first cut, on which the rounding of its sums depends, unless another ``--memory`` or
+        number of processes is given.
         """
         before = (earlier or {}).get("cuts", {})
-        if self.options.memory is None or (earlier is not None and self.options.memory == earlier.get("memory")):
+        asked = self._asked()
+        if self.options.memory is None or (earlier and asked == {key: earlier.get(key) for key in asked}):
             return before
         done = [name for name in TRAINED if self.options.resume and stage_is_done(self.directory / name)]
         left = replace(self.recipe, stages=tuple(name for name in self.recipe.stages if name not in done))
@@ -314,12 +330,11 @@ class Run:
             for log in (self.metrics, self.evaluations):
                 log.truncate(name, int(saved[-1].name.rpartition("-")[2]) if saved else 0)
         # the state's length, so that every stage starts from another draw
-        trained = self.weights.trainable(name, stage, fold_seed(self.recipe.seed, LORA_SEED, len(self.state)))
-        head = {"lm_head_weight": trained.lm_head_weight} if name == "mntp" else {}
+        self.weights.prepare(name, stage, fold_seed(self.recipe.seed, LORA_SEED, len(self.state)))
         train(
             name,
-            make_objective(trained.model, adapter=trained.adapter, world=self.world, **head),
-            trained.parameters,
+            self._objective(name, make_objective),
+            self.weights.trained.parameters,
             with_horizon(stage.optim, stage.decay_epochs, samples, stage.batch_size),
             intervals=Intervals(log=1, evaluate=stage.evaluate_every, save=stage.save_every),
             checkpoints=checkpoints,
@@ -329,8 +344,13 @@ class Run:
             resume=self.options.resume,
             world=self.world,
         )
-        self.weights.keep(name, trained, is_causal=getattr(stage, "causal", False))
+        self.weights.keep(name, is_causal=getattr(stage, "causal", False))
         self.state += f"+{name}"
+
+    def _objective(self, name: str, make_objective: Callable[..., Objective]) -> Objective:
+        trained = self.weights.trained
+        head = {"lm_head_weight": trained.lm_head_weight} if name == "mntp" else {}
+        return make_objective(trained.model, adapter=trained.adapter, world=self.world, **head)
 
     @staticmethod
     def _without_start(stage: Stage, names: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,19 @@ def check_same_data(earlier: dict[str, Any] | None, inputs: Inputs, directory: P
             )
 
 
+def check_shared(directory: Path, world: World, patience: int = 10) -> None:
+    """Every process must see what rank 0 has written; a network file system may take some seconds."""
+    text = world.from_main((directory / RUN_FILE).read_text(encoding="utf-8") if world.is_main else None)
+    for _ in range(patience):
+        if (directory / RUN_FILE).is_file() and (directory / RUN_FILE).read_text(encoding="utf-8") == text:
+            return
+        time.sleep(1)
+    raise RunError(
+        f"{directory}: rank {world.rank} does not see the {RUN_FILE} that rank 0 has written; give an --output-dir on "
+        "a file system that all machines share"
+    )
+
+
 def check_same_device(earlier: dict[str, Any] | None, device: str, directory: Path) -> None:
     """Another kind of device computes in another dtype: the run would go on, but not as the same run."""
     before = None if earlier is None else str(earlier.get("device"))
@@ -119,16 +133,16 @@ def chosen_device(options: RunOptions, world: World = ALONE) -> str:
     """The device of this process, tried; and that the kernels' backend can be had."""
     device = options.device or device_type(options)
     if world.size > 1 and device_type(options) != "cpu":
+        count = torch.cuda.device_count()
         if ":" in device:
             raise RunError(f"--device {device}: each of {world.size} processes has one of its own; give --device cuda")
-        if world.local_size > torch.cuda.device_count():
-            raise RunError(
-                f"{world.local_size} processes on this machine, but {torch.cuda.device_count()} GPUs; start one a GPU"
-            )
-        device = f"{device}:{world.local_rank}"
-        torch.cuda.set_device(device)
+        if 1 < count < world.local_size:  # some launchers show each process its own alone
+            raise RunError(f"{world.local_size} processes on this machine, but {count} GPUs; start one a GPU")
+        device = f"{device}:{world.local_rank if count > 1 else 0}"
     try:
         torch.empty(0, device=device)
+        if device_type(options) == "cuda":
+            torch.cuda.set_device(device)  # where FSDP2 puts what it makes
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
     try:

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bivec.engine.distributed import World, data_parallel
+from bivec.engine.distributed import World, data_parallel, is_sharded
 from bivec.engine.errors import ConfigError
 from bivec.engine.lora import Adapter, add_lora, load_adapter
 from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
-from bivec.engine.sharding import attach_head, detach_head, gathered, is_sharded, shard
+from bivec.engine.sharding import HEAD, attach_head, detach_head, gathered, shard
 from bivec.models import Llama, load_pretrained, save_pretrained
 from bivec.models.weights import CONFIG_FILE
 
@@ -44,7 +44,8 @@ class Trainable:
 class RunWeights:
     """The trunk of a run as it stands.
 
-    ``model`` may be replaced by every method. ``merged`` names the stages whose result is in it.
+    ``model`` may be replaced by every method. ``merged`` names the stages whose result is in it, ``trained`` is what a
+    stage is training.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class RunWeights:
     ):
         self.recipe, self.model_path, self.directory = recipe, model_path, directory
         self.device, self.dtype, self.world, self.sharded = device, dtype, world, sharded
+        self.trained: Trainable | None = None
         self.load()
 
     def load(self, names: Sequence[str] = (), dtype: torch.dtype | None = None) -> None:
@@ -102,8 +104,8 @@ class RunWeights:
             shard(self.model, self.world, self.device)
         return self.model
 
-    def trainable(self, name: str, stage: Stage, seed: int) -> Trainable:
-        """Makes ready what a stage trains.
+    def prepare(self, name: str, stage: Stage, seed: int) -> Trainable:
+        """Makes ready what a stage trains: ``trained``, until :meth:`keep`.
 
         Args:
             name: of the stage.
@@ -138,29 +140,32 @@ class RunWeights:
             shard(model, self.world, self.device, self.dtype)
         parameters = dict(model.named_parameters()) if adapter is None else adapter.named_parameters()
         if adapter is not None and learns:
-            parameters["lm_head_weight"] = head()
+            parameters[HEAD] = getattr(model, HEAD)
         parameters = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
-        return Trainable(model if split else data_parallel(model, self.world), adapter, parameters, head)
+        self.trained = Trainable(model if split else data_parallel(model, self.world), adapter, parameters, head)
+        return self.trained
 
-    def keep(self, name: str, trained: Trainable, is_causal: bool) -> None:
+    def keep(self, name: str, is_causal: bool) -> None:
         """Writes what a stage trained to ``<output-dir>/<stage>/`` and has it in the weights.
 
         Args:
             name: of the stage.
-            trained: of :meth:`trainable`.
             is_causal: what the config.json of a whole trunk says.
         """
-        names = [*self.merged, name]
+        names, adapter = [*self.merged, name], self.trained.adapter
+        for parameter in self.trained.parameters.values():
+            parameter.grad = None
+        self.trained = None
         detach_head(self.model)
-        if trained.adapter is None:
-            model = gathered(self.model, self.world)
-            if model is not None:
-                save_pretrained(model, self.directory / name, is_causal=is_causal)
-        else:
-            trained.adapter.save(self.directory / name, self.recipe.model, self.world)
-            if not is_sharded(self.model):
-                trained.adapter.merge()
-                self.merged = names
-                return
-        self.world.barrier()  # rank 0 has written
+        if adapter is not None:
+            adapter.save(self.directory / name, self.recipe.model, self.world)
+        elif (model := gathered(self.model, self.world)) is not None:
+            save_pretrained(model, self.directory / name, is_causal=is_causal)
+            del model
+        self.world.barrier()  # what rank 0 has written others may read from here on
+        if adapter is not None and not is_sharded(self.model):
+            adapter.merge()
+            self.merged = names
+            return
+        del adapter
         self.load(names)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bivec.engine.distributed import World, whole
+from bivec.engine.distributed import World, is_sharded, whole
 from bivec.models import Llama
 
 HEAD = "lm_head_weight"  # an LM head of its own, as a parameter of the trunk while it is sharded or trained
@@ -35,8 +35,11 @@ def attach_head(model: Llama, weight: Tensor | None, *, trained: bool) -> Callab
     """
     if weight is model.embed_tokens.weight:
         return lambda: model.embed_tokens.weight if trained else model.embed_tokens.weight.detach()
-    model.register_parameter(HEAD, nn.Parameter(weight.detach(), requires_grad=trained))
-    return lambda: getattr(model, HEAD)
+    weight = weight.detach()
+    if trained and weight.itemsize < 4:  # a master, as all that is trained
+        weight = weight.float()
+    model.register_parameter(HEAD, nn.Parameter(weight, requires_grad=trained))
+    return lambda: getattr(model, HEAD).to(model.embed_tokens.weight.dtype)
 
 
 def detach_head(model: Llama) -> None:
@@ -60,17 +63,15 @@ def shard(model: Llama, world: World, device: torch.device | str, compute_dtype:
 
     mesh = init_device_mesh(torch.device(device).type, (world.size,))
     dtype = next(model.parameters()).dtype
-    policy = MixedPrecisionPolicy()
+    mixed = {}
     if compute_dtype is not None and compute_dtype != dtype:
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=dtype)
+        mixed = {"param_dtype": compute_dtype, "reduce_dtype": dtype}
+    # inputs are left alone: the rotary tables among them are fp32, and the embedding's output is of the right dtype
+    policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # embedding, last norm and head stay whole from the forward to the backward: a tied or attached head is read there
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return hasattr(model, "set_requires_gradient_sync")
 
 
 def gathered(model: Llama, world: World, dtype: torch.dtype | None = None) -> Llama | None:
@@ -78,6 +79,9 @@ def gathered(model: Llama, world: World, dtype: torch.dtype | None = None) -> Ll
 
     Every rank must call it. ``dtype`` is that of the result; None = the parameters'.
     """
+    for module in model.modules():  # what the last forward has left whole is in the dtype of the computation
+        if is_sharded(module):
+            module.reshard()
     with torch.device("meta"):
         plain = type_of(model)(model.config)
     tensors = {}

@@ -48,7 +48,9 @@ def project_onto(
 
 def _fused(x: Tensor, *projections: nn.Module, backend: str | None, stream: Tensor | None = None) -> bool:
     """Whether nobody but us would see the products: plain layers without hooks, no graph, the torch backend."""
-    if not all(type(p) is nn.Linear and not (p._forward_hooks or p._forward_pre_hooks) for p in projections):
+    if not all(type(p) is nn.Linear and "forward" not in vars(p) for p in projections):
+        return False
+    if any(p._forward_hooks or p._forward_pre_hooks for p in projections):
         return False
     parameters = [parameter for p in projections for parameter in (p.weight, p.bias)]
     return linear_torch.applies(x, stream, *parameters) and resolve(backend, "linear", x.device) == "torch"

@@ -2,7 +2,7 @@
 
     python ranks_worker.py steps MODEL_DIR OUT      loss and gradients of every case, into OUT (rank 0)
     python ranks_worker.py train MODEL_DIR DIR STEPS [sharded]
-    python ranks_worker.py lose MODEL_DIR DIR SIGKILL|SIGSTOP   what rank 1 does to itself in the middle of a step
+    python ranks_worker.py lose MODEL_DIR DIR SIGKILL|SIGSTOP RANK   what a rank does to itself in the middle of a step
 
 The test imports it too, for the same objectives in one process.
 """
@@ -163,14 +163,14 @@ def run(directory, checkpoints, steps, world, mode="replicated", objective="supe
 
 
 class Dies:
-    """An objective whose third step is the last thing that rank 1 does."""
+    """An objective whose third step is the last thing that this rank does."""
 
-    def __init__(self, objective, world: World, end: signal.Signals):
-        self.objective, self.world, self.end = objective, world, end
+    def __init__(self, objective, end: signal.Signals | None):
+        self.objective, self.end = objective, end
 
     def micro_losses(self, number: int):
         for micro in self.objective.micro_losses(number):
-            if number == 2 and self.world.rank == 1:
+            if number == 2 and self.end is not None:
                 os.kill(os.getpid(), self.end)
             yield micro
 
@@ -194,7 +194,9 @@ def main() -> None:
                 place,
                 STEPS,
                 world,
-                before=lambda objective: Dies(objective, world, signal.Signals[rest[0]]),
+                before=lambda objective: Dies(
+                    objective, signal.Signals[rest[0]] if world.rank == int(rest[1]) else None
+                ),
                 intervals=Intervals(save=1),
             )
 

@@ -131,7 +131,7 @@ def test_a_rank_killed_in_the_middle_of_a_step(tiny_llama_dir, tmp_path):
     """The other one ends and names it; what was saved is whole, and goes on bit by bit as without the kill."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     finish(start_ranks("train", tiny_llama_dir, whole, worker.STEPS))
-    survivor, victim = start_ranks("lose", tiny_llama_dir, killed, "SIGKILL")
+    survivor, victim = start_ranks("lose", tiny_llama_dir, killed, "SIGKILL", 1)
     output = survivor.communicate(timeout=120)[0]
     victim.communicate(timeout=10)
     assert victim.returncode == -9 and survivor.returncode not in (0, None)
@@ -143,12 +143,14 @@ def test_a_rank_killed_in_the_middle_of_a_step(tiny_llama_dir, tmp_path):
     assert all(torch.equal(trained[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_rank_that_hangs(tiny_llama_dir, tmp_path):
-    """The other one waits for the timeout, and names it."""
-    survivor, victim = start_ranks("lose", tiny_llama_dir, tmp_path, "SIGSTOP")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs(rank, tiny_llama_dir, tmp_path):
+    """The other one waits for the timeout, and names it; also rank 0, with which the store hangs."""
+    processes = start_ranks("lose", tiny_llama_dir, tmp_path, "SIGSTOP", rank)
+    victim, survivor = processes[rank], processes[1 - rank]
     try:
         output = survivor.communicate(timeout=120)[0]
-        assert survivor.returncode not in (0, None) and "lost rank 1" in output
+        assert survivor.returncode not in (0, None) and f"lost rank {rank}" in output
         assert victim.poll() is None
     finally:
         victim.kill()

@@ -1,9 +1,14 @@
 """A sharded trunk in a group of one process: master weights, the LM head, what is put together again."""
 
+import errno
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bivec.engine.checkpoint import TrainState, save_checkpoint
 from bivec.engine.distributed import ALONE, process_group
+from bivec.engine.errors import CheckpointError
 from bivec.engine.sharding import attach_head, detach_head, gathered, is_sharded, shard
 from bivec.kernels import linear_cross_entropy
 from bivec.models import Llama, Mistral, PackedBatch, load_pretrained
@@ -96,6 +101,51 @@ def test_micro_batches_add_up_in_fp32(tiny_llama_dir):
         (0.1 * model(batch).float().pow(2).sum()).backward()
     total = model.norm.weight.grad.full_tensor()
     torch.testing.assert_close(total, large * 1.1, rtol=2e-3, atol=0)
+
+
+def test_a_bf16_forward_is_that_of_the_plain_model(tiny_llama_dir):
+    """Bit by bit; the rotary tables stay fp32."""
+    batch = PackedBatch.from_sequences(SEQUENCES)
+    expected = load_pretrained(tiny_llama_dir, dtype=torch.bfloat16).model(batch)
+    masters = load_pretrained(tiny_llama_dir, dtype=torch.float32).model.requires_grad_(True)
+    shard(masters, ALONE, "cpu", torch.bfloat16)
+    assert torch.equal(masters(batch), expected)
+
+
+def test_masters_are_put_together_after_an_evaluation(tiny_llama_dir):
+    """Which leaves the embedding whole, in bf16."""
+    model = load_pretrained(tiny_llama_dir, dtype=torch.float32).model
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    shard(model, ALONE, "cpu", torch.bfloat16)
+    with torch.no_grad():
+        model(PackedBatch.from_sequences(SEQUENCES))
+    after = dict(gathered(model, ALONE).named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_trained_head_beside_an_adapter_is_a_master(dtype, tiny_llama_dir):
+    checkpoint = load_pretrained(tiny_llama_dir, dtype=dtype)
+    head = attach_head(checkpoint.model.requires_grad_(False), checkpoint.lm_head_weight, trained=True)
+    loss_of(checkpoint.model, head).backward()
+    parameter = checkpoint.model.lm_head_weight
+    assert parameter.dtype == parameter.grad.dtype == torch.float32 and parameter.grad.norm() > 0
+    assert head().dtype == dtype
+
+
+def test_a_full_disk(tiny_llama_dir, tmp_path, monkeypatch):
+    model = load_pretrained(tiny_llama_dir).model
+    shard(model, ALONE, "cpu")
+    state = TrainState("mntp", 1, dict(model.named_parameters()), torch.optim.AdamW(model.parameters()))
+    save_checkpoint(tmp_path, state)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.distributed.checkpoint.HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(CheckpointError, match="mntp-000002: the disk is full"):
+        save_checkpoint(tmp_path, replace(state, step=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["mntp-000001"]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bivec import Encoder
+from bivec.engine.distributed import World
+from bivec.engine.errors import RunError
 from bivec.engine.recipe import MntpStage, SimcseStage, SupervisedStage
+from bivec.engine.run_files import check_shared
 from bivec.models import load_pretrained
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +96,42 @@ def test_two_processes_are_one(more, alone, flags, tmp_path):
     assert all(torch.dist(ours[name], tensor) <= 1e-2 * tensor.norm() for name, tensor in theirs.items())
 
 
+SLOW = """
+import os, runpy, sys, time
+from bivec.engine.lora import Adapter
+
+save = Adapter.save
+def slow(self, directory, base, world):
+    time.sleep(3 if world.is_main else 0)
+    save(self, directory, base, world)
+
+Adapter.save = slow
+runpy.run_path(sys.argv[0])["main"]()
+"""
+
+
+def test_a_process_that_writes_slowly_is_waited_for(flags, tmp_path):
+    """The supervised stage goes on with the adapter of SimCSE, which every process reads."""
+    (tmp_path / "slow.py").write_text(SLOW.replace("sys.argv[0]", repr(str(SCRIPT))), encoding="utf-8")
+    more = ["--stages", "bi,simcse,supervised", "--set", "supervised.init_adapter=simcse"]
+    words = [
+        tmp_path / "slow.py" if word == str(SCRIPT) else word for word in command(2, [*flags, *more], tmp_path / "x")
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(lines(tmp_path / "x" / "metrics.jsonl")) == 6
+
+
+def test_directories_that_are_not_shared(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(World, "from_main", lambda self, value: '{"another": 1}')
+    with pytest.raises(RunError, match=r"rank 1 does not see the run\.json that rank 0 has written"):
+        check_shared(tmp_path, World(1, 2), patience=1)
+    monkeypatch.setattr(World, "from_main", lambda self, value: "{}")
+    check_shared(tmp_path, World(1, 2), patience=1)
+
+
 def child_of_rank(rank):
     """The worker of this rank that torchrun has started on SCRIPT, once it is there."""
     for entry in Path("/proc").iterdir():
@@ -133,12 +172,23 @@ def full(flags):
     return [*flags, *(word for one in [*rates, *tuned, "mntp.lm_head=trained"] for word in ("--set", one))]
 
 
-def test_all_weights(full, flags, tmp_path):
-    """MNTP and SimCSE train all weights, in shards; the supervised stage puts an adapter on top."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 0.05)])
+def test_all_weights(dtype, tolerance, full, flags, tmp_path):
+    """MNTP and SimCSE train all weights, in shards; the supervised stage puts an adapter on top.
+
+    The last thing before a stage is written is an evaluation.
+    """
+    full = [*full, "--dtype", dtype, "--set", "mntp.evaluate_every=3", "--set", "simcse.evaluate_every=3"]
     run(1, full, tmp_path / "one")
     run(2, full, tmp_path / "two")
-    assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=2e-3)
+    if dtype == "float32":
+        assert_same_run(tmp_path / "two", tmp_path / "one", tolerance)
+    ours, theirs = (lines(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=tolerance, abs=1e-3)
     stage = tmp_path / "two" / "mntp"
+    assert {tensor.dtype for tensor in load_file(stage / "model.safetensors").values()} == {torch.float32}
+    merged = load_file(tmp_path / "two" / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {getattr(torch, dtype)}
     trained = dict(load_pretrained(stage).model.named_parameters())
     model = flags[flags.index("--model") + 1]
     before = dict(load_pretrained(model).model.named_parameters())
@@ -158,6 +208,7 @@ def test_bad_settings(fails, recipe, tmp_path):
         assert message in fails(recipe, tmp_path / "x", "--set", f"{key}={value}")
     message = fails(recipe, tmp_path / "x", "--set", "supervised.init_adapter=simcse", "--set", "simcse.tuning=full")
     assert "supervised.init_adapter is 'simcse', but simcse.tuning is 'full'" in message
+    assert "--timeout 0: expected a number of seconds" in fails(recipe, tmp_path / "x", "--timeout", "0")
     assert {stage().tuning for stage in (MntpStage, SimcseStage, SupervisedStage)} == {"lora"}
 
 
