@@ -114,6 +114,14 @@ class Embedder:
             yield pooled, rows.places
 
 
+def loss_workspace(device: torch.device | str) -> int | None:
+    """Bytes that ``info_nce`` may take for logits while a micro-batch's activations are there; None = its default.
+
+    On a CPU its 64 MiB would be what a step of thousands of queries needs most on top of a micro-batch.
+    """
+    return 16 << 20 if torch.device(device).type == "cpu" else None
+
+
 def micro_batches(lengths: np.ndarray, micro_batch_tokens: int | None) -> list[list[int]]:
     """Which sequences are run together: all, or longest first up to the budget."""
     if micro_batch_tokens is None or lengths.sum() <= micro_batch_tokens:

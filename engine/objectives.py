@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bivec.engine.data import BlockDataset
 from bivec.engine.distributed import ALONE, World, is_sharded, sync_gradients
-from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, memory_setting
+from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, loss_workspace, memory_setting
 from bivec.engine.lora import Adapter
 from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
 from bivec.engine.micro_loss import ATTENTION_SITE, MicroLoss, lora_noise, with_more_recomputation
@@ -231,7 +231,15 @@ class SimcseObjective:
         mine = self.world.share(self.batch_size)
         targets = torch.arange(mine.start, mine.stop, device=first.device)
         everyones = self.world.gather(second, self.world.shares(self.batch_size))
-        summed = info_nce(first, everyones, targets, scale=self.scale, reduction="sum", backend=self.backend)
+        summed = info_nce(
+            first,
+            everyones,
+            targets,
+            scale=self.scale,
+            reduction="sum",
+            workspace_bytes=loss_workspace(first.device),
+            backend=self.backend,
+        )
         return summed / self.batch_size
 
     def with_less_memory(self) -> SimcseObjective | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import DataError
-from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, memory_setting
+from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, loss_workspace, memory_setting
 from bivec.engine.lora import Adapter
 from bivec.engine.micro_loss import MicroLoss
 from bivec.engine.text_format import Row, SpanError, TextFormat, training_head
@@ -217,6 +217,7 @@ class SupervisedObjective:
             margin=None if self.margin is None else -self.margin,
             matryoshka_dims=self.matryoshka_dims,
             reduction="sum",
+            workspace_bytes=loss_workspace(queries.device),
             backend=self.backend,
             **same,
         )
