@@ -43,6 +43,7 @@ from timing import GpuMeter, Meter, describe_run, device_name
 from workload import MASK_TOKEN, SHAPES, load_checkpoint
 
 from bivec.engine.errors import BivecError
+from bivec.engine.distributed import ALONE, World
 from bivec.engine.grad_cache import StepRows, micro_batches
 from bivec.engine.lora import Adapter, LoraConfig, add_lora
 from bivec.engine.optim import OptimConfig
@@ -94,7 +95,7 @@ class RandomTriples:
     def triples(self, step: int) -> list[Triple]:
         return list(self.triples_of_a_step)
 
-    def of(self, step: int, triples: Sequence[Triple] | None = None) -> StepRows:
+    def of(self, step: int, triples: Sequence[Triple] | None = None, world: World = ALONE) -> StepRows:
         return self.step_rows
 
 
