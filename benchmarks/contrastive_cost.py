@@ -42,8 +42,8 @@ from cpu_meter import CpuMeter
 from timing import GpuMeter, Meter, describe_run, device_name
 from workload import MASK_TOKEN, SHAPES, load_checkpoint
 
-from bivec.engine.errors import BivecError
 from bivec.engine.distributed import ALONE, World
+from bivec.engine.errors import BivecError
 from bivec.engine.grad_cache import StepRows, micro_batches
 from bivec.engine.lora import Adapter, LoraConfig, add_lora
 from bivec.engine.optim import OptimConfig
