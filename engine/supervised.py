@@ -199,7 +199,8 @@ class SupervisedObjective:
             ids: of the documents of the whole step; None = no two of them are the same.
         """
         batch_size, mine = len(counts), self.world.share(len(counts))
-        queries, positives, negatives = embeddings.tensor_split((len(mine), 2 * len(mine)))
+        # split, not slices: the gradient is put together once
+        queries, positives, negatives = embeddings.split([len(mine), len(mine), len(embeddings) - 2 * len(mine)])
         shares = self.world.shares(batch_size)
         ends = np.cumsum(shares)
         owned = [sum(counts[end - share : end]) for end, share in zip(ends, shares, strict=True)]
