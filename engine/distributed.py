@@ -217,7 +217,8 @@ def process_group(
             f"({_first_line(error)})"
         ) from error
     else:
-        world.barrier()  # rank 0 holds the store and may have files to write: nobody leaves before
+        pulse.stop()  # before rank 0, which holds the store, may be gone
+        world.barrier()  # it may have files to write
         dist.destroy_process_group()
     finally:
         pulse.stop()
@@ -245,7 +246,7 @@ class _Pulse:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join(timeout=1)
+        self._thread.join(timeout=BEAT_SECONDS)  # a thread that a dying interpreter meets in torch's C++ aborts it
 
     def lost(self) -> str:
         """Names of the ranks whose beat has stopped, of rank 0 if the store does not answer; "" = none has."""

@@ -169,5 +169,5 @@ def test_no_way_left(fails, recipe, tmp_path, monkeypatch):
     cramped(monkeypatch, 5, ERRORS["cpu"])
     message = fails(recipe, tmp_path / "run", *STAGES)
     assert "error: [enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory" in message
-    assert "give --memory auto, or lower micro_batch_tokens of the stage" in message
+    assert "give --memory a size below the device's, such as 20GiB, or lower micro_batch_tokens of the stage" in message
     assert losses(tmp_path / "run") == [] and not (tmp_path / "run" / "checkpoints").exists()
