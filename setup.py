@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["bivec", "bivec.kernels", "bivec.models", "bivec.engine"],
+    packages=["bivec", "bivec.kernels", "bivec.models", "bivec.engine", "bivec.engine.evaluation"],
     package_dir={"bivec": "."},
     package_data={"bivec.kernels": ["tuning/*.json"]},
     install_requires=["torch>=2.11", "safetensors>=0.4.3", "numpy>=1.26"],

@@ -67,6 +67,7 @@ class Encoder:
         path: str | Path,
         *,
         adapters: Sequence[str | Path] = (),
+        tokenizer: str | Path | None = None,
         pooling: str | None = None,
         pool_bos: bool | None = None,
         pool_tail: bool | None = None,
@@ -83,6 +84,7 @@ class Encoder:
             path: a run directory (its ``merged/``), a Hugging Face, LLM2Vec or sentence-transformers directory, a
                 ``.gguf`` file, or a hub id.
             adapters: PEFT adapter directories, merged into the weights in this order.
+            tokenizer: directory, ``.gguf`` file or hub id of the tokenizer; None = the model's.
             pooling: "mean", "weighted_mean", "last_token", "eos_token" or "bos_token"; None = what the directory says,
                 else "mean".
             pool_bos: pool special tokens in front too; None = what the directory says, else True (as other libraries).
@@ -120,8 +122,8 @@ class Encoder:
         )
         for adapter in adapters:
             load_adapter(checkpoint.model, adapter).merge()
-        tokenizer = load_tokenizer(checkpoint.tokenizer_path)
-        return cls(checkpoint.model, tokenizer, config, lm_head_weight=checkpoint.lm_head_weight, backend=backend)
+        words = load_tokenizer(checkpoint.tokenizer_path if tokenizer is None else tokenizer)
+        return cls(checkpoint.model, words, config, lm_head_weight=checkpoint.lm_head_weight, backend=backend)
 
     @property
     def device(self) -> torch.device:
@@ -165,19 +167,22 @@ class Encoder:
         single = isinstance(sentences, str)
         rows = self._tokenise([_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))])
         embeddings = torch.empty(len(rows), self.dimension, dtype=torch.float32)
-        for batch, starts, ends, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
-            # not inference_mode: the rotary tables that the model keeps would be inference tensors, which autograd
-            # does not save for a backward pass
-            with torch.no_grad():
-                hidden = self.model(batch, causal=self.config.causal, backend=self.backend)
-                pooled = segment_pool(
-                    hidden,
-                    batch.cu_seqlens,
-                    mode=POOLINGS[self.config.pooling],
-                    span_starts=starts,
-                    span_ends=ends,
-                    backend=self.backend,
-                )
+        states = self.hidden_states(
+            [row.input_ids for row in rows],
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            show_progress_bar=show_progress_bar,
+        )
+        for hidden, cu_seqlens, indices in states:
+            begins = cu_seqlens[:-1].long()
+            pooled = segment_pool(
+                hidden,
+                cu_seqlens,
+                mode=POOLINGS[self.config.pooling],
+                span_starts=begins + torch.tensor([rows[i].start for i in indices], device=self.device),
+                span_ends=begins + torch.tensor([rows[i].end for i in indices], device=self.device),
+                backend=self.backend,
+            )
             embeddings[indices] = pooled.float().cpu()
         if normalize_embeddings:
             embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
@@ -213,14 +218,48 @@ class Encoder:
             if not isinstance(text, str):
                 raise BivecError(f"text {index} is {type(text).__name__}, expected a str")
         encoded = self.tokenizer(texts, truncation=True, max_length=self.config.max_length) if texts else {}
-        rows = [Row(ids, 0, len(ids)) for ids in encoded.get("input_ids", [])]
+        rows = encoded.get("input_ids", [])
         result: list[Tensor] = [torch.empty(0)] * len(rows)
-        for batch, _, _, indices in self._batches(rows, batch_size, tokens_per_batch, show_progress_bar):
-            with torch.no_grad():
-                hidden = self.model(batch, causal=self.config.causal, backend=self.backend).float().cpu()
-            for index, states in zip(indices, hidden.split(batch.cu_seqlens.diff().tolist()), strict=True):
+        for hidden, cu_seqlens, indices in self.hidden_states(
+            rows, batch_size=batch_size, tokens_per_batch=tokens_per_batch, show_progress_bar=show_progress_bar
+        ):
+            for index, states in zip(indices, hidden.float().cpu().split(cu_seqlens.diff().tolist()), strict=True):
                 result[index] = states
         return result[0] if single else result
+
+    def hidden_states(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """The packed hidden states of rows of token ids, batch by batch, longest rows first.
+
+        Args:
+            rows: token ids, special ones included, each of at most the model's positions.
+            batch_size: see :meth:`encode`.
+            tokens_per_batch: see :meth:`encode`.
+            show_progress_bar: see :meth:`encode`.
+
+        Yields:
+            (hidden_states [T, D] after the final norm in the model's dtype and on its device, cu_seqlens [B+1] int32
+            there, the B rows' positions in ``rows``), without gradient.
+        """
+        from tqdm import tqdm
+
+        budget = DEFAULT_TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch
+        show = len(rows) > 1000 if show_progress_bar is None else show_progress_bar
+        with tqdm(total=len(rows), desc="encode", unit="text", disable=not show, leave=False) as bar:
+            for group in token_budget_batches([len(row) for row in rows], budget, max_sequences=batch_size):
+                batch = PackedBatch.from_sequences([rows[i] for i in group], device=self.device)
+                # not inference_mode: the rotary tables that the model keeps would be inference tensors, which autograd
+                # does not save for a backward pass
+                with torch.no_grad():
+                    hidden = self.model(batch, causal=self.config.causal, backend=self.backend)
+                yield hidden, batch.cu_seqlens, group
+                bar.update(len(group))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes weights, tokenizer and pooling rule into a directory that bivec and transformers load.
@@ -242,28 +281,6 @@ class Encoder:
         """Token ids and pooled spans of (instruction, text) pairs."""
         heads = [encoding_head(instruction) for instruction, _ in pairs]
         return self._text_format.rows(heads, [text for _, text in pairs], allow_empty=True)
-
-    def _batches(
-        self,
-        rows: list[Row],
-        batch_size: int | None,
-        tokens_per_batch: int | None,
-        show_progress_bar: bool | None,
-    ) -> Iterator[tuple[PackedBatch, Tensor, Tensor, list[int]]]:
-        """Yields (packed batch, its pooled spans' starts [B] and ends [B], positions in the input list [B])."""
-        from tqdm import tqdm
-
-        lengths = [len(row.input_ids) for row in rows]
-        budget = DEFAULT_TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch
-        show = len(rows) > 1000 if show_progress_bar is None else show_progress_bar
-        with tqdm(total=len(rows), desc="encode", unit="text", disable=not show, leave=False) as bar:
-            for group in token_budget_batches(lengths, budget, max_sequences=batch_size):
-                batch = PackedBatch.from_sequences([rows[i].input_ids for i in group], device=self.device)
-                begins = batch.cu_seqlens[:-1].long()
-                starts = begins + torch.tensor([rows[i].start for i in group], device=self.device)
-                ends = begins + torch.tensor([rows[i].end for i in group], device=self.device)
-                yield batch, starts, ends, group
-                bar.update(len(group))
 
 
 def _as_list(sentences: str | Sequence) -> list:

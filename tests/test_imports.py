@@ -34,7 +34,8 @@ def imported_layers(file):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            package = ["bivec", file.parent.name][: 3 - node.level] if node.level else []
+            inside = ("bivec", *file.relative_to(ROOT).parent.parts)
+            package = inside[: len(inside) + 1 - node.level] if node.level else []
             module = [*package, *([node.module] if node.module else [])]
             names += [".".join([*module, alias.name]) for alias in node.names]
     return {parts[1] for name in names if (parts := name.split("."))[0] == "bivec" and len(parts) > 1}
@@ -42,7 +43,7 @@ def imported_layers(file):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_point_down_only(layer):
-    files = sorted((ROOT / layer).glob("*.py"))
+    files = sorted((ROOT / layer).rglob("*.py"))
     assert files
     forbidden = {*LAYERS[LAYERS.index(layer) + 1 :], "recipes"}  # nothing imports recipes, recipes neither
     if layer != "recipes":

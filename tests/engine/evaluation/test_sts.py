@@ -12,7 +12,7 @@ from bivec.engine.data import STSPair, load_sts
 from bivec.engine.errors import DataError, RunError
 from bivec.engine.evaluation import evaluate_sts, sts_spearman
 
-PAIRS = load_sts(Path(__file__).parents[2] / "recipes" / "data" / "stsb_dev.csv.gz")[:120]
+PAIRS = load_sts(Path(__file__).parents[3] / "recipes" / "data" / "stsb_dev.csv.gz")[:120]
 
 
 def letters(sentences: list[str]) -> np.ndarray:
