@@ -15,7 +15,8 @@ import torch
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
-from bivec.engine.recipe import Recipe, RunOptions, as_dict, differences
+from bivec.engine.recipe import Recipe, as_dict, differences
+from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.report import StageResult
 from bivec.kernels import BackendError
 from bivec.kernels.backend import resolve
