@@ -30,9 +30,8 @@ from bivec.engine.evaluation.trends import (
 def test_rising(scores, verdict):
     trend = rising("claim", "paper", scores, ("a", "b", "c"))
     assert trend.verdict == verdict
-    assert trend.ours == (
-        "" if verdict == MISSING else f"a {scores['a']:.1f} < b {scores['b']:.1f} < c {scores['c']:.1f}"
-    )
+    shown = " < ".join(f"{name} {score:.1f}" for name, score in scores.items())
+    assert trend.ours == ("" if verdict == MISSING else shown)
 
 
 def test_highest():
@@ -86,7 +85,7 @@ def test_word_trends():
         "pos": {"uni": 90.89, "bi": 89.18, "bi+mntp": 92.04, "bi+mntp+simcse": 90.38},
     }
     found = word_trends(tasks)
-    assert verdicts(found) == [HOLDS, CLOSE, HOLDS, HOLDS, CLOSE, HOLDS, HOLDS]  # the paper's NER moves by half a point
+    assert verdicts(found) == 7 * [HOLDS]
     assert found[-1].ours == "chunking 4.4, best of the others pos 1.2"
     del tasks["chunking"]["bi"]
     assert verdicts(word_trends(tasks))[0] == MISSING
