@@ -176,7 +176,9 @@ class Run:
             world=world,
             sharded=options.shard,
         )
-        self.state = start_state(recipe)  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
+        self.state = start_state(
+            recipe.model, recipe.adapters
+        )  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
         world.barrier()  # everyone has looked at the directory as it was

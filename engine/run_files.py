@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -189,11 +190,11 @@ def base_model(model: str) -> str:
     return model
 
 
-def start_state(recipe: Recipe) -> str:
+def start_state(model: str, adapters: Sequence[str]) -> str:
     """What has been done to the model before the run: "bi", or what the run that made it and its adapters say."""
     try:
-        content = json.loads((Path(recipe.model) / "results.json").read_text(encoding="utf-8"))
+        content = json.loads((Path(model) / "results.json").read_text(encoding="utf-8"))
         state = str(content["stages"][-1]["stage"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         state = "bi"
-    return "+".join([state, *(name for name in (Path(x).name for x in recipe.adapters) if name in TRAINED)])
+    return "+".join([state, *(name for name in (Path(x).name for x in adapters) if name in TRAINED)])

@@ -51,6 +51,7 @@ def test_causal_simcse(execute, recipe, tmp_path):
     last = results(tmp_path)[-1]
     assert (last["stage"], last["pooling"]) == ("uni+simcse", "weighted_mean")
     assert check_scores(tmp_path, recipe) == ["uni", "bi", "uni+simcse"]
+    assert run_variants(tmp_path)[-1].load().config.pooling == "weighted_mean"
     encoder = Encoder.from_pretrained(tmp_path)
     assert encoder.config.causal and encoder.config.pooling == "weighted_mean"
     batch = PackedBatch.from_sequences([[0, 5, 6, 7], [0, 5, 6, 8]])
@@ -68,6 +69,18 @@ def test_the_mask_of_simcse_counts_in_training(execute, recipe, tmp_path):
         SimcseStage(pooling="eos_token")
     with pytest.raises(ConfigError, match="pooling is 'max'"):
         SimcseStage(pooling="max")
+
+
+def test_a_run_that_goes_on_with_adapters(execute, recipe, tmp_path):
+    execute(recipe, tmp_path / "first", "--stages", "bi,mntp")
+    execute(recipe, tmp_path / "second", "--stages", "bi,simcse", "--adapters", tmp_path / "first" / "mntp")
+    variants = run_variants(tmp_path / "second")
+    assert [variant.name for variant in variants] == ["uni+mntp", "bi+mntp", "bi+mntp+simcse"]
+    assert all(variant.reads_next_token for variant in variants)
+    first = run_variants(tmp_path / "first")[-1].load().encode("Some words.")
+    np.testing.assert_allclose(variants[1].load().encode("Some words."), first, atol=1e-6)
+    last = Encoder.from_pretrained(tmp_path / "second").encode("Some words.")
+    np.testing.assert_allclose(variants[2].load().encode("Some words."), last, atol=1e-5)
 
 
 def test_a_mask_that_changes_between_stages(execute, recipe, tmp_path):
