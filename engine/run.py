@@ -176,9 +176,8 @@ class Run:
             world=world,
             sharded=options.shard,
         )
-        self.state = start_state(
-            recipe.model, recipe.adapters
-        )  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
+        # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
+        self.state = start_state(recipe.model, recipe.adapters)
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
         world.barrier()  # everyone has looked at the directory as it was

@@ -103,7 +103,7 @@ def pooling_trends(table: Mapping[str, Scores]) -> list[Trend]:
     """Claims on pooling.
 
     Args:
-        table: by variant, the score of "eos", "mean" and "weighted_mean".
+        table: by variant, the score of "eos_token", "mean" and "weighted_mean".
     """
     found = []
     for variant, best, paper in (
@@ -116,13 +116,13 @@ def pooling_trends(table: Mapping[str, Scores]) -> list[Trend]:
     for variant in ("uni", "bi+mntp", "bi+mntp+simcse"):
         scores = table.get(variant, {})
         worst = _better_of(scores, "mean", "weighted_mean", worse=True)
-        if "eos" in scores and worst:
+        if "eos_token" in scores and worst:
             found.append(
                 rising(
                     f"{variant}: the EOS token is the worst pooling",
                     "in all 18 rows of Table 5",
                     worst | dict(scores),
-                    ("eos", "worse of mean and weighted_mean"),
+                    ("eos_token", "worse of mean and weighted_mean"),
                 )
             )
     return found

@@ -35,9 +35,9 @@ def test_rising(scores, verdict):
 
 
 def test_highest():
-    scores = {"eos": 10.0, "mean": 30.0, "weighted_mean": 29.5}
+    scores = {"eos_token": 10.0, "mean": 30.0, "weighted_mean": 29.5}
     assert highest("claim", "", scores, "mean").verdict == CLOSE
-    assert highest("claim", "", scores, "eos").verdict == FAILS
+    assert highest("claim", "", scores, "eos_token").verdict == FAILS
     assert highest("claim", "", scores | {"weighted_mean": 20.0}, "mean").verdict == HOLDS
     assert highest("claim", "", scores, "max").verdict == highest("claim", "", {"mean": 1.0}, "mean").verdict == MISSING
     assert highest("claim", "", scores, "mean").ours == "mean 30.0, best of the others weighted_mean 29.5"
@@ -68,12 +68,12 @@ def test_sequence_trends():
 
 def test_pooling_trends():
     table = {
-        "uni": {"eos": 27.72, "mean": 33.03, "weighted_mean": 34.99},
-        "bi+mntp": {"eos": 29.16, "mean": 42.10, "weighted_mean": 38.67},
-        "bi+mntp+simcse": {"eos": 45.57, "mean": 52.40, "weighted_mean": 50.23},
+        "uni": {"eos_token": 27.72, "mean": 33.03, "weighted_mean": 34.99},
+        "bi+mntp": {"eos_token": 29.16, "mean": 42.10, "weighted_mean": 38.67},
+        "bi+mntp+simcse": {"eos_token": 45.57, "mean": 52.40, "weighted_mean": 50.23},
     }
     assert verdicts(pooling_trends(table)) == 6 * [HOLDS]
-    table["bi+mntp"] = {"eos": 50.0, "mean": 42.10, "weighted_mean": 38.67}
+    table["bi+mntp"] = {"eos_token": 50.0, "mean": 42.10, "weighted_mean": 38.67}
     assert verdicts(pooling_trends(table)) == [HOLDS, FAILS, HOLDS, HOLDS, FAILS, HOLDS]
     assert verdicts(pooling_trends({})) == 3 * [MISSING]
 
