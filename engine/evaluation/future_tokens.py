@@ -1,8 +1,8 @@
 """Does a token know what comes after it? Sentences that begin alike and go on alike, or not (METHOD 8.1).
 
 A triple is q = (A, B), s+ = (A, C), s- = (A, D): all begin with the prefix A; B and C mean the same, D does not. The
-vector of a sentence is the mean over the hidden states of the prefix's tokens only, so it can tell s+ from s- by nothing
-but what attention brings back from B, C and D. Under a causal mask that is nothing: the three vectors are the same.
+vector of a sentence is the mean over the hidden states of the prefix's tokens only. What can tell s+ from s- in it is
+what attention brings back from B, C and D: under a causal mask nothing, the three vectors are the same.
 
 Source: paper, section 4.1 and appendix F, after the toy data of Springer et al., 2024. Those are not ours to ship:
 recipes/data/future_token_triples.jsonl is of our own writing in their format, and their file can be given instead.
@@ -14,7 +14,6 @@ import gzip
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -285,12 +284,21 @@ def _triple(item: dict, where: str) -> FutureTriple:
         value = value.strip()
         texts.append(value if prefix is None or value.startswith(prefix) else _joined(prefix, value))
     if prefix is None:
-        common = commonprefix(texts)
+        common = _common_start(texts)
         inside_word = any(text[len(common) : len(common) + 1].strip() for text in texts)
         prefix = (common.rpartition(" ")[0] if inside_word else common).strip()
     if not prefix or not all(text.startswith(prefix) and len(text) > len(prefix) for text in texts):
         raise DataError(f"{where}: the three sentences do not begin alike; leave it out, or choose a structure")
     return FutureTriple(prefix, *texts)
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    alike = 0
+    for characters in zip(*texts, strict=False):
+        if len(set(characters)) > 1:
+            break
+        alike += 1
+    return texts[0][:alike]
 
 
 def _joined(prefix: str, rest: str) -> str:

@@ -87,6 +87,8 @@ def pooling_table(
         BivecError: files that are missing or damaged, fewer than two pairs, vectors that are not finite.
     """
     scores: list[PoolingScore] = []
+    sentences = list(dict.fromkeys(s for pair in pairs for s in (pair.sentence1, pair.sentence2)))
+    row_of = {sentence: row for row, sentence in enumerate(sentences)}
 
     def add(variant: str, pooling: str, embed: Callable[[list[str]], Any]) -> None:
         scores.append(PoolingScore(variant, pooling, sts_spearman(embed, pairs)))
@@ -94,9 +96,7 @@ def pooling_table(
 
     for variant in variants:
         encoder = variant.load(device=device)
-        sentences = list(dict.fromkeys(s for pair in pairs for s in (pair.sentence1, pair.sentence2)))
         vectors = embed_poolings(encoder, sentences, instruction=instruction)
-        row_of = {sentence: row for row, sentence in enumerate(sentences)}
         for pooling, found in vectors.items():
             add(variant.name, pooling, lambda asked, found=found: found[[row_of[sentence] for sentence in asked]])
         if echo is not None and variant.name == "uni":
