@@ -29,6 +29,14 @@ class Part:
     reused: bool
 
 
+def kept_part(directory: str | Path, name: str, settings: Mapping[str, Any]) -> Part | None:
+    """The result of a part that was made with these settings; None if there is none."""
+    kept = _kept(Path(directory) / f"{name}.json")
+    if kept is None or kept["settings"] != json.loads(json.dumps(dict(settings))):
+        return None
+    return Part(name, kept["data"], kept["seconds"], reused=True)
+
+
 def run_part(directory: str | Path, name: str, settings: Mapping[str, Any], make: Callable[[], Any]) -> Part:
     """The result of a part: from the disk where it was made with the same settings, else made and written there.
 
@@ -41,15 +49,14 @@ def run_part(directory: str | Path, name: str, settings: Mapping[str, Any], make
     Raises:
         RunError: a result that cannot be written as JSON: a NaN, or no JSON value.
     """
-    file, wanted = Path(directory) / f"{name}.json", json.loads(json.dumps(dict(settings)))
-    kept = _kept(file)
-    if kept is not None and kept["settings"] == wanted:
-        return Part(name, kept["data"], kept["seconds"], reused=True)
-    started = time.monotonic()
+    kept = kept_part(directory, name, settings)
+    if kept is not None:
+        return kept
+    file, started = Path(directory) / f"{name}.json", time.monotonic()
     data = make()
     seconds = round(time.monotonic() - started, 1)
     try:
-        text = json.dumps({"settings": wanted, "seconds": seconds, "data": data}, indent=1, allow_nan=False)
+        text = json.dumps({"settings": dict(settings), "seconds": seconds, "data": data}, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RunError(f"part {name}: its result is no JSON ({error})") from error
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def sequence_trends(sts: Scores) -> list[Trend]:
             ("uni weighted_mean", "bi+mntp"),
         ),
         rising(
-            "SimCSE adds as much again",
+            "SimCSE improves it further",
             "S-LLaMA-1.3B 42.10 < 52.40, LLaMA-2-7B 48.00 < 58.97, Mistral-7B 53.89 < 60.50 (Table 5, mean)",
             sts,
             ("bi+mntp", "bi+mntp+simcse"),
