@@ -141,18 +141,18 @@ class AutoEncoder(Encoder):
 def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """transformers' model and tokenizer; never pickled weights, never a repository's own code."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     if not any(folder.glob("model*.safetensors")):
         raise CheckpointError(f"{folder}: no model*.safetensors there; convert the weights to safetensors")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if config.is_encoder_decoder or config.model_type not in ENCODERS:
-            raise ConfigError(f"{folder}: {config.model_type} is no encoder-only model; use Encoder for a decoder")
+        _check_kind(folder, config)
         model, report = AutoModel.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except ConfigError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{folder}: transformers cannot load it ({reason})") from error
@@ -163,6 +163,13 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not tokenizer.is_fast:
         raise CheckpointError(f"{folder}: its tokenizer has no fast form, which the character offsets need")
     return model.eval(), tokenizer
+
+
+def _check_kind(folder: Path, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    if config.is_encoder_decoder or config.model_type not in ENCODERS:
+        raise ConfigError(f"{folder}: {config.model_type} is no encoder-only model; use Encoder for a decoder")
 
 
 def _positions(model: Any, tokenizer: Any) -> int:
