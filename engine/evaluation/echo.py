@@ -91,7 +91,14 @@ class EchoFormat:
         first = len(front)
         return front + text + between + text + after + end, first, first + len(text) + len(between)
 
-    def rows(self, heads: Sequence[str], texts: Sequence[str], *, allow_empty: bool = False) -> list[Row]:
+    def rows(
+        self,
+        heads: Sequence[str],
+        texts: Sequence[str],
+        *,
+        allow_empty: bool = False,
+        max_text_length: int | None = None,
+    ) -> list[Row]:
         """Token ids and the span of the second copy.
 
         A row above ``max_length`` loses the end of its text, the same characters in both copies.
@@ -100,6 +107,7 @@ class EchoFormat:
             heads: what stands before each row, separator included; may be "".
             texts: as many.
             allow_empty: a text of nothing, or of white space only, gets the whole row as its span.
+            max_text_length: tokens of each copy; None = no limit but ``max_length``.
 
         Raises:
             SpanError: naming the text by its position: it is empty or blank and that is not allowed, nothing of it
@@ -110,23 +118,32 @@ class EchoFormat:
             pairs = list(zip(heads[start : start + SLICE], texts[start : start + SLICE], strict=True))
             encodings = encode_strings(self.tokenizer, [self.expand(*pair)[0] for pair in pairs], start)
             rows += [
-                self._row(index, head, text, encoding, allow_empty)
+                self._row(index, head, text, encoding, allow_empty, max_text_length)
                 for index, ((head, text), encoding) in enumerate(zip(pairs, encodings, strict=True), start)
             ]
         return rows
 
-    def _row(self, index: int, head: str, text: str, encoding: Encoding, allow_empty: bool) -> Row:
+    def _row(self, index: int, head: str, text: str, encoding: Encoding, allow_empty: bool, limit: int | None) -> Row:
         if not text.strip():
             if not allow_empty:
                 raise SpanError(index, "is empty or blank, there is nothing to pool; leave it out")
             if len(encoding.ids) <= self.max_length:
                 return Row(encoding.ids, 0, len(encoding.ids))
-        while (excess := len(encoding.ids) - self.max_length) > 0:
+        while (excess := self._excess(head, text, encoding, limit)) > 0:
             text = self._shortened(index, head, text, encoding, excess)
             (encoding,) = encode_strings(self.tokenizer, [self.expand(head, text)[0]], index)
         _, _, second = self.expand(head, text)
         start, end = token_span(encoding.offsets, second, second + len(text))
         return Row(encoding.ids, start, end)
+
+    def _excess(self, head: str, text: str, encoding: Encoding, limit: int | None) -> int:
+        """By how many tokens a row is too long, above zero if it is."""
+        whole = len(encoding.ids) - self.max_length
+        if limit is None:
+            return whole
+        _, first, _ = self.expand(head, text)
+        start, end = token_span(encoding.offsets, first, first + len(text))
+        return max(whole, 2 * (end - start - limit))
 
     def _shortened(self, index: int, head: str, text: str, encoding: Encoding, excess: int) -> str:
         """The text without about so many of its last tokens that both copies together are ``excess`` tokens shorter."""

@@ -86,6 +86,18 @@ def test_both_copies_lose_the_same_characters(tiny_llama_dir, length):
     assert short.tokenizer.decode(row.input_ids[row.start : row.end]).strip() == first
 
 
+def test_a_limit_on_each_copy(encoder):
+    text = "one two three four five six seven eight nine ten"
+    echo = EchoEncoder(encoder, template=REPETITION)
+    whole = encoder.tokenizer(text, add_special_tokens=False).input_ids
+    (row,) = echo.echo_format.rows([""], [text], max_text_length=7)
+    assert row.end - row.start == 7 < len(whole)
+    kept = encoder.tokenizer.decode(row.input_ids[row.start : row.end]).strip()
+    assert text.startswith(kept) and encoder.tokenizer.decode(row.input_ids[1:]) == f"{kept} {kept}"
+    np.testing.assert_allclose(echo.encode(text, max_text_length=7), echo.encode(kept), atol=1e-6)
+    np.testing.assert_allclose(echo.encode(text, max_text_length=len(whole)), echo.encode(text), atol=1e-6)
+
+
 def test_what_cannot_be(encoder, tiny_llama_dir, tmp_path):
     with pytest.raises(ConfigError, match="causal=True"):
         EchoEncoder(Encoder.from_pretrained(tiny_llama_dir))
