@@ -97,7 +97,7 @@ def test_what_cannot_be(encoder, tiny_llama_dir, tmp_path):
         EchoEncoder(encoder).save_pretrained(tmp_path)
     with pytest.raises(BivecError, match=r"text 0: no token is left .* of max_length 12"):
         EchoEncoder(Encoder.from_pretrained(tiny_llama_dir, causal=True, max_length=12)).encode(["a b c d"])
-    with pytest.raises(BivecError, match="text 1: .*surrogate"):
+    with pytest.raises(BivecError, match=r"text 1: .*surrogate"):
         EchoEncoder(encoder).encode(["fine", "half \ud800"])
 
 

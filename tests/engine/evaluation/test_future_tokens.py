@@ -200,10 +200,10 @@ def test_files_that_are_not_of_the_format(tmp_path, name, content, message):
 
 
 def test_missing_files_and_other_encodings(tmp_path):
-    with pytest.raises(DataError, match="none.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
         load_future_triples(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"q": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match="latin.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"latin\.jsonl: cannot be read"):
         load_future_triples(tmp_path / "latin.jsonl")
 
 
