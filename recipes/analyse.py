@@ -7,7 +7,8 @@
 Each writes NAME.json, NAME.md and NAME.png:
 
     future-tokens   do the tokens of a prefix know how the sentence goes on? (paper, section 4.1)
-    similarity      hidden states under the causal and the bidirectional mask, by layer and position (Figure 5)
+    similarity      hidden states under both masks, by layer and position (Figure 5): of paragraphs as the paper, and
+                    of sentences, which have less context to lean on
     pooling         STS by state and pooling, beside Echo and MiniLM (Figure 3, Table 5)
     curves          STS by training step (Figure 6), of runs with --set mntp.evaluate_every=5
 """
@@ -47,10 +48,9 @@ def paragraphs(number: int) -> list[str]:
 
 
 def write(arguments: argparse.Namespace, name: str, data: object, table: str, draw: Callable[[Path], None]) -> None:
-    folder = arguments.output_dir
-    draw(folder / f"{name}.png")
-    write_text_atomic(folder / f"{name}.md", table + "\n")
-    write_text_atomic(folder / f"{name}.json", json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+    draw(arguments.output_dir / f"{name}.png")
+    write_text_atomic(arguments.output_dir / f"{name}.md", table + "\n")
+    write_text_atomic(arguments.output_dir / f"{name}.json", json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     print(f"{table}\n", flush=True)
 
 
@@ -67,9 +67,14 @@ def analyse_future_tokens(arguments: argparse.Namespace) -> None:
 
 
 def analyse_similarity(arguments: argparse.Namespace) -> None:
-    texts = paragraphs(arguments.paragraphs) if arguments.text is None else [arguments.text]
-    (uni, *_) = run_variants(arguments.model)  # before any training
-    results = [similarity.mask_similarity(Path(uni.model).name, uni.load(device=arguments.device), texts)]
+    if arguments.text is None:
+        sentences = dict.fromkeys(pair.sentence1 for pair in load_sts(arguments.sts))
+        texts = {"paragraphs": paragraphs(arguments.paragraphs), "sentences": list(sentences)[: arguments.sentences]}
+    else:
+        texts = {"text": [arguments.text]}
+    uni = run_variants(arguments.model)[0]  # before any training
+    name, encoder = Path(uni.model).name, uni.load(device=arguments.device)
+    results = [similarity.mask_similarity(f"{name}, {kind}", encoder, found) for kind, found in texts.items()]
     write(
         arguments,
         "similarity",
@@ -125,7 +130,8 @@ def main() -> None:
     add("--structure", help="only the triples whose field structure is this")
     add("--text", help="similarity: of this text")
     add("--paragraphs", type=int, default=5, help="similarity: of so many WikiText paragraphs (%(default)s)")
-    add("--sts", default=str(DATA / "stsb_dev.csv.gz"), help="pooling: sentence pairs")
+    add("--sentences", type=int, default=50, help="similarity: and of so many sentences of --sts (%(default)s)")
+    add("--sts", default=str(DATA / "stsb_dev.csv.gz"), help="sentence pairs")
     add("--pairs", type=int, default=500, help="pooling: so many of them (%(default)s)")
     add("--encoder", nargs="*", default=[], metavar="DIR", help="pooling: encoder-only models to stand beside")
     add("--paper-model", default="S-LLaMA-1.3B", help="whose figures of the paper (%(default)s)")
