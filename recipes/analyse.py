@@ -18,6 +18,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bivec.engine.data import load_sts
@@ -57,13 +58,8 @@ def write(arguments: argparse.Namespace, name: str, data: object, table: str, dr
 def analyse_future_tokens(arguments: argparse.Namespace) -> None:
     triples = future_tokens.load_future_triples(arguments.triples, structure=arguments.structure)
     results = future_tokens.future_tokens(all_variants(arguments), triples, device=arguments.device)
-    write(
-        arguments,
-        "future-tokens",
-        [one.to_dict() for one in results],
-        future_tokens.future_token_markdown(results),
-        lambda path: future_tokens.draw_future_tokens(path, results),
-    )
+    table, draw = future_tokens.future_token_markdown(results), future_tokens.draw_future_tokens
+    write(arguments, "future-tokens", [one.to_dict() for one in results], table, partial(draw, results=results))
 
 
 def analyse_similarity(arguments: argparse.Namespace) -> None:
@@ -75,39 +71,25 @@ def analyse_similarity(arguments: argparse.Namespace) -> None:
     uni = run_variants(arguments.model)[0]  # before any training
     name, encoder = Path(uni.model).name, uni.load(device=arguments.device)
     results = [similarity.mask_similarity(f"{name}, {kind}", encoder, found) for kind, found in texts.items()]
-    write(
-        arguments,
-        "similarity",
-        [one.to_dict() for one in results],
-        similarity.similarity_markdown(results),
-        lambda path: similarity.draw_similarity(path, results),
-    )
+    table, draw = similarity.similarity_markdown(results), similarity.draw_similarity
+    write(arguments, "similarity", [one.to_dict() for one in results], table, partial(draw, results=results))
 
 
 def analyse_pooling(arguments: argparse.Namespace) -> None:
     pairs = load_sts(arguments.sts)[: arguments.pairs]
     others = {Path(name).name: AutoEncoder.from_pretrained(name, device=arguments.device) for name in arguments.encoder}
-    table = pooling_table.pooling_table(all_variants(arguments), pairs, others=others, device=arguments.device)
-    theirs = arguments.paper_model
-    write(
-        arguments,
-        "pooling",
-        table.to_dict(),
-        pooling_table.pooling_markdown(table, paper_model=theirs),
-        lambda path: pooling_table.draw_pooling_table(path, table, paper_model=theirs),
-    )
+    found = pooling_table.pooling_table(all_variants(arguments), pairs, others=others, device=arguments.device)
+    table = pooling_table.pooling_markdown(found, paper_model=arguments.paper_model)
+    draw = partial(pooling_table.draw_pooling_table, table=found, paper_model=arguments.paper_model)
+    write(arguments, "pooling", found.to_dict(), table, draw)
 
 
 def analyse_curves(arguments: argparse.Namespace) -> None:
     runs = {Path(name).name: name for name in (arguments.model, *arguments.more)}
-    found, theirs = curves.training_curves(runs), arguments.paper_model
-    write(
-        arguments,
-        "curves",
-        [one.to_dict() for one in found],
-        curves.curves_markdown(found, paper_model=theirs),
-        lambda path: curves.draw_curves(path, found, paper_model=theirs),
-    )
+    found = curves.training_curves(runs)
+    table = curves.curves_markdown(found, paper_model=arguments.paper_model)
+    draw = partial(curves.draw_curves, curves=found, paper_model=arguments.paper_model)
+    write(arguments, "curves", [one.to_dict() for one in found], table, draw)
 
 
 ANALYSES = {
