@@ -141,6 +141,7 @@ class Encoder:
         instruction: str | None = None,
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
+        max_text_length: int | None = None,
         normalize_embeddings: bool = False,
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
@@ -153,6 +154,8 @@ class Encoder:
             instruction: put before every text of the list, not pooled (a final colon is the caller's).
             batch_size: at most this many texts a batch; None = bounded by tokens only.
             tokens_per_batch: tokens a batch, 4096 by default; memory grows with it, vectors do not change.
+            max_text_length: tokens of a text alone, instruction and template not counted: a longer one loses its last
+                words (METHOD 7.1 evaluates with 400). None = only ``max_length`` counts.
             normalize_embeddings: to unit length.
             convert_to_tensor: return a torch tensor instead of a numpy array.
             show_progress_bar: None = only for more than 1,000 texts.
@@ -165,7 +168,8 @@ class Encoder:
             BivecError: an input that is neither a text nor a pair, or an instruction that leaves no room for its text.
         """
         single = isinstance(sentences, str)
-        rows = self._tokenise([_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))])
+        pairs = [_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))]
+        rows = self._tokenise(pairs, max_text_length)
         embeddings = torch.empty(len(rows), self.dimension, dtype=torch.float32)
         states = self.hidden_states(
             [row.input_ids for row in rows],
@@ -277,10 +281,11 @@ class Encoder:
             settings = json.dumps(asdict(self.config), indent=2)
             (temporary / CONFIG_FILE).write_text(settings + "\n", encoding="utf-8")
 
-    def _tokenise(self, pairs: list[tuple[str, str]]) -> list[Row]:
+    def _tokenise(self, pairs: list[tuple[str, str]], max_text_length: int | None = None) -> list[Row]:
         """Token ids and pooled spans of (instruction, text) pairs."""
         heads = [encoding_head(instruction) for instruction, _ in pairs]
-        return self._text_format.rows(heads, [text for _, text in pairs], allow_empty=True)
+        texts = [text for _, text in pairs]
+        return self._text_format.rows(heads, texts, allow_empty=True, max_text_length=max_text_length)
 
 
 def _as_list(sentences: str | Sequence) -> list:
