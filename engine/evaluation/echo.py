@@ -10,6 +10,7 @@ are a parameter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,14 @@ class EchoFormat:
         first = len(front)
         return front + text + between + text + after + end, first, first + len(text) + len(between)
 
-    def rows(self, heads: Sequence[str], texts: Sequence[str], *, allow_empty: bool = False) -> list[Row]:
+    def rows(
+        self,
+        heads: Sequence[str],
+        texts: Sequence[str],
+        *,
+        allow_empty: bool = False,
+        max_text_length: int | None = None,
+    ) -> list[Row]:
         """Token ids and the span of the second copy.
 
         A row above ``max_length`` loses the end of its text, the same characters in both copies.
@@ -100,33 +108,51 @@ class EchoFormat:
             heads: what stands before each row, separator included; may be "".
             texts: as many.
             allow_empty: a text of nothing, or of white space only, gets the whole row as its span.
+            max_text_length: tokens of one copy; a longer text loses its last words first, as in ``TextFormat.rows``.
 
         Raises:
+            ConfigError: ``max_text_length`` is below 1.
             SpanError: naming the text by its position: it is empty or blank and that is not allowed, nothing of it
                 fits, or it cannot be written in UTF-8.
         """
+        if max_text_length is not None and max_text_length < 1:
+            raise ConfigError(f"max_text_length is {max_text_length}, expected at least 1 token; None = no limit")
         rows: list[Row] = []
         for start in range(0, len(texts), SLICE):
             pairs = list(zip(heads[start : start + SLICE], texts[start : start + SLICE], strict=True))
             encodings = encode_strings(self.tokenizer, [self.expand(*pair)[0] for pair in pairs], start)
             rows += [
-                self._row(index, head, text, encoding, allow_empty)
+                self._row(index, head, text, encoding, allow_empty, max_text_length)
                 for index, ((head, text), encoding) in enumerate(zip(pairs, encodings, strict=True), start)
             ]
         return rows
 
-    def _row(self, index: int, head: str, text: str, encoding: Encoding, allow_empty: bool) -> Row:
+    def _row(self, index: int, head: str, text: str, encoding: Encoding, allow_empty: bool, limit: int | None) -> Row:
         if not text.strip():
             if not allow_empty:
                 raise SpanError(index, "is empty or blank, there is nothing to pool; leave it out")
             if len(encoding.ids) <= self.max_length:
                 return Row(encoding.ids, 0, len(encoding.ids))
+        if limit is not None and len(limited := self._limited(head, text, encoding, limit)) < len(text):
+            text = limited
+            (encoding,) = encode_strings(self.tokenizer, [self.expand(head, text)[0]], index)
         while (excess := len(encoding.ids) - self.max_length) > 0:
             text = self._shortened(index, head, text, encoding, excess)
             (encoding,) = encode_strings(self.tokenizer, [self.expand(head, text)[0]], index)
         _, _, second = self.expand(head, text)
         start, end = token_span(encoding.offsets, second, second + len(text))
         return Row(encoding.ids, start, end)
+
+    def _limited(self, head: str, text: str, encoding: Encoding, limit: int) -> str:
+        """The words of the text that its first ``limit`` tokens hold whole; of one long word those tokens."""
+        _, first, _ = self.expand(head, text)
+        start, end = token_span(encoding.offsets, first, first + len(text))
+        if end - start <= limit:
+            return text
+        length = encoding.offsets[start + limit - 1][1] - first
+        kept = text[:length]
+        whole = kept if text[length : length + 1].isspace() else re.sub(r"\S+$", "", kept)
+        return whole.rstrip() or kept
 
     def _shortened(self, index: int, head: str, text: str, encoding: Encoding, excess: int) -> str:
         """The text without about so many of its last tokens that both copies together are ``excess`` tokens shorter."""
