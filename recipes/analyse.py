@@ -51,7 +51,7 @@ def paragraphs(number: int) -> list[str]:
 def write(arguments: argparse.Namespace, name: str, data: object, table: str, draw: Callable[[Path], None]) -> None:
     draw(arguments.output_dir / f"{name}.png")
     write_text_atomic(arguments.output_dir / f"{name}.md", table + "\n")
-    write_text_atomic(arguments.output_dir / f"{name}.json", json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+    write_text_atomic(arguments.output_dir / f"{name}.json", json.dumps(data, ensure_ascii=False) + "\n")
     print(f"{table}\n", flush=True)
 
 

@@ -213,7 +213,7 @@ def draw_pooling_table(path: str | Path, table: PoolingTable, *, paper_model: st
     left, right = figure.subplots(1, 2, width_ratios=[len(table.variants), 6])
     _bars(left, table.variants, table.score)
     left.set(title=f"STS, {table.num_pairs} pairs", ylabel="Spearman x 100")
-    left.legend(frameon=False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     theirs = {row.variant: row.scores for row in paper_rows("5", model=paper_model)}
     _bars(right, list(theirs), lambda variant, pooling: theirs[variant][pooling])
     right.set(title=f"paper: {paper_model}, average of 15 MTEB tasks")
