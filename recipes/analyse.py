@@ -7,7 +7,8 @@
 Each writes NAME.json, NAME.md and NAME.png:
 
     future-tokens   do the tokens of a prefix know how the sentence goes on? (paper, section 4.1)
-    similarity      hidden states under the causal and the bidirectional mask, by layer and position (Figure 5)
+    similarity      hidden states under both masks, by layer and position (Figure 5): of paragraphs as the paper, and
+                    of sentences, which have less context to lean on
     pooling         STS by state and pooling, beside Echo and MiniLM (Figure 3, Table 5)
     curves          STS by training step (Figure 6), of runs with --set mntp.evaluate_every=5
 """
@@ -17,6 +18,7 @@ import gzip
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bivec.engine.data import load_sts
@@ -47,62 +49,47 @@ def paragraphs(number: int) -> list[str]:
 
 
 def write(arguments: argparse.Namespace, name: str, data: object, table: str, draw: Callable[[Path], None]) -> None:
-    folder = arguments.output_dir
-    draw(folder / f"{name}.png")
-    write_text_atomic(folder / f"{name}.md", table + "\n")
-    write_text_atomic(folder / f"{name}.json", json.dumps(data, ensure_ascii=False, indent=1) + "\n")
+    draw(arguments.output_dir / f"{name}.png")
+    write_text_atomic(arguments.output_dir / f"{name}.md", table + "\n")
+    write_text_atomic(arguments.output_dir / f"{name}.json", json.dumps(data, ensure_ascii=False) + "\n")
     print(f"{table}\n", flush=True)
 
 
 def analyse_future_tokens(arguments: argparse.Namespace) -> None:
     triples = future_tokens.load_future_triples(arguments.triples, structure=arguments.structure)
     results = future_tokens.future_tokens(all_variants(arguments), triples, device=arguments.device)
-    write(
-        arguments,
-        "future-tokens",
-        [one.to_dict() for one in results],
-        future_tokens.future_token_markdown(results),
-        lambda path: future_tokens.draw_future_tokens(path, results),
-    )
+    table, draw = future_tokens.future_token_markdown(results), future_tokens.draw_future_tokens
+    write(arguments, "future-tokens", [one.to_dict() for one in results], table, partial(draw, results=results))
 
 
 def analyse_similarity(arguments: argparse.Namespace) -> None:
-    texts = paragraphs(arguments.paragraphs) if arguments.text is None else [arguments.text]
-    (uni, *_) = run_variants(arguments.model)  # before any training
-    results = [similarity.mask_similarity(Path(uni.model).name, uni.load(device=arguments.device), texts)]
-    write(
-        arguments,
-        "similarity",
-        [one.to_dict() for one in results],
-        similarity.similarity_markdown(results),
-        lambda path: similarity.draw_similarity(path, results),
-    )
+    if arguments.text is None:
+        sentences = dict.fromkeys(pair.sentence1 for pair in load_sts(arguments.sts))
+        texts = {"paragraphs": paragraphs(arguments.paragraphs), "sentences": list(sentences)[: arguments.sentences]}
+    else:
+        texts = {"text": [arguments.text]}
+    uni = run_variants(arguments.model)[0]  # before any training
+    name, encoder = Path(uni.model).name, uni.load(device=arguments.device)
+    results = [similarity.mask_similarity(f"{name}, {kind}", encoder, found) for kind, found in texts.items()]
+    table, draw = similarity.similarity_markdown(results), similarity.draw_similarity
+    write(arguments, "similarity", [one.to_dict() for one in results], table, partial(draw, results=results))
 
 
 def analyse_pooling(arguments: argparse.Namespace) -> None:
     pairs = load_sts(arguments.sts)[: arguments.pairs]
     others = {Path(name).name: AutoEncoder.from_pretrained(name, device=arguments.device) for name in arguments.encoder}
-    table = pooling_table.pooling_table(all_variants(arguments), pairs, others=others, device=arguments.device)
-    theirs = arguments.paper_model
-    write(
-        arguments,
-        "pooling",
-        table.to_dict(),
-        pooling_table.pooling_markdown(table, paper_model=theirs),
-        lambda path: pooling_table.draw_pooling_table(path, table, paper_model=theirs),
-    )
+    found = pooling_table.pooling_table(all_variants(arguments), pairs, others=others, device=arguments.device)
+    table = pooling_table.pooling_markdown(found, paper_model=arguments.paper_model)
+    draw = partial(pooling_table.draw_pooling_table, table=found, paper_model=arguments.paper_model)
+    write(arguments, "pooling", found.to_dict(), table, draw)
 
 
 def analyse_curves(arguments: argparse.Namespace) -> None:
     runs = {Path(name).name: name for name in (arguments.model, *arguments.more)}
-    found, theirs = curves.training_curves(runs), arguments.paper_model
-    write(
-        arguments,
-        "curves",
-        [one.to_dict() for one in found],
-        curves.curves_markdown(found, paper_model=theirs),
-        lambda path: curves.draw_curves(path, found, paper_model=theirs),
-    )
+    found = curves.training_curves(runs)
+    table = curves.curves_markdown(found, paper_model=arguments.paper_model)
+    draw = partial(curves.draw_curves, curves=found, paper_model=arguments.paper_model)
+    write(arguments, "curves", [one.to_dict() for one in found], table, draw)
 
 
 ANALYSES = {
@@ -125,7 +112,8 @@ def main() -> None:
     add("--structure", help="only the triples whose field structure is this")
     add("--text", help="similarity: of this text")
     add("--paragraphs", type=int, default=5, help="similarity: of so many WikiText paragraphs (%(default)s)")
-    add("--sts", default=str(DATA / "stsb_dev.csv.gz"), help="pooling: sentence pairs")
+    add("--sentences", type=int, default=50, help="similarity: and of so many sentences of --sts (%(default)s)")
+    add("--sts", default=str(DATA / "stsb_dev.csv.gz"), help="sentence pairs")
     add("--pairs", type=int, default=500, help="pooling: so many of them (%(default)s)")
     add("--encoder", nargs="*", default=[], metavar="DIR", help="pooling: encoder-only models to stand beside")
     add("--paper-model", default="S-LLaMA-1.3B", help="whose figures of the paper (%(default)s)")

@@ -76,18 +76,21 @@ class AutoEncoder(Encoder):
             path, (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *VOCABULARY_PATTERNS, *CONFIG_PATTERNS)
         )
         model, tokenizer = _load(folder, dtype or torch.float32)
-        # an encoder-only model has no mask to choose; what the files say of a mask is not asked
-        stored = stored_encoder_config(folder, SimpleNamespace(is_causal=False))
-        config = stored or EncoderConfig(max_length=min(DEFAULT_LENGTH, _positions(model, tokenizer)))
-        asked = {"pooling": pooling, "max_length": max_length}
-        config = replace(config, causal=False, **{name: value for name, value in asked.items() if value is not None})
-        if config.max_length > _positions(model, tokenizer):
+        positions = _positions(model, tokenizer)
+        if max_length is not None and max_length > positions:
             raise ConfigError(
-                f"max_length {config.max_length} exceeds the {_positions(model, tokenizer)} positions of {folder}; "
-                "give at most these"
+                f"max_length {max_length} exceeds the {positions} positions of {folder}; give at most these"
             )
+        # an encoder-only model has no mask to choose; what the files say of a mask is not asked
+        config = stored_encoder_config(folder, SimpleNamespace(is_causal=False)) or EncoderConfig()
+        config = replace(
+            config,
+            pooling=pooling or config.pooling,
+            causal=False,
+            max_length=max_length or min(config.max_length, positions),
+        )
         if not hasattr(model.config, "max_position_embeddings"):
-            model.config.max_position_embeddings = _positions(model, tokenizer)
+            model.config.max_position_embeddings = positions
         return cls(model.to(device or "cpu"), tokenizer, config)
 
     @property

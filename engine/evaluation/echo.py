@@ -5,11 +5,13 @@ it, with no training and no change of the mask: a baseline of the paper (METHOD 
 
 Source: Springer et al., 2024, Repetition Improves Language Model Embeddings. The figures that LLM2Vec prints say no
 more than "the input twice, pooled over the second copy, same instructions" (METHOD 7.4), so the words around the copies
-are a parameter.
+are a parameter. Tried on SmolLM2-135M (STS-B dev, first 150 pairs; Uni with mean pooling has 48.3): the input twice and
+nothing else 71.6; the default, a sentence to rewrite, 77.0.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -107,12 +109,15 @@ class EchoFormat:
             heads: what stands before each row, separator included; may be "".
             texts: as many.
             allow_empty: a text of nothing, or of white space only, gets the whole row as its span.
-            max_text_length: tokens of each copy; None = no limit but ``max_length``.
+            max_text_length: tokens of one copy; a longer text loses its last words first, as in ``TextFormat.rows``.
 
         Raises:
+            ConfigError: ``max_text_length`` is below 1.
             SpanError: naming the text by its position: it is empty or blank and that is not allowed, nothing of it
                 fits, or it cannot be written in UTF-8.
         """
+        if max_text_length is not None and max_text_length < 1:
+            raise ConfigError(f"max_text_length is {max_text_length}, expected at least 1 token; None = no limit")
         rows: list[Row] = []
         for start in range(0, len(texts), SLICE):
             pairs = list(zip(heads[start : start + SLICE], texts[start : start + SLICE], strict=True))
@@ -129,21 +134,26 @@ class EchoFormat:
                 raise SpanError(index, "is empty or blank, there is nothing to pool; leave it out")
             if len(encoding.ids) <= self.max_length:
                 return Row(encoding.ids, 0, len(encoding.ids))
-        while (excess := self._excess(head, text, encoding, limit)) > 0:
+        if limit is not None and len(limited := self._limited(head, text, encoding, limit)) < len(text):
+            text = limited
+            (encoding,) = encode_strings(self.tokenizer, [self.expand(head, text)[0]], index)
+        while (excess := len(encoding.ids) - self.max_length) > 0:
             text = self._shortened(index, head, text, encoding, excess)
             (encoding,) = encode_strings(self.tokenizer, [self.expand(head, text)[0]], index)
         _, _, second = self.expand(head, text)
         start, end = token_span(encoding.offsets, second, second + len(text))
         return Row(encoding.ids, start, end)
 
-    def _excess(self, head: str, text: str, encoding: Encoding, limit: int | None) -> int:
-        """By how many tokens a row is too long, above zero if it is."""
-        whole = len(encoding.ids) - self.max_length
-        if limit is None:
-            return whole
+    def _limited(self, head: str, text: str, encoding: Encoding, limit: int) -> str:
+        """The words of the text that its first ``limit`` tokens hold whole; of one long word those tokens."""
         _, first, _ = self.expand(head, text)
         start, end = token_span(encoding.offsets, first, first + len(text))
-        return max(whole, 2 * (end - start - limit))
+        if end - start <= limit:
+            return text
+        length = encoding.offsets[start + limit - 1][1] - first
+        kept = text[:length]
+        whole = kept if text[length : length + 1].isspace() else re.sub(r"\S+$", "", kept)
+        return whole.rstrip() or kept
 
     def _shortened(self, index: int, head: str, text: str, encoding: Encoding, excess: int) -> str:
         """The text without about so many of its last tokens that both copies together are ``excess`` tokens shorter."""

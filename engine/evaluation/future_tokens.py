@@ -214,7 +214,7 @@ def draw_future_tokens(path: str | Path, results: Sequence[FutureTokenResult]) -
         bins = np.linspace(high - room, high, BINS + 1)
         axis.hist(one.negative, bins, alpha=0.65, edgecolor="black", label="cos(q, s-)")
         axis.hist(one.positive, bins, alpha=0.65, edgecolor="black", label="cos(q, s+)")
-        axis.set(title=f"{one.variant}\nAUC {one.auc:.2f}", xlabel="cosine of the prefixes")
+        axis.set(title=f"{one.variant}\nAUC {one.auc:.3f}", xlabel="cosine of the prefixes")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path)

@@ -42,7 +42,9 @@ def test_all_analyses_of_a_run(run, tmp_path):
     assert found["future-tokens"][0]["auc"] == 0.5
     triples = load_future_triples(ROOT / "recipes" / "data" / "future_token_triples.jsonl")
     assert all(len(one["positive"]) + one["skipped"] == len(triples) for one in found["future-tokens"])
-    assert len(found["similarity"][0]["texts"]) == 5 and len(found["similarity"][0]["by_layer"]) == 3
+    paragraphs, sentences = found["similarity"]
+    assert (len(paragraphs["texts"]), len(sentences["texts"]), len(paragraphs["by_layer"])) == (5, 50, 3)
+    assert paragraphs["name"] == "llama, paragraphs" and sentences["name"] == "llama, sentences"
     assert found["pooling"]["num_pairs"] == 20 and len(found["pooling"]["scores"]) == 13
     assert {one["stage"] for one in found["curves"]} == {"mntp", "simcse"}
 

@@ -86,16 +86,22 @@ def test_both_copies_lose_the_same_characters(tiny_llama_dir, length):
     assert short.tokenizer.decode(row.input_ids[row.start : row.end]).strip() == first
 
 
-def test_a_limit_on_each_copy(encoder):
-    text = "one two three four five six seven eight nine ten"
-    echo = EchoEncoder(encoder, template=REPETITION)
-    whole = encoder.tokenizer(text, add_special_tokens=False).input_ids
-    (row,) = echo.echo_format.rows([""], [text], max_text_length=7)
-    assert row.end - row.start == 7 < len(whole)
-    kept = encoder.tokenizer.decode(row.input_ids[row.start : row.end]).strip()
-    assert text.startswith(kept) and encoder.tokenizer.decode(row.input_ids[1:]) == f"{kept} {kept}"
-    np.testing.assert_allclose(echo.encode(text, max_text_length=7), echo.encode(kept), atol=1e-6)
-    np.testing.assert_allclose(echo.encode(text, max_text_length=len(whole)), echo.encode(text), atol=1e-6)
+@pytest.mark.parametrize("limit", [1, 4, 7, 100])
+def test_a_limit_on_a_copy_takes_whole_words(encoder, limit):
+    """The same words as of a plain row, up to the blank before the first, which the tokenizer counts to it or not."""
+    text = "One man saw extraordinary mountains yesterday"
+    echo = EchoEncoder(encoder, template="Again: {text}; {text}")
+    (row,) = echo.echo_format.rows([""], [text], max_text_length=limit)
+    first, _, second = encoder.tokenizer.decode(row.input_ids[1:]).removeprefix("Again: ").partition("; ")
+    assert first == second
+    assert first and text.startswith(first)
+    assert len(encoder.tokenizer(" " + first, add_special_tokens=False).input_ids) <= limit
+    if limit > 1:  # a whole word
+        assert f"{text} ".removeprefix(first).startswith(" ")
+    longer = " ".join(text.split()[: len(first.split()) + 1])
+    assert longer == text or len(encoder.tokenizer(" " + longer, add_special_tokens=False).input_ids) > limit
+    same = echo.encode(text, max_text_length=limit)
+    np.testing.assert_allclose(same, echo.encode(first), atol=1e-5)
 
 
 def test_what_cannot_be(encoder, tiny_llama_dir, tmp_path):
@@ -109,7 +115,7 @@ def test_what_cannot_be(encoder, tiny_llama_dir, tmp_path):
         EchoEncoder(encoder).save_pretrained(tmp_path)
     with pytest.raises(BivecError, match=r"text 0: no token is left .* of max_length 12"):
         EchoEncoder(Encoder.from_pretrained(tiny_llama_dir, causal=True, max_length=12)).encode(["a b c d"])
-    with pytest.raises(BivecError, match="text 1: .*surrogate"):
+    with pytest.raises(BivecError, match=r"text 1: .*surrogate"):
         EchoEncoder(encoder).encode(["fine", "half \ud800"])
 
 

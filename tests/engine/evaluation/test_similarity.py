@@ -37,7 +37,7 @@ def test_against_transformers(tiny_llama_dir, encoder, result):
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(tiny_llama_dir, dtype=torch.float32)
-    for text, tokens, cosines in zip(TEXTS, result.tokens, result.cosines, strict=True):
+    for text, tokens, cosines, floor in zip(TEXTS, result.tokens, result.cosines, result.floors, strict=True):
         ids = torch.tensor([encoder.tokenizer(text).input_ids[:40]])
         assert list(tokens) == encoder.tokenizer.convert_ids_to_tokens(ids[0].tolist())
         states = []
@@ -50,6 +50,13 @@ def test_against_transformers(tiny_llama_dir, encoder, result):
         )
         assert cosines.shape == (3, ids.shape[1])  # the embedding output and two layers
         np.testing.assert_allclose(cosines, expected.numpy(), atol=1e-5)
+        pairs = [
+            torch.cosine_similarity(a[0][i], a[0][j], dim=0).item()
+            for a in states[0][1:2]
+            for i in range(len(tokens))
+            for j in range(i)
+        ]
+        assert floor[1] == pytest.approx(np.mean(pairs), abs=1e-4)
 
 
 def test_what_must_be_so(result):
@@ -72,20 +79,25 @@ def test_means():
         "two",
         (("a", "b"), ("c",)),
         (np.array([[1.0, 1.0], [0.5, 0.2]], np.float32), np.array([[1.0], [0.8]], np.float32)),
+        (np.array([0.3, 0.4], np.float32), np.array([np.nan, np.nan], np.float32)),
     )
+    np.testing.assert_allclose(one.floor, [0.3, 0.4], atol=1e-6)  # of one token there is no pair
     np.testing.assert_allclose(one.by_layer, [1.0, 0.5])  # over three tokens, not over two texts
     np.testing.assert_allclose(one.by_position, [[1.0, 1.0], [0.65, 0.2]])
 
 
 def test_table_and_figure(tmp_path, result):
-    other = MaskSimilarity("shallow", (("a",),), (np.array([[1.0], [0.25]], np.float32),))
+    alone = np.array([np.nan, np.nan], np.float32)
+    other = MaskSimilarity("shallow", (("a",),), (np.array([[1.0], [0.25]], np.float32),), (alone,))
     table = similarity_markdown([result, other])
     lines = table.splitlines()
-    assert lines[0] == "| layer | tiny | shallow |"
-    assert lines[3] == f"| 1 | {result.by_layer[1]:.3f} | 0.250 |" and lines[4].endswith("|  |")
+    assert lines[0] == "| layer | tiny | floor | shallow | floor |"
+    assert lines[3] == f"| 1 | {result.by_layer[1]:.3f} | {result.floor[1]:.3f} | 0.250 | nan |"
+    assert lines[4].endswith(" |  |  |")
     assert paper_findings()["layer_similarity"] in table
     draw_similarity(tmp_path / "figure.png", [result, other])
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(json.dumps(other.to_dict()))["floor"] == [None, None]
     stored = json.loads(json.dumps(result.to_dict()))
     assert np.shape(stored["texts"][1]["cosines"]) == (3, len(result.tokens[1]))
 
