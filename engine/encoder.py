@@ -8,7 +8,7 @@ batches of the original did).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,8 @@ from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, resolve_che
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from bivec.engine.evaluation.mteb_encoder import MTEBEncoder
 
 DEFAULT_TOKENS_PER_BATCH = 4096
 
@@ -264,6 +266,38 @@ class Encoder:
                     hidden = self.model(batch, causal=self.config.causal, backend=self.backend)
                 yield hidden, batch.cu_seqlens, group
                 bar.update(len(group))
+
+    def as_mteb(
+        self,
+        *,
+        instructions: Mapping[str, str] | None = None,
+        paper_instructions: bool = True,
+        name: str | None = None,
+        revision: str | None = None,
+        max_text_length: int | None = 400,
+        tokens_per_batch: int | None = None,
+    ) -> MTEBEncoder:
+        """This encoder as ``mteb.evaluate`` takes it, by the paper's protocol (METHOD 7.1, 7.7).
+
+        Args:
+            instructions: {task: text}, besides the paper's or in their place; "" = none; a final colon is the caller's.
+            paper_instructions: False leaves out the paper's.
+            name: under which mteb keeps the results; None = one made of architecture and width.
+            revision: the same; None = one that changes with weights and settings.
+            max_text_length: see :meth:`encode`; None = no limit.
+            tokens_per_batch: see :meth:`encode`.
+        """
+        from bivec.engine.evaluation.mteb_encoder import MTEBEncoder
+
+        return MTEBEncoder(
+            self,
+            instructions=instructions,
+            paper_instructions=paper_instructions,
+            name=name,
+            revision=revision,
+            max_text_length=max_text_length,
+            tokens_per_batch=tokens_per_batch,
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes weights, tokenizer and pooling rule into a directory that bivec and transformers load.
