@@ -30,7 +30,6 @@ from bivec.kernels import segment_pool
 
 POOLINGS = {"eos_token": "EOS", "mean": "mean", "weighted_mean": "weighted mean"}
 ECHO = "echo"
-FULL = "bi+mntp+simcse"
 PAPER_MODEL = "S-LLaMA-1.3B"  # the smallest of the paper's
 
 
@@ -174,31 +173,6 @@ def pooling_markdown(table: PoolingTable, *, paper_model: str = PAPER_MODEL) -> 
         "(Table 5), and of the 10 STS tasks (Table 1: Uni by weighted mean, the rest by mean)."
     )
     return "\n".join([*lines, "", note])
-
-
-def pooling_trends(table: PoolingTable) -> dict[str, bool]:
-    """What the paper says of its Table 5 (LLaMA models), and whether it is so here; only what was measured."""
-
-    def best(variant: str) -> str | None:
-        scores = {pooling: table.score(variant, pooling) for pooling in POOLINGS}
-        return None if None in scores.values() else max(scores, key=scores.__getitem__)
-
-    def above(one: str, other: str) -> bool | None:
-        scores = table.score(one, "mean"), table.score(other, "mean")
-        return None if None in scores else scores[0] > scores[1]
-
-    trends = {
-        "weighted mean is the best pooling of Uni": None if best("uni") is None else best("uni") == "weighted_mean",
-        "mean is the best pooling of LLM2Vec": None if best(FULL) is None else best(FULL) == "mean",
-        "Bi without training is below Uni": above("uni", "bi"),
-        "MNTP lifts Bi above Uni": above("bi+mntp", "uni"),
-        "SimCSE lifts Bi+MNTP": above(FULL, "bi+mntp"),
-        "SimCSE needs MNTP before it": above(FULL, "bi+simcse"),
-        "LLM2Vec is above SimCSE on Uni": above(FULL, "uni+simcse"),
-        "Echo is above Uni": above(ECHO, "uni"),
-        "LLM2Vec is above Echo": above(FULL, ECHO),
-    }
-    return {statement: holds for statement, holds in trends.items() if holds is not None}
 
 
 def draw_pooling_table(path: str | Path, table: PoolingTable, *, paper_model: str = PAPER_MODEL) -> None:

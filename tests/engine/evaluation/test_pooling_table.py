@@ -21,7 +21,6 @@ from bivec.engine.evaluation.pooling_table import (
     embed_poolings,
     pooling_markdown,
     pooling_table,
-    pooling_trends,
 )
 from bivec.engine.evaluation.variants import Variant
 
@@ -85,22 +84,6 @@ def test_the_table_holds_what_evaluate_sts_gives(table, variants):
     other = variants[1].load(pooling="last_token")
     assert table.score("other", "last_token") == pytest.approx(sts_spearman(other.encode, PAIRS), abs=0.2)
     assert len({round(one.spearman, 1) for one in table.scores}) == len(table.scores)  # no two were mixed up
-
-
-def test_trends_are_those_that_were_measured():
-    poolings = list(POOLINGS)
-    uni = [PoolingScore("uni", pooling, score) for pooling, score in zip(poolings, (1, 2, 3), strict=True)]
-    assert pooling_trends(PoolingTable(tuple(uni), 9)) == {"weighted mean is the best pooling of Uni": True}
-    bi = [PoolingScore("bi", "mean", 2.5), PoolingScore("echo", "mean", 1.5)]
-    assert pooling_trends(PoolingTable((*uni[:2], *bi), 9)) == {
-        "Bi without training is below Uni": False,
-        "Echo is above Uni": False,
-    }
-    full = [PoolingScore("bi+mntp+simcse", pooling, score) for pooling, score in zip(poolings, (1, 7, 3), strict=True)]
-    found = pooling_trends(PoolingTable((*uni, *bi, PoolingScore("bi+simcse", "mean", 7.5), *full), 9))
-    assert found["mean is the best pooling of LLM2Vec"] and found["LLM2Vec is above Echo"]
-    assert not found["SimCSE needs MNTP before it"]
-    assert "MNTP lifts Bi above Uni" not in found
 
 
 def test_beside_the_paper(tmp_path):
