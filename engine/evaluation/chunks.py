@@ -1,19 +1,19 @@
 """Base phrases of a dependency tree: what chunking is measured on where no chunk corpus can be shipped.
 
-CoNLL-2000's chunks were cut from phrase-structure trees; these are cut from Universal Dependencies by the rule below, in
-their spirit and with their names: a chunk is a head word with what stands in front of it, never with what follows it,
-chunks do not overlap, and conjunctions and punctuation between them belong to none (O). In this order, a word that one
-step has taken being out of reach of the next (``head`` is a UD head, a "left child" a dependent in front of its head):
+CoNLL-2000's chunks were cut from phrase-structure trees; these are cut from Universal Dependencies by the rule below,
+in their spirit and with their names: a chunk is a head word with what stands in front of it, never with what follows
+it; chunks do not overlap; conjunctions, and punctuation between chunks, belong to none (O). In this order, a word that
+one step has taken being out of reach of the next:
 
 1. NP. Its head is a noun, name, pronoun or number, a determiner that stands alone ("all of them"), an adjective with a
    nominal relation or a determiner ("the poor"), a symbol or foreign word with a nominal relation; those nearest to the
-   root go first. To the left it takes words as far as each is part of a left child that is a determiner, adjective,
-   number, compound, possessive, description or part of a name, with everything below it ("a [very big] house"), and
-   an adverb if the head has no subject ("[only the] best"). To the right it takes the rest of a name, number or
-   compound ("George Bush", "$ 5"). A possessive 's begins a chunk of its own, as in CoNLL: [NP John] [NP 's house].
-   Conjuncts are chunks of their own: [NP cats] and [NP dogs].
-2. VP. Verbs, auxiliaries and copulas, "to" in front of a verb, "not", and the adverbs between two of them. Neighbours
-   share a chunk if they are parts of one verb or if the right verb is an open complement of the left one:
+   root go first. To the left it takes words as long as each is, or is below, a dependent of the head that is a
+   determiner, adjective, number, compound, possessive, description or part of a name ("a [very big] house"), or an
+   adverb if the head has no subject ("[only the] best"). To the right it takes the rest of a name, number or compound
+   ("George Bush", "$ 5"). A possessive 's begins a chunk, as in CoNLL: [NP John] [NP 's house]. Conjuncts are chunks of
+   their own: [NP cats] and [NP dogs].
+2. VP. Verbs, auxiliaries and copulas, infinitival "to", "not", and the adverbs between two of them. Neighbours share a
+   chunk if they are parts of one verb or if the right verb is an open complement of the left one:
    [VP is widely expected to take], [VP is n't] [ADJP good]; [VP did] [NP he] [VP go].
 3. PRT: particles of verbs. PP: prepositions, alone: [PP in] [NP the pound], and those in front of a gerund. SBAR: other
    subordinating words. CONJP: conjunctions of several words. INTJ, LST: interjections, list marks.
@@ -21,7 +21,8 @@ step has taken being out of reach of the next (``head`` is a UD head, a "left ch
    when, where, why, how are ADVP.
 5. A word fixed to another one, or written apart from it, joins its chunk if it is next to it: [PP because of].
 
-Not as in CoNLL-2000: coordinations of bare nouns are cut; quotes at the edge of a chunk belong to none; UCP does not occur.
+Not as in CoNLL-2000: coordinations of bare nouns are cut, punctuation at the edge of a chunk belongs to none, and UCP
+does not occur.
 
 Source: Tjong Kim Sang & Buchholz, CoNLL-2000; relations as in universaldependencies.org, English EWT.
 """

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -70,6 +71,7 @@ class Probe:
     layer: nn.Linear  # D -> C, float32
     mean: Tensor  # [D], subtracted from a vector
     scale: Tensor  # [D], by which it is then divided
+    seen: frozenset[str]  # the labels that its training data has
 
     def inputs(self, vectors: np.ndarray) -> Tensor:
         """Word vectors [W, D] as the layer sees them, float32."""
@@ -100,18 +102,21 @@ def train_probe(
         features: of the training corpus.
         labels: its labels, N sequences.
         config: hyper-parameters; the seed decides the initial weights, the order of the sentences and the dropout.
-        label_set: the labels that can be predicted; None = those that occur.
+        label_set: the labels that can be predicted (CoNLL-2003's are fixed); None = those that occur.
 
     Returns:
         The probe of the last step. The same inputs give the same probe on the same machine.
 
     Raises:
-        DataError: labels and features do not fit together, or there is nothing to train on.
+        DataError: labels and features do not fit together, there is nothing to train on, or a label is not in the set.
         RunError: the loss is not finite.
     """
-    names = tuple(label_set) if label_set is not None else tuple(sorted({one for row in labels for one in row}))
-    number = {name: index for index, name in enumerate(names)}
     _check_fit(features, labels)
+    seen = frozenset(one for row in labels for one in row)
+    names = tuple(sorted(seen)) if label_set is None else tuple(label_set)
+    if not seen <= set(names):
+        raise DataError(f"the training data has the label {min(seen - set(names))!r}, the label set has not")
+    number = {name: index for index, name in enumerate(names)}
     targets = torch.tensor([number[one] for row in labels for one in row])
     if not features.present.any():
         raise DataError("no word of the training data has a vector")
@@ -119,14 +124,12 @@ def train_probe(
     mean, scale = _moments(features) if config.standardize else (torch.zeros(width), torch.ones(width))
     with torch.random.fork_rng(devices=[]):  # dropout and nn.Linear draw from the global generator
         torch.manual_seed(config.seed)
-        probe = Probe(names, nn.Linear(width, len(names)), mean, scale)
+        probe = Probe(names, nn.Linear(width, len(names)), mean, scale, seen)
         _fit(probe, features, targets, config)
     return probe
 
 
-def evaluate_probe(
-    probe: Probe, features: WordFeatures, labels: Sequence[Sequence[str]], task: str, *, seen: set[str] | None = None
-) -> ProbeResult:
+def evaluate_probe(probe: Probe, features: WordFeatures, labels: Sequence[Sequence[str]], task: str) -> ProbeResult:
     """Labels the words of a test corpus.
 
     Args:
@@ -134,7 +137,6 @@ def evaluate_probe(
         features: of the test corpus.
         labels: its labels, N sequences.
         task: "chunking" and "ner" have spans, scored with seqeval as conlleval does.
-        seen: the labels that the training data has; None = those that the probe can predict.
 
     Returns:
         The scores. A word without a vector is wrong (and no part of a span); a label that the training data lacks can
@@ -151,13 +153,12 @@ def evaluate_probe(
         raise DataError("there are no words to test on")
     predicted = np.array(probe.labels, dtype=object)[probe.predict(features.vectors)]
     predicted[~features.present] = NO_VECTOR
-    known = set(probe.labels) if seen is None else seen
     return ProbeResult(
         accuracy=100 * float(accuracy_score(gold, predicted.tolist())),
         f1=_span_f1(labels, predicted, features.offsets) if task in SPAN_TASKS else None,
         num_words=len(gold),
         num_missing=features.num_missing,
-        unseen_labels=dict(Counter(label for label in gold if label not in known)),
+        unseen_labels=dict(Counter(label for label in gold if label not in probe.seen)),
     )
 
 
@@ -165,7 +166,7 @@ def _span_f1(labels: Sequence[Sequence[str]], predicted: np.ndarray, offsets: np
     from seqeval.metrics import f1_score
 
     flat = np.where(predicted == NO_VECTOR, "O", predicted).tolist()
-    rows = [flat[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    rows = [flat[start:end] for start, end in pairwise(offsets)]
     return 100 * float(f1_score([list(row) for row in labels], rows, zero_division=0))
 
 
