@@ -1,9 +1,13 @@
-"""Makes the four samples of this folder from the raw public files. Standard library only, the same text every time.
+"""Makes the samples of this folder from the raw public files. Standard library only, the same text every time.
 
-    python recipes/data/build.py --wikitext valid.txt test.txt --stsb-dev dev.csv --stsb-test test.csv
+    python recipes/data/build.py --wikitext valid.txt test.txt --stsb-dev dev.csv --stsb-test test.csv \\
+        --ud-ewt en_ewt-ud-dev.conllu en_ewt-ud-test.conllu \\
+        --wnut17 wnut17train.conll emerging.dev.conll emerging.test.annotated
 
 ``--wikitext`` takes the word-tokenised files of WikiText-2, ``--stsb-dev`` and ``--stsb-test`` the STS benchmark in
-English as ``sentence1,sentence2,score`` without a header (README.md names the places where they come from).
+English as ``sentence1,sentence2,score`` without a header, ``--ud-ewt`` two files of the English Web Treebank, of which
+the first becomes our training data, ``--wnut17`` the three of WNUT-17 (README.md names the places where they come
+from). What is not given is left as it is.
 
 From WikiText to text:
 
@@ -16,6 +20,10 @@ From WikiText to text:
 5. Paragraphs: what is left of each, joined by spaces, five words at least. Sentences: those of 6 to 60 words (split at
    spaces) that open and close as many double quotes and brackets and end in ``.``, ``!``, ``?``, a quote or a bracket,
    each once, in the order of the text.
+
+From CoNLL-U: comments, multiword ranges and empty nodes go, and of the ten columns lemma, features, enhanced
+dependencies and notes become ``_``; every sentence stays. From WNUT-17: words and labels as they are, lines of white
+space alone become empty ones, one between two sentences.
 """
 
 from __future__ import annotations
@@ -25,7 +33,8 @@ import csv
 import gzip
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 SENTENCE_END = {".", "!", "?"}
@@ -123,16 +132,52 @@ def build_stsb(source: Path, target: Path) -> int:
     return len(rows)
 
 
+def slim_conllu(line: str) -> str | None:
+    """Number, form, UPOS, XPOS, head and relation of a line of a treebank; "" between sentences, None for the rest."""
+    if not line.strip():
+        return ""
+    columns = line.rstrip("\r\n").split("\t")
+    if len(columns) != 10 or not columns[0].isdecimal():
+        return None
+    number, form, _, upos, xpos, _, head, deprel, _, _ = columns
+    return "\t".join((number, form, "_", upos, xpos, "_", head, deprel, "_", "_"))
+
+
+def build_words(source: Path, target: Path, slim: Callable[[str], str | None]) -> int:
+    """Writes sentences of one word a line with an empty line behind each; returns how many there are."""
+    sentences: list[list[str]] = [[]]
+    with source.open(encoding="utf-8") as lines:
+        for line in map(slim, lines):
+            if line:
+                sentences[-1].append(line)
+            elif line == "" and sentences[-1]:
+                sentences.append([])
+    kept = [sentence for sentence in sentences if sentence]
+    write_gzip(target, "".join("\n".join(sentence) + "\n\n" for sentence in kept))
+    return len(kept)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the data samples of the recipes from the raw public files.")
-    parser.add_argument("--wikitext", type=Path, nargs="+", required=True, help="WikiText-2 files, word-tokenised")
-    parser.add_argument("--stsb-dev", type=Path, required=True, help="STS benchmark dev pairs, CSV without a header")
-    parser.add_argument("--stsb-test", type=Path, required=True, help="STS benchmark test pairs, CSV without a header")
+    parser.add_argument("--wikitext", type=Path, nargs="+", help="WikiText-2 files, word-tokenised")
+    parser.add_argument("--stsb-dev", type=Path, help="STS benchmark dev pairs, CSV without a header")
+    parser.add_argument("--stsb-test", type=Path, help="STS benchmark test pairs, CSV without a header")
+    parser.add_argument("--ud-ewt", type=Path, nargs=2, help="CoNLL-U files for training and test")
+    parser.add_argument("--wnut17", type=Path, nargs=3, help="WNUT-17 files for training, development and test")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).parent, help="where the samples go")
     args = parser.parse_args()
-    counts = build_wikitext(args.wikitext, args.output_dir)
-    counts["stsb_dev.csv.gz"] = build_stsb(args.stsb_dev, args.output_dir / "stsb_dev.csv.gz")
-    counts["stsb_test.csv.gz"] = build_stsb(args.stsb_test, args.output_dir / "stsb_test.csv.gz")
+    counts = build_wikitext(args.wikitext, args.output_dir) if args.wikitext else {}
+    jobs: list[tuple[str, Path | None, Callable[[Path, Path], int]]] = [
+        ("stsb_dev.csv.gz", args.stsb_dev, build_stsb),
+        ("stsb_test.csv.gz", args.stsb_test, build_stsb),
+    ]
+    for split, source in zip(("train", "test"), args.ud_ewt or (), strict=False):
+        jobs.append((f"ud_ewt_{split}.conllu.gz", source, partial(build_words, slim=slim_conllu)))
+    for split, source in zip(("train", "dev", "test"), args.wnut17 or (), strict=False):
+        jobs.append((f"wnut17_{split}.conll.gz", source, partial(build_words, slim=str.strip)))
+    for name, source, build in jobs:
+        if source is not None:
+            counts[name] = build(source, args.output_dir / name)
     for name, count in counts.items():
         print(f"{name}: {count} rows, {(args.output_dir / name).stat().st_size} bytes")
 

@@ -1,0 +1,167 @@
+"""The paper's word tasks on any number of models: data, features, probes, and the table beside Table 4.
+
+``word_data.py`` reads, ``word_features.py`` encodes once, ``word_probe.py`` trains; here the three meet.
+
+Source: METHOD 6 (paper, section 4.1, Figure 2, Table 4, appendix D.1.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bivec.engine.errors import ConfigError
+from bivec.engine.evaluation.word_data import (
+    CONLL2003_LABELS,
+    TASKS,
+    WordCorpus,
+    read_conll2003_directory,
+    read_conllu,
+    read_wnut17,
+)
+from bivec.engine.evaluation.word_features import WordEncoder, word_features
+from bivec.engine.evaluation.word_probe import ProbeConfig, evaluate_probe, train_probe
+
+TITLES = {"chunking": "Chunking", "ner": "NER", "pos": "POS"}
+
+
+@dataclass(frozen=True)
+class WordData:
+    """A training and a test corpus and the tasks that both have labels for."""
+
+    name: str
+    train: WordCorpus
+    test: WordCorpus
+    tasks: tuple[str, ...]
+    label_sets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # fixed ones; else the training data's
+
+
+@dataclass(frozen=True)
+class WordScore:
+    """One model on one task; scores x 100, means over the seeds of the probe."""
+
+    model: str
+    alignment: str
+    task: str
+    data: str
+    accuracy: float
+    accuracy_std: float  # over the seeds
+    f1: float | None  # over spans; None for POS
+    f1_std: float | None
+    seeds: tuple[int, ...]
+    num_words: int  # of the test corpus
+    num_missing: int  # words without a vector, counted as wrong
+    unseen_labels: dict[str, int]  # test words with labels that the training data lacks, counted as wrong
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def shipped_word_data(directory: str | Path) -> list[WordData]:
+    """UD-EWT for chunking (``chunks.py``) and POS, WNUT-17 for NER, as they ship in ``recipes/data``.
+
+    Raises:
+        DataError: see the readers.
+    """
+    directory = Path(directory)
+    ewt = [read_conllu(directory / f"ud_ewt_{split}.conllu.gz") for split in ("train", "test")]
+    wnut = [read_wnut17(directory / f"wnut17_{split}.conll.gz") for split in ("train", "test")]
+    return [WordData("ud_ewt", *ewt, ("chunking", "pos")), WordData("wnut17", *wnut, ("ner",))]
+
+
+def conll2003_word_data(directory: str | Path) -> list[WordData]:
+    """CoNLL-2003 as distributed, all three tasks with the label sets of METHOD 6.3.
+
+    Raises:
+        DataError: see the reader.
+    """
+    corpora = read_conll2003_directory(directory)
+    return [WordData("conll2003", corpora["train"], corpora["test"], TASKS, CONLL2003_LABELS)]
+
+
+def select_word_data(data: Sequence[WordData], tasks: Sequence[str], *, sentences: int | None = None) -> list[WordData]:
+    """The data for some tasks, at most so many sentences of each corpus, the first ones.
+
+    Raises:
+        ConfigError: no data has labels for a task.
+    """
+    for task in tasks:
+        if not any(task in one.tasks for one in data):
+            raise ConfigError(f"task {task!r}: the data has {', '.join(task for one in data for task in one.tasks)}")
+    found = []
+    for one in data:
+        kept = tuple(task for task in one.tasks if task in tasks)
+        parts = (one.train, one.test)
+        if sentences is not None:
+            parts = tuple(part.select(range(min(sentences, len(part)))) for part in parts)
+        found += [replace(one, train=parts[0], test=parts[1], tasks=kept)] if kept else []
+    return found
+
+
+def score_words(
+    name: str,
+    encoder: WordEncoder,
+    data: Sequence[WordData],
+    alignments: Sequence[str],
+    *,
+    config: ProbeConfig,
+    seeds: Sequence[int],
+    cache_dir: str | Path | None = None,
+) -> list[WordScore]:
+    """Encodes every corpus once, then trains and tests one probe for every task, alignment and seed.
+
+    Args:
+        name: of the model, for the scores and the cached features.
+        encoder: see :func:`word_features`.
+        data: from :func:`select_word_data`.
+        alignments: see :func:`word_features`.
+        config: of the probe; its seed gives way to ``seeds``.
+        seeds: one at least.
+        cache_dir: where the features are kept; None = nowhere.
+
+    Raises:
+        ConfigError: no seed; see also :func:`word_features`.
+        DataError: see :func:`train_probe`.
+    """
+    if not seeds:
+        raise ConfigError("give the probe one seed at least")
+    scores = []
+    for one in data:
+        train, test = (
+            word_features(encoder, corpus, alignments, cache_dir=cache_dir, name=f"{name}-{one.name}-{split}")
+            for split, corpus in (("train", one.train), ("test", one.test))
+        )
+        for task in one.tasks:
+            for alignment in alignments:
+                results = []
+                for seed in seeds:
+                    probe = train_probe(
+                        train[alignment],
+                        one.train.labels[task],
+                        replace(config, seed=seed),
+                        label_set=one.label_sets.get(task),
+                    )
+                    results.append(evaluate_probe(probe, test[alignment], one.test.labels[task], task))
+                accuracy = [result.accuracy for result in results]
+                f1 = [result.f1 for result in results if result.f1 is not None]
+                scores.append(
+                    WordScore(
+                        model=name,
+                        alignment=alignment,
+                        task=task,
+                        data=one.name,
+                        accuracy=float(np.mean(accuracy)),
+                        accuracy_std=float(np.std(accuracy)),
+                        f1=float(np.mean(f1)) if f1 else None,
+                        f1_std=float(np.std(f1)) if f1 else None,
+                        seeds=tuple(seeds),
+                        num_words=results[0].num_words,
+                        num_missing=results[0].num_missing,
+                        unseen_labels=results[0].unseen_labels,
+                    )
+                )
+    return scores
