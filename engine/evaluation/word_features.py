@@ -261,8 +261,14 @@ def _pool(
     show_progress_bar: bool | None,
 ) -> None:
     """Fills the targets: alignment -> (vectors [W, D] to write into, starts [W], ends [W])."""
-    states = encoder.hidden_states(spans.rows, tokens_per_batch=tokens_per_batch, show_progress_bar=show_progress_bar)
-    for hidden, cu_seqlens, indices in states:
+    kept = [index for index, row in enumerate(spans.rows) if row]  # an empty sentence of a tokenizer without a BOS
+    states = encoder.hidden_states(
+        [spans.rows[index] for index in kept],
+        tokens_per_batch=tokens_per_batch,
+        show_progress_bar=show_progress_bar,
+    )
+    for hidden, cu_seqlens, group in states:
+        indices = [kept[position] for position in group]
         words = np.concatenate([np.arange(spans.offsets[i], spans.offsets[i + 1]) for i in indices])
         counts = [int(spans.offsets[i + 1] - spans.offsets[i]) for i in indices]
         begins = cu_seqlens[:-1].long().cpu().numpy().repeat(counts)
@@ -274,7 +280,8 @@ def _pool(
                 span_ends=torch.from_numpy(begins + ends[words]).to(hidden.device),
                 backend=getattr(encoder, "backend", None),
             )
-            values = pooled.float().cpu().numpy().astype(vectors.dtype)
+            with np.errstate(over="ignore"):  # checked in the next line
+                values = pooled.float().cpu().numpy().astype(vectors.dtype)
             if not np.isfinite(values).all():
                 raise RunError(
                     f"the {alignment} vectors of {np.count_nonzero(~np.isfinite(values).all(axis=1))} words are not "

@@ -17,6 +17,7 @@ import numpy as np
 from bivec.engine.errors import ConfigError
 from bivec.engine.evaluation.word_data import (
     CONLL2003_LABELS,
+    SPAN_TASKS,
     TASKS,
     WordCorpus,
     read_conll2003_directory,
@@ -165,3 +166,40 @@ def score_words(
                     )
                 )
     return scores
+
+
+def words_markdown(
+    scores: Sequence[WordScore], *, paper_model: str = "S-LLaMA-1.3B", read_at: Mapping[str, str] | None = None
+) -> str:
+    """A table with a row for every model and alignment, beside the paper's Table 4.
+
+    Args:
+        scores: from :func:`score_words`, of any number of models.
+        paper_model: whose rows of Table 4 stand in the last columns, by the model's name here ("uni", "bi+mntp", …).
+        read_at: model -> the alignment in whose row the paper's figures stand; None = in each.
+
+    Raises:
+        ConfigError: no such model in Table 4.
+    """
+    tasks = [task for task in TASKS if any(score.task == task for score in scores)]
+    tasks += sorted({score.task for score in scores} - set(tasks))
+    theirs = {row.variant: row.scores for row in paper_rows("4", model=paper_model)}
+    columns = ["model", "word read at"]
+    for task in tasks:
+        title = TITLES.get(task, task)
+        columns += [f"{title} accuracy", *([f"{title} F1"] if task in SPAN_TASKS else [])]
+    columns += [f"{paper_model}: {TITLES.get(task, task)}" for task in tasks]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for model, alignment in dict.fromkeys((score.model, score.alignment) for score in scores):
+        found = {one.task: one for one in scores if (one.model, one.alignment) == (model, alignment)}
+        cells = [model, alignment.replace("_", " ")]
+        for task in tasks:
+            score = found.get(task)
+            cells.append("" if score is None else f"{score.accuracy:.2f}")
+            if task in SPAN_TASKS:
+                cells.append("" if score is None or score.f1 is None else f"{score.f1:.2f}")
+        beside = read_at is None or read_at.get(model, alignment) == alignment
+        row = theirs.get(model, {}) if beside else {}
+        cells += [f"{row[task]:.2f}" if task in row else "" for task in tasks]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
