@@ -47,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--variants", nargs="*", help="only these states, such as uni bi bi+mntp (default: all)")
     add("--encoder", nargs="*", default=[], metavar="DIR", help="encoder-only models, read at a word's first token")
     add("--tasks", default=",".join(TASKS), help="default: %(default)s")
-    add("--conll2003", type=Path, metavar="DIR", help="its folder, with eng.train, eng.testa, eng.testb or train.txt, …")
+    add(
+        "--conll2003", type=Path, metavar="DIR", help="its folder, with eng.train, eng.testa, eng.testb or train.txt, …"
+    )
     add("--sentences", type=int, help="at most so many of every corpus, the first ones (default: all)")
     add("--alignments", default="same_token,next_token", help="default: %(default)s")
     add("--preset", choices=sorted(PRESETS), default="small", help="of the probe (default: %(default)s)")

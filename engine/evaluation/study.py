@@ -23,6 +23,15 @@ from bivec.engine.evaluation.auto_encoder import AutoEncoder, find_minilm
 from bivec.engine.evaluation.local_tasks import LocalSizes, evaluate_local, local_markdown, local_tasks
 from bivec.engine.evaluation.parts import Part, fingerprint, kept_part, run_part
 from bivec.engine.evaluation.variants import Variant, run_variants
+from bivec.engine.evaluation.word_data import TASKS
+from bivec.engine.evaluation.word_probe import PRESETS
+from bivec.engine.evaluation.word_tasks import (
+    WordScore,
+    score_words,
+    select_word_data,
+    shipped_word_data,
+    words_markdown,
+)
 from bivec.engine.run_files import RUN_FILE
 
 PARTS = ("baselines", "pooling", "tasks", "words", "prefixes", "masks", "curves")
@@ -47,6 +56,8 @@ class Study:
     asked: frozenset[str] = frozenset(PARTS)  # the parts that may be made; others are taken if they are there
     pairs: int | None = None  # of STS-B; None = all
     sentences: int | None = None  # of every word corpus
+    probe: str = "paper"  # its preset
+    seeds: tuple[int, ...] = (42, 43, 44)  # of the probe
     tasks_scale: int = 1  # the tasks of mteb are so many times smaller
     texts: int = 5  # paragraphs for the comparison of the masks
     evaluate_every: int = 15  # steps of a baseline between two evaluations
@@ -116,6 +127,29 @@ class Study:
             return {"table": local_markdown(scores), "scores": scores}
 
         return self.part("tasks", make, sizes=asdict(sizes))
+
+    def words(self) -> Part | None:
+        """Chunking, NER and POS with a probe; a word is read where the paper reads it (METHOD 6.1)."""
+        data = select_word_data(shipped_word_data(self.data), TASKS, sentences=self.sentences)
+        options = {"config": PRESETS[self.probe], "seeds": self.seeds, "cache_dir": self.output / "features"}
+
+        def make() -> dict[str, Any]:
+            scores: list[WordScore] = []
+            for variant in self.variants:
+                alignment = "next_token" if variant.reads_next_token else "same_token"
+                scores += score_words(variant.name, variant.load(), data, [alignment], **options)
+                _say(words_markdown(scores))
+            for name, encoder in _minilm().items():
+                scores += score_words(name, encoder, data, ["first"], **options)
+            accuracy = {task: {one.model: one.accuracy for one in scores if one.task == task} for task in TASKS}
+            return {
+                "table": words_markdown(scores),
+                "accuracy": accuracy,
+                "scores": [score.to_dict() for score in scores],
+            }
+
+        corpora = {one.name: [one.train.fingerprint(), one.test.fingerprint()] for one in data}
+        return self.part("words", make, data=corpora, probe=asdict(PRESETS[self.probe]), seeds=list(self.seeds))
 
     def prefixes(self) -> Part | None:
         """Whether the tokens of a prefix know how the sentence goes on."""
