@@ -18,8 +18,14 @@ QUICKSTART = [
     "matplotlib>=3.8",
 ]
 HUB = [*QUICKSTART, "huggingface_hub>=1.0"]
+EVAL = [
+    "mteb>=2.6",  # EncoderProtocol as in mteb 2; what the tests run is 2.26
+    "seqeval>=1.2",
+    "scikit-learn>=1.3",
+]
 TEST = [
     *QUICKSTART,
+    *EVAL,
     "triton>=3.7.1",  # the kernels in its interpreter; 3.6 cannot loop there with numpy 2.4 or newer
     "pytest>=8",
     "pytest-benchmark>=4",
@@ -46,6 +52,7 @@ setup(
     extras_require={
         "quickstart": QUICKSTART,
         "hub": HUB,
+        "eval": [*QUICKSTART, *EVAL],
         "test": TEST,
         "all": sorted({*HUB, *TEST, "triton>=3.6"}),
     },

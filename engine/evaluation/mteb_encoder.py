@@ -199,7 +199,7 @@ class MTEBEncoder:
         )
 
     def fingerprint(self) -> str:
-        """12 hexadecimal digits that change with weights, tokenizer, pooling, instructions and text limit.
+        """12 hexadecimal digits that change with weights, architecture, tokenizer, pooling, instructions, text limit.
 
         mteb takes results of the same name and revision for this model's: two models must never share both. Of every
         weight evenly spaced numbers are looked at, a merged adapter changes nearly all of them.
@@ -214,8 +214,9 @@ class MTEBEncoder:
         backend.no_truncation()  # what an earlier call left there is no property of the tokenizer
         backend.no_padding()
         digest.update(backend.to_str().encode())
-        settings = [asdict(self.encoder.config), self.max_text_length, self.use_paper_instructions, self.instructions]
-        digest.update(json.dumps(settings, sort_keys=True).encode())
+        configs = [asdict(self.encoder.model.config), asdict(self.encoder.config)]
+        settings = [*configs, self.max_text_length, self.use_paper_instructions, self.instructions]
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:12]
 
 

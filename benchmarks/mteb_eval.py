@@ -1,0 +1,241 @@
+"""How good is an encoder on MTEB, beside the paper's? mteb's own evaluation of an encoder or of one state of a run.
+
+    python benchmarks/mteb_eval.py --model runs/llm2vec-smollm2-135m --tasks local --output-dir runs/mteb
+    python benchmarks/mteb_eval.py --model runs/mistral --variant bi+mntp --tasks subset15 --output-dir runs/mteb
+    python benchmarks/mteb_eval.py --model runs/mistral --tasks SICK-R SciFact --output-dir runs/mteb
+    python benchmarks/mteb_eval.py --list
+
+Tasks: names of mteb's; "subset15", the paper's ablation subset; "full56", the English MTEB of the paper; "local", four
+small tasks on the samples that ship. All but the local ones are fetched from the Hugging Face hub: one that cannot be
+is reported, and the others go on.
+
+Writes into the output directory: ``results/NAME/REVISION/TASK.json``, mteb's own results, in which a later call of the
+same model finds what is done and goes on; and ``NAME.json`` and ``NAME.md``, the table beside the paper's rows. The
+exit code is 1 where a task is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from bivec import Encoder
+from bivec.engine.errors import BivecError, RunError
+from bivec.engine.evaluation.local_tasks import LOCAL_INSTRUCTIONS, local_tasks
+from bivec.engine.evaluation.mteb_encoder import MTEBEncoder, paper_instructions
+from bivec.engine.evaluation.mteb_table import PAPER_MODELS, compare, comparison_table
+from bivec.engine.evaluation.paper import paper_tasks
+from bivec.engine.evaluation.variants import named_variants, run_variants
+from bivec.models.files import write_text_atomic
+
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
+BENCHMARK = "MTEB(eng, v1)"  # mteb's name for the 56 tasks of the paper, with their splits and languages
+HUB_PACKAGES = ("huggingface_hub", "datasets", "requests", "httpx", "urllib3")
+
+
+@dataclass
+class Outcome:
+    """What became of the tasks so far, by name."""
+
+    scores: dict[str, float] = field(default_factory=dict)  # main scores x 100
+    failed: dict[str, str] = field(default_factory=dict)  # why there is none
+    instructions: dict[str, str] = field(default_factory=dict)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the tasks of the paper and the local ones")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names, subset15, full56, local")
+    parser.add_argument("--model", help="a run's directory, a model's, a .gguf file or a hub id")
+    parser.add_argument("--variant", help="state of a run or decoder (uni, bi+mntp, …); default: as the model says")
+    parser.add_argument("--pooling", help="mean, weighted_mean, eos_token, …; default: as the model says")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device")
+    parser.add_argument("--tokens-per-batch", type=int, help="tokens a batch")
+    parser.add_argument("--instructions", type=Path, help='JSON: {"task": "instruction:"}, besides the paper\'s')
+    parser.add_argument("--no-instructions", action="store_true", help="leave out the paper's and the local tasks'")
+    parser.add_argument("--name", help="under which results are kept; default: of model and variant")
+    parser.add_argument("--paper-models", nargs="+", choices=PAPER_MODELS, default=list(PAPER_MODELS))
+    parser.add_argument("--paper-variant", help="default: the variant, else bi+mntp+simcse")
+    parser.add_argument("--output-dir", type=Path)
+    given = parser.parse_args(arguments)
+    if not given.list and not (given.tasks and given.model and given.output_dir):
+        parser.error("--tasks, --model and --output-dir are needed (or --list)")
+    return given
+
+
+def list_tasks() -> None:
+    print("| task | category | subset15 | instruction |\n|---|---|---|---|")
+    for task in paper_tasks():
+        star = "yes" if task.in_subset else ""
+        print(f"| {task.name} | {task.category} | {star} | {paper_instructions()[task.name]} |")
+    for task in local_tasks(DATA):
+        name = task.metadata.name
+        print(f"| {name} | {task.metadata.type} | | {LOCAL_INSTRUCTIONS[name]} |")
+
+
+def find_tasks(names: list[str]) -> list[AbsTask]:
+    """The tasks of these names, each once.
+
+    Raises:
+        RunError: mteb has no task of a name.
+    """
+    import mteb
+
+    groups = {
+        "full56": [task.name for task in paper_tasks()],
+        "subset15": [task.name for task in paper_tasks(subset_only=True)],
+    }
+    local = {task.metadata.name: task for task in local_tasks(DATA)}
+    groups["local"] = list(local)
+    english = {task.metadata.name: task for task in mteb.get_benchmark(BENCHMARK).tasks}
+    found = {}
+    for name in (member for given in names for member in groups.get(given, [given])):
+        try:
+            found[name] = local.get(name) or english.get(name) or mteb.get_task(name)
+        except KeyError as error:
+            raise RunError(f"{error.args[0]} (--list prints those of the paper)") from None
+    return list(found.values())
+
+
+def load_model(given: argparse.Namespace) -> MTEBEncoder:
+    """The encoder with instructions and name."""
+    own = json.loads(given.instructions.read_text(encoding="utf-8")) if given.instructions else {}
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    if given.variant is None:
+        encoder = Encoder.from_pretrained(given.model, pooling=given.pooling, dtype=dtype, device=given.device)
+    else:
+        (variant,) = named_variants(run_variants(given.model), [given.variant])
+        encoder = variant.load(pooling=given.pooling, dtype=dtype, device=given.device)
+    parts = [Path(given.model).name, given.variant, given.pooling]
+    return encoder.as_mteb(
+        instructions=({} if given.no_instructions else LOCAL_INSTRUCTIONS) | own,
+        paper_instructions=not given.no_instructions,
+        name=given.name or "-".join(part for part in parts if part),
+        tokens_per_batch=given.tokens_per_batch,
+    )
+
+
+def drop_broken_results(folder: Path) -> None:
+    """A killed mteb can leave half a file, which it could not read again."""
+    for file in folder.rglob("*.json"):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            print(f"{file}: not whole, its task runs again", flush=True)
+            file.unlink()
+
+
+def needs_hub(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that data could not be fetched."""
+    while error is not None:
+        if isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in HUB_PACKAGES:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def take_cache_only() -> None:
+    """After one failure the others find their data in the local cache or fail at once: a try takes 23 s."""
+    import datasets
+    import huggingface_hub
+
+    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def evaluate(model: MTEBEncoder, tasks: list[AbsTask], given: argparse.Namespace) -> Outcome:
+    """Runs the tasks that have no result yet; the tables are written after every task."""
+    import mteb
+
+    cache = mteb.ResultCache(given.output_dir)
+    outcome = Outcome()
+    for task in tasks:
+        name, start = task.metadata.name, time.monotonic()
+        outcome.instructions[name] = model.instruction_for(task.metadata)
+        try:
+            result = mteb.evaluate(
+                model,
+                task,
+                cache=cache,
+                co2_tracker=False,
+                show_progress_bar=False,
+                encode_kwargs={"show_progress_bar": sys.stderr.isatty()},
+            )
+            if result.exceptions:
+                raise RunError(str(result.exceptions[0].exception))
+            outcome.scores[name] = 100 * float(result.task_results[0].get_score())
+            print(f"{name}: {outcome.scores[name]:.2f} ({time.monotonic() - start:.0f} s)", flush=True)
+        except Exception as error:  # a task of mteb's may fail in any way; the others go on
+            if needs_hub(error):
+                take_cache_only()
+                outcome.failed[name] = "needs the hub: its data is not in the local cache and could not be fetched"
+            else:
+                outcome.failed[name] = f"{type(error).__name__}: {error}"
+            print(f"{name}: {outcome.failed[name]}", flush=True)
+        write_tables(model, outcome, given)
+    return outcome
+
+
+def write_tables(model: MTEBEncoder, outcome: Outcome, given: argparse.Namespace) -> None:
+    """NAME.md and NAME.json."""
+    meta = model.mteb_model_meta
+    variant = given.paper_variant or given.variant or "bi+mntp+simcse"
+    tasks, averages = compare(outcome.scores, variant, given.paper_models)
+    text = f"# MTEB: {meta.name} ({meta.revision})\n\nBeside the paper's {variant}.\n"
+    if tasks:
+        text += f"\n{comparison_table(tasks)}\n"
+    if averages:
+        text += f"\n{comparison_table(averages, 'average')}\n"
+    if outcome.failed:
+        text += "\nMissing:\n\n" + "".join(f"* {name}: {reason}\n" for name, reason in outcome.failed.items())
+    content = {
+        "model": given.model,
+        "variant": given.variant,
+        "name": meta.name,
+        "revision": meta.revision,
+        "paper_variant": variant,
+        "mteb": importlib.metadata.version("mteb"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **asdict(outcome),
+        "tasks": [asdict(row) for row in tasks],
+        "averages": [asdict(row) for row in averages],
+    }
+    stem = str(given.output_dir / meta.model_name_as_path())
+    write_text_atomic(f"{stem}.md", text)
+    write_text_atomic(f"{stem}.json", json.dumps(content, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parse_arguments(arguments)
+    if given.list:
+        list_tasks()
+        return 0
+    logging.getLogger("mteb").setLevel(logging.ERROR)
+    try:
+        tasks = find_tasks(given.tasks)
+        model = load_model(given)
+    except (BivecError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+    drop_broken_results(given.output_dir / "results")
+    outcome = evaluate(model, tasks, given)
+    print((given.output_dir / f"{model.mteb_model_meta.model_name_as_path()}.md").read_text(encoding="utf-8"))
+    return 1 if outcome.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
