@@ -335,6 +335,7 @@ def test_file_systems_that_promise_no_space(encoder, texts, whole, tmp_path, mon
         (["a"], {"dtype": "int8"}, "dtype int8"),
         (["a"], {"slice_texts": 0}, "slice_texts is 0"),
         (["a"], {"tokens_per_batch": 0}, "tokens_per_batch is 0"),
+        (["a"], {"max_text_length": 0}, "max_text_length is 0"),
         (["a"], {"ids": ["x"]}, "a .parquet file to hold them"),
         (["a"], {"path": "e.parquet", "ids": ["x", "y"]}, "2 ids for 1 texts"),
     ],
