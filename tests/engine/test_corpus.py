@@ -27,6 +27,14 @@ SAMPLE = Path(__file__).parents[2] / "recipes/data/wikipedia_sentences.txt.gz"
 SETTINGS = {"slice_texts": 8, "tokens_per_batch": 100, "instruction": "Find:"}  # those of the worker
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Tables that ``datasets`` converts go elsewhere than into the user's cache."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="module")
 def encoder(tiny_llama_dir):
     return Encoder.from_pretrained(tiny_llama_dir)

@@ -19,6 +19,14 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 TEXTS = ["a choir sang", "the river runs north", "None", "", "a ship\nsailed", "old kings"]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Tables that ``datasets`` converts go elsewhere than into the user's cache."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def main():
     threads = torch.get_num_threads()
@@ -58,7 +66,7 @@ def test_one_process_and_two(main, tiny_llama_dir, corpus, tmp_path, capsys):
     expected = encoder.encode(TEXTS, instruction="Find:", max_text_length=4)
     np.testing.assert_allclose(np.load(one, mmap_mode="r"), expected, rtol=0, atol=1e-5)
     command = [*TORCHRUN, str(SCRIPT), *words(tmp_path / "run", corpus, two, *flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("6 embeddings") == 1 and two.read_bytes() == one.read_bytes()
