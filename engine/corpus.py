@@ -92,7 +92,8 @@ def encode_corpus(
             Later: a disk that has become full, an embedding that is not finite.
     """
     path = Path(path)
-    _check_settings(path, dtype, slice_texts, tokens_per_batch, ids, texts)
+    sizes = {"slice_texts": slice_texts, "tokens_per_batch": tokens_per_batch, "max_text_length": max_text_length}
+    _check(path, texts, ids, dtype, sizes)
     job = _Job(path, len(texts), encoder.dimension, dtype, slice_texts, ids)
     fingerprint = _fingerprint(encoder, texts, ids, slice_texts)
     fingerprint["settings"] = {
@@ -278,13 +279,8 @@ def _opened(job: _Job, fingerprint: dict[str, Any], overwrite: bool, world: Worl
     return left
 
 
-def _check_settings(
-    path: Path,
-    dtype: str,
-    slice_texts: int,
-    tokens_per_batch: int | None,
-    ids: Sequence[str] | None,
-    texts: Sequence[str],
+def _check(
+    path: Path, texts: Sequence[str], ids: Sequence[str] | None, dtype: str, sizes: dict[str, int | None]
 ) -> None:
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: embeddings are written as {' or '.join(SUFFIXES)}; give such a name")
@@ -295,7 +291,7 @@ def _check_settings(
     is_parquet = path.suffix == ".parquet"
     if dtype not in DTYPES or (is_parquet and dtype != "float32"):
         raise ConfigError(f"dtype {dtype}: expected float32, or float16 in an .npy file")
-    for name, value in (("slice_texts", slice_texts), ("tokens_per_batch", tokens_per_batch)):
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
     if isinstance(texts, str) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):

@@ -27,6 +27,14 @@ SAMPLE = Path(__file__).parents[2] / "recipes/data/wikipedia_sentences.txt.gz"
 SETTINGS = {"slice_texts": 8, "tokens_per_batch": 100, "instruction": "Find:"}  # those of the worker
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Tables that ``datasets`` converts go elsewhere than into the user's cache."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="module")
 def encoder(tiny_llama_dir):
     return Encoder.from_pretrained(tiny_llama_dir)
@@ -335,6 +343,7 @@ def test_file_systems_that_promise_no_space(encoder, texts, whole, tmp_path, mon
         (["a"], {"dtype": "int8"}, "dtype int8"),
         (["a"], {"slice_texts": 0}, "slice_texts is 0"),
         (["a"], {"tokens_per_batch": 0}, "tokens_per_batch is 0"),
+        (["a"], {"max_text_length": 0}, "max_text_length is 0"),
         (["a"], {"ids": ["x"]}, "a .parquet file to hold them"),
         (["a"], {"path": "e.parquet", "ids": ["x", "y"]}, "2 ids for 1 texts"),
     ],
