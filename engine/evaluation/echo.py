@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bivec.engine.encoder import Encoder
+from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import ConfigError
 from bivec.engine.text_format import SLICE, SLOT, Row, SpanError
 
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 ECHO_TEMPLATE = "Rewrite the sentence: {text}, rewritten sentence: {text}"
 REPETITION = "{text} {text}"  # nothing but the input twice
 ECHO_POOLINGS = ("mean", "weighted_mean", "last_token")
+
+
+@dataclass(frozen=True)
+class EchoConfig(EncoderConfig):
+    """An encoder's settings and the words around the copies: what is kept of Echo's vectors is not taken for Uni's."""
+
+    echo_template: str = ECHO_TEMPLATE
 
 
 class EchoEncoder(Encoder):
@@ -47,7 +55,8 @@ class EchoEncoder(Encoder):
             raise ConfigError("Echo needs the causal mask that it works around; load the encoder with causal=True")
         if pooling not in ECHO_POOLINGS:
             raise ConfigError(f"pooling {pooling!r} is not for Echo; choose one of {', '.join(ECHO_POOLINGS)}")
-        config = replace(encoder.config, pooling=pooling)
+        settings = {field.name: getattr(encoder.config, field.name) for field in fields(EncoderConfig)}
+        config = EchoConfig(**settings | {"pooling": pooling}, echo_template=template)
         super().__init__(
             encoder.model,
             encoder.tokenizer,

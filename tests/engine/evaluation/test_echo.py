@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import BivecError, ConfigError
-from bivec.engine.evaluation.echo import REPETITION, EchoEncoder, token_span
+from bivec.engine.evaluation.echo import ECHO_TEMPLATE, REPETITION, EchoEncoder, token_span
 
 TEXTS = [
     "The river froze over in January.",
@@ -125,6 +127,15 @@ def test_an_empty_text_pools_the_whole_row(encoder):
     np.testing.assert_allclose(echo.encode(""), states(encoder, ids).mean(0).numpy(), atol=1e-5)
     with pytest.raises(BivecError, match="text 0: is empty"):
         echo.echo_format.rows([""], [" \n"])
+
+
+def test_its_settings_are_not_those_of_uni(encoder):
+    """mteb's cache and corpus files tell encoders apart by them."""
+    settings = [
+        asdict(one.config) for one in (encoder, EchoEncoder(encoder), EchoEncoder(encoder, template=REPETITION))
+    ]
+    assert settings[1] != settings[0] != settings[2] != settings[1]
+    assert settings[1] == settings[0] | {"echo_template": ECHO_TEMPLATE}
 
 
 def test_batches_do_not_matter(encoder):
