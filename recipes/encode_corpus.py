@@ -28,7 +28,7 @@ from bivec.engine.distributed import ALONE, World, launched, process_group
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import BivecError, ConfigError
 from bivec.engine.inputs import resolve_model
-from bivec.engine.recipe import RunOptions
+from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.run_files import chosen_device, device_type
 from bivec.engine.trainer import is_out_of_memory
 from bivec.kernels import BackendError

@@ -137,8 +137,8 @@ def local_markdown(scores: Mapping[str, Mapping[str, float]], *, paper_model: st
         cells += [f"{paper[category]:.2f}" if category in paper else "" for category in categories]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     note = (
-        f"Ours: one small task a category, main score x 100 by mteb. Paper: {paper_model}, means over the English tasks of"
-        " the category in MTEB; Uni with the weighted mean, as here."
+        f"Ours: one small task a category, main score x 100 by mteb. Paper: {paper_model}, means over the "
+        "English tasks of the category in MTEB; Uni with the weighted mean, as here."
     )
     return "\n".join([*lines, "", note])
 
