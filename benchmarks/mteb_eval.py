@@ -159,8 +159,9 @@ def take_cache_only() -> None:
 def evaluate(model: MTEBEncoder, tasks: list[AbsTask], given: argparse.Namespace) -> Outcome:
     """Runs the tasks that have no result yet; the tables are written after every task."""
     import mteb
+    from mteb.cache import ResultCache
 
-    cache = mteb.ResultCache(given.output_dir)
+    cache = ResultCache(given.output_dir)
     outcome = Outcome()
     for task in tasks:
         name, start = task.metadata.name, time.monotonic()

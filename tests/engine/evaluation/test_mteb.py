@@ -8,6 +8,7 @@ from pathlib import Path
 import mteb
 import numpy as np
 import pytest
+from mteb.cache import ResultCache
 from mteb.models import EncoderProtocol, ModelMeta
 from mteb.types import PromptType
 from scipy.stats import spearmanr
@@ -261,7 +262,7 @@ def test_evaluate_local_gives_the_same_again(encoder, tasks):
 
 
 def test_results_are_kept_and_found_again(encoder, tasks, recorded, tmp_path):
-    cache = mteb.ResultCache(tmp_path)
+    cache = ResultCache(tmp_path)
     options = {"cache": cache, "co2_tracker": False, "show_progress_bar": False}
     model = encoder.as_mteb(name="tiny")
     first = mteb.evaluate(model, tasks["LocalSTS"], **options).task_results[0].get_score()
