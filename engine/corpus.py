@@ -24,7 +24,6 @@ import json
 import os
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -32,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.encoder import Encoder, progress_bar
 from bivec.engine.errors import BivecError, ConfigError, DataError, RunError
+from bivec.engine.fingerprint import model_checksum, tokenizer_checksum
 from bivec.engine.recipe import differences
 from bivec.models.files import write_text_atomic
 
@@ -309,20 +308,13 @@ def _check(
 
 def _fingerprint(encoder: Encoder, texts: Sequence[str], ids: Sequence[str] | None, slice_texts: int) -> dict[str, Any]:
     """What the vectors follow from, beside the settings of the call."""
-    weights = 0
-    for name, tensor in sorted(encoder.model.state_dict().items()):
-        raw = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
-        weights = zlib.crc32(raw, zlib.crc32(name.encode(), weights))
-    rules = json.loads(encoder.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     return {
         "texts": {"count": len(texts), "blake2b": _checksum(texts, "text", slice_texts)},
         "ids": None if ids is None else _checksum(ids, "id", slice_texts),
         "model": {
             "dimension": encoder.dimension,
-            "dtype": str(encoder.model.embed_tokens.weight.dtype),
-            "weights_crc32": f"{weights:08x}",
-            "tokenizer_crc32": f"{zlib.crc32(json.dumps(rules, sort_keys=True).encode()):08x}",
-            "decoder": asdict(encoder.model.config),
+            "model_crc32": model_checksum(encoder.model),
+            "tokenizer_crc32": tokenizer_checksum(encoder.tokenizer),
             "encoder": asdict(encoder.config),
         },
     }

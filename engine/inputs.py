@@ -5,7 +5,6 @@ What is wrong is collected first, so that one error names all the flags that hav
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from bivec.engine.data import BlockDataset, SentenceDataset, STSPair, load_sts, load_texts, mntp_blocks, sentence_ids
 from bivec.engine.encoder_config import weights_directory
 from bivec.engine.errors import BivecError, CheckpointError, ConfigError, DataError, RunError
+from bivec.engine.fingerprint import tokenizer_checksum
 from bivec.engine.hub import prefer_offline
 from bivec.engine.lora import read_adapter_config
 from bivec.engine.masking import MaskingConfig
@@ -64,10 +64,7 @@ class Inputs:
             found["simcse"] = f"{len(self.sentences)} sentences, crc32 {checksum:08x}"
         if self.triples is not None:
             sets = [f"{one.name} {one.fingerprint()}" for one in self.triples]
-            rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
-            rules |= {"truncation": None, "padding": None}  # as the last call left them
-            tokenizer = zlib.crc32(json.dumps(rules, sort_keys=True).encode())
-            found["supervised"] = "; ".join([*sets, f"tokenizer crc32 {tokenizer:08x}"])
+            found["supervised"] = "; ".join([*sets, f"tokenizer crc32 {tokenizer_checksum(self.tokenizer)}"])
         return found
 
 

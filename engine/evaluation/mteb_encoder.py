@@ -28,6 +28,7 @@ import numpy as np
 from torch import Tensor
 
 from bivec.engine.errors import ConfigError, RunError
+from bivec.engine.fingerprint import model_checksum, tokenizer_checksum
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -42,7 +43,6 @@ MAX_TEXT_LENGTH = 400  # METHOD 7.1
 DOCUMENT = "document"
 # the types of tasks whose documents are texts of the same kind as their queries
 SYMMETRIC_WITH_DOCUMENTS = {"Reranking"}
-SAMPLES = 4096  # numbers of every weight that a revision looks at
 # mteb's later names of tasks of the paper, without what TASK_ENDINGS takes off
 TASK_NAMES = {
     "ArXivHierarchicalClusteringP2P": "ArxivClusteringP2P",
@@ -201,23 +201,11 @@ class MTEBEncoder:
     def fingerprint(self) -> str:
         """12 hexadecimal digits that change with weights, architecture, tokenizer, pooling, instructions, text limit.
 
-        mteb takes results of the same name and revision for this model's: two models must never share both. Of every
-        weight evenly spaced numbers are looked at, a merged adapter changes nearly all of them.
+        mteb takes results of the same name and revision for this model's: two models must never share both.
         """
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.encoder.model.state_dict().items()):
-            flat = weight.detach().reshape(-1)
-            sample = flat[:: max(flat.numel() // SAMPLES, 1)].float().cpu()
-            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(sample.numpy().tobytes())
-        backend = self.encoder.tokenizer.backend_tokenizer
-        backend.no_truncation()  # what an earlier call left there is no property of the tokenizer
-        backend.no_padding()
-        digest.update(backend.to_str().encode())
-        configs = [asdict(self.encoder.model.config), asdict(self.encoder.config)]
-        settings = [*configs, self.max_text_length, self.use_paper_instructions, self.instructions]
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        return digest.hexdigest()[:12]
+        parts = [model_checksum(self.encoder.model), tokenizer_checksum(self.encoder.tokenizer)]
+        parts += [asdict(self.encoder.config), self.max_text_length, self.use_paper_instructions, self.instructions]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _texts(inputs: Iterable[Mapping[str, Any]], task: str) -> Iterable[str]:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import json
 import os
 import uuid
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from bivec.engine.errors import ConfigError, RunError
 from bivec.engine.evaluation.word_data import WordCorpus
+from bivec.engine.fingerprint import model_checksum, tokenizer_checksum
 from bivec.kernels import segment_pool
 from bivec.models.files import write_text_atomic
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 ALIGNMENTS = ("same_token", "next_token", "first")
 TOKENIZE_ROWS = 1000
 FORMAT = 1  # of the cache: raise it when the same inputs give other vectors
-SAMPLED_VALUES = 4096  # of every weight, for the model's fingerprint
 
 
 class WordEncoder(Protocol):
@@ -206,18 +205,11 @@ def word_features(
 
 
 def model_fingerprint(encoder: WordEncoder) -> str:
-    """A checksum of what the hidden states depend on: weights (4,096 values of each), mask, length, tokenizer."""
-    rules = json.loads(encoder.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    causal = getattr(encoder.config, "causal", None)
-    checksum = zlib.crc32(json.dumps([rules, causal, encoder.config.max_length], sort_keys=True).encode())
+    """A checksum of what the hidden states depend on: weights, tokenizer, mask, length."""
     model = getattr(encoder, "model", None)
-    for name, weight in (model.state_dict() if model is not None else {}).items():
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)].to(torch.float32).cpu().numpy()
-        checksum = zlib.crc32(
-            sample.tobytes(), zlib.crc32(f"{name} {tuple(weight.shape)} {weight.dtype}".encode(), checksum)
-        )
-    return f"crc32 {checksum:08x}"
+    found = "none" if model is None else model_checksum(model)
+    mask = {True: "causal", False: "bidirectional"}.get(getattr(encoder.config, "causal", None), "unknown mask")
+    return f"model {found}, tokenizer {tokenizer_checksum(encoder.tokenizer)}, {mask}, {encoder.config.max_length}"
 
 
 def _row_of(encoding: Encoding, words: Sequence[str], max_length: int) -> tuple[list[int], list[tuple[int, int]]]:

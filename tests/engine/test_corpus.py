@@ -260,7 +260,7 @@ def test_never_a_mixture(encoder, tiny_mistral_dir, texts, tmp_path, monkeypatch
     with torch.no_grad():  # the smallest change of one weight
         kept = embedding[3, 5].clone()
         embedding[3, 5] = torch.nextafter(kept, kept + 1)
-        with pytest.raises(RunError, match=r"model\.weights_crc32"):
+        with pytest.raises(RunError, match=r"model\.model_crc32"):
             encode_corpus(encoder, texts, path, **SETTINGS)
         embedding[3, 5] = kept
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
