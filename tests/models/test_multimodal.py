@@ -34,7 +34,7 @@ VISION = {
 
 @pytest.mark.parametrize("layout", ["released", "modules"])
 def test_the_text_half_of_a_multimodal_gemma3(tmp_path, layout):
-    """Under the names of the hub, which transformers writes, and of its modules; saved, it is a Gemma 3 of text alone."""
+    """Under the names of the hub, which transformers writes, and of its modules; what we save is of text alone."""
     config = transformers.Gemma3Config(
         text_config=TEXT, vision_config=VISION, image_token_index=90, mm_tokens_per_image=4
     )
