@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from bivec.engine.tokenizer import LLAMA3_SPLIT, load_tokenizer, mask_token_id, prefix_length
+from bivec.engine.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, load_tokenizer, mask_token_id, prefix_length
 from bivec.models import CheckpointError, ConfigError
 from bivec.models.gguf import SMOLLM2_INSTALL, find_smollm2
 
@@ -353,6 +353,21 @@ def test_gguf_byte_level_tokenizers(tmp_path, pre):
 def test_llama3_split_is_the_one_transformers_uses():
     signature = inspect.signature(TikTokenConverter.__init__)
     assert signature.parameters["pattern"].default == LLAMA3_SPLIT
+
+
+def test_gguf_qwen_tokenizer(tmp_path):
+    """Numbers digit by digit, and composed characters, as in transformers' class."""
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
+
+    assert PRETOKENIZE_REGEX == QWEN2_SPLIT
+    state = json.loads(byte_level_backend(split=QWEN2_SPLIT).to_str())["model"]
+    theirs = Qwen2Tokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
+    path = gguf_of_backend(tmp_path / "m.gguf", theirs.backend_tokenizer, "qwen2", eos_token_id=2)
+    tokenizer = load_tokenizer(path)
+    for text in [*TEXTS, "In 1984 and 20249", "Cafe\u0301 nai\u0308ve"]:
+        assert tokenizer(text).input_ids == [1, *theirs(text).input_ids], text
+    composed, decomposed = (tokenizer(text).input_ids for text in ("Caf\u00e9", "Cafe\u0301"))
+    assert composed == decomposed
 
 
 def test_gguf_sentencepiece_tokenizer(tmp_path):
