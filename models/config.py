@@ -15,6 +15,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 SCORE_SETTINGS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 KV_HEADS, ORIGINAL_LENGTH = "num_key_value_heads", "original_max_position_embeddings"
+BIDIRECTIONAL = "use_bidirectional_attention"  # EmbeddingGemma
 FULL, SLIDING = "full_attention", "sliding_attention"  # what a layer sees; names of transformers
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -131,7 +132,7 @@ class DecoderConfig:
         if head_dim % 2:
             raise ConfigError(f"{source}: head_dim {head_dim} is odd; rotary embeddings need an even one")
         no_rope_layers = _no_rope_layers(fields, num_layers) if "no_rope_layers" in family.reads else None
-        bidirectional = fields.flag("use_bidirectional_attention", False)
+        bidirectional = BIDIRECTIONAL in family.reads and fields.flag(BIDIRECTIONAL, False)
         return cls(
             model_type=raw["model_type"],
             vocab_size=fields.integer("vocab_size"),
@@ -233,8 +234,10 @@ class _Fields:
         return float(value)
 
     def optional_number(self, field: str) -> int | float | None:
-        """As it is written; null is a value."""
-        return None if self.raw.get(field) is None else (self.number(field), self.raw[field])[1]
+        """As it is written, an int as an int; null is a value."""
+        if self.raw.get(field) is not None:
+            self.number(field)
+        return self.raw.get(field)
 
     def flag(self, field: str, default: bool | None) -> bool | None:
         value = self._value(field, default)
@@ -278,11 +281,9 @@ def _family(raw: dict, source: str) -> Family:
         raise ConfigError(f"{source}: {family.activation_field} {activation!r} is not supported; expected {expected}")
     if raw.get("quantization_config"):
         raise ConfigError(f"{source}: quantization_config is set; bivec reads unquantised weights only")
-    if raw.get("use_bidirectional_attention") and model_type != "gemma3_text":
+    if raw.get(BIDIRECTIONAL) and model_type in ("gemma", "gemma2"):
         # transformers' Gemma 1 and 2 heed it or not, depending on padding and attention implementation
-        raise ConfigError(
-            f"{source}: use_bidirectional_attention is not supported for {model_type}; set is_causal: false"
-        )
+        raise ConfigError(f"{source}: {BIDIRECTIONAL} is not supported for {model_type}; set is_causal: false")
     return family
 
 
@@ -307,8 +308,8 @@ def _window_settings(fields: _Fields, family: Family, num_layers: int, no_rope_l
         window = None
     if window is not None:
         window = fields.integer("sliding_window")
-        if fields.flag("use_bidirectional_attention", False):  # EmbeddingGemma: the window's whole width, not a side's
-            window //= 2
+        if BIDIRECTIONAL in family.reads and fields.flag(BIDIRECTIONAL, False):
+            window //= 2  # the file gives the whole width, not that of a side
     if "layer_types" not in family.reads:
         return {"sliding_window": window, "layer_types": None}
     types = raw.get("layer_types")

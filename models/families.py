@@ -118,6 +118,7 @@ FAMILIES = {
                 "query_pre_attn_scalar",
                 "final_logit_softcapping",
                 "rope_local_base_freq",
+                "use_bidirectional_attention",
             }
         ),
         defaults={**_GEMMA3, "rope_theta": 1e6, "rope_local_base_freq": 1e4},

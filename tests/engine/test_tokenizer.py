@@ -370,6 +370,28 @@ def test_gguf_qwen_tokenizer(tmp_path):
     assert composed == decomposed
 
 
+def test_qwen_and_gemma_directories(tmp_path):
+    """What their classes in transformers save is read as it is: Qwen adds no BOS, Gemma its own."""
+    from transformers import GemmaTokenizer, Qwen2Tokenizer
+
+    state = json.loads(byte_level_backend(split=QWEN2_SPLIT).to_str())["model"]
+    qwen = Qwen2Tokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*dict.fromkeys("\u2581" + "".join(TEXTS).replace(" ", "")), "Th", "\u2581t", "he", "\u2581the"]
+    merges = [("T", "h"), ("\u2581", "t"), ("h", "e"), ("\u2581t", "he")]
+    gemma = GemmaTokenizer(
+        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges, add_bos_token=True
+    )
+    for name, theirs, prefix in (("qwen", qwen, ["<|endoftext|>"]), ("gemma", gemma, [])):
+        theirs.save_pretrained(tmp_path / name)
+        tokenizer = load_tokenizer(tmp_path / name)
+        for text in TEXTS:
+            expected = [*map(theirs.convert_tokens_to_ids, prefix), *theirs(text).input_ids]
+            assert tokenizer(text).input_ids == expected, text
+        assert prefix_length(tokenizer) == 1
+    assert tokenizer.bos_token == "<bos>" and tokenizer("a").input_ids[0] == 2
+
+
 def test_gguf_sentencepiece_tokenizer(tmp_path):
     processor = sentencepiece.SentencePieceProcessor(
         model_file=str(sentencepiece_directory(tmp_path, "v1") / "tokenizer.model")

@@ -163,6 +163,7 @@ def test_families_read_only_what_they_have():
         assert config.softmax_scale is config.attn_logit_softcapping is config.layer_types is None
         assert config.no_rope_layers is None
     assert read("gemma", sliding_window=8).sliding_window is None
+    assert read("llama", use_bidirectional_attention=True).is_causal is None
     assert not read("qwen2", mlp_bias=True).mlp_bias and not read("gemma2", mlp_bias=True).mlp_bias
 
 
