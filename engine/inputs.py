@@ -33,7 +33,7 @@ from bivec.models.weights import CONFIG_FILE, inspect_checkpoint, resolve_checkp
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MODEL_FLAG = "--model (a LLaMA or Mistral decoder with its tokenizer)"
+MODEL_FLAG = "--model (a decoder with its tokenizer)"
 MNTP_FLAG = "--mntp-data (running text: paragraphs or articles)"
 SIMCSE_FLAG = "--simcse-data (one sentence a row)"
 SUPERVISED_FLAG = "--supervised-data (queries with positives and hard negatives)"

@@ -33,6 +33,7 @@ def mntp_loss(
     batch: MntpBatch,
     *,
     normalizer: Tensor | float | None = None,
+    softcap: float | None = None,
     attention_dropout: float = 0.0,
     seed: int | None = None,
     recompute: str = "none",
@@ -45,6 +46,7 @@ def mntp_loss(
         lm_head_weight: [V, D], or what gives it after the forward: a sharded one is whole only then.
         batch: masked tokens, rows to score, labels.
         normalizer: number of labels of the whole step, under gradient accumulation; None = of this batch.
+        softcap: of the scores, the model's ``config.final_logit_softcapping`` (Gemma 2); None = none.
         attention_dropout: the paper trains MNTP without.
         seed: of the attention dropout.
         recompute: of the model's forward: "none", "selective" or "layer".
@@ -60,6 +62,7 @@ def mntp_loss(
         batch.targets,
         batch.index,
         normalizer=normalizer,
+        softcap=softcap,
         backend=backend,
     )
 
@@ -128,6 +131,7 @@ class MntpObjective:
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
         device = next(self.model.parameters()).device
+        config = getattr(self.model, "module", self.model).config  # of the trunk inside DistributedDataParallel
         mine = self.world.share(self.batch_size)
         rows = indices_for_step(len(self.blocks), self.batch_size, self.seed, step)[mine.start : mine.stop]
         # one id per block ever drawn: a block met again in the next epoch gets other masks and other dropout
@@ -156,6 +160,7 @@ class MntpObjective:
                     self.lm_head_weight,
                     micro,
                     normalizer=float(max(1, labels)),
+                    softcap=config.final_logit_softcapping,
                     attention_dropout=self.attention_dropout,
                     seed=fold_seed(self.seed, ATTENTION_SITE),
                     recompute=self.recompute,

@@ -14,13 +14,16 @@ hidden width, q and kv that of all query and kv heads, H heads, I the intermedia
     gate, up                                  2 I
     gated product (read by down_proj)         I               "selective": made again
     fp32: lse H, rstd 2, LoRA's x Aᵀ          H + 2 + 7 r
+    norms of q and k: their input, fp32 rstd  q + kv, H + Hkv
+    norms of the blocks' results: the same    2 D, 2
     fp32, torch backend only: rotary rows     Dh
     torch backend only: attention's operands and output are fp32, and its output is kept twice, as it was made and as
     o_proj reads it, where it is of another dtype or sequences of several lengths were put together
 
-The first layer keeps no embedding under LoRA. Dropout masks are drawn again; but with attention dropout the torch
-backend keeps the probabilities of short sequences, which is counted as about what its output twice would be. On top
-come the allocator's slack and, on a CPU, the process itself (0.6 GiB).
+A layer without rotation, or with capped scores on the torch backend, keeps less. The first layer keeps no embedding
+under LoRA. Dropout masks are drawn again; but with attention dropout the torch backend keeps the probabilities of short
+sequences, which is counted as about what its output twice would be. On top come the allocator's slack and, on a CPU,
+the process itself (0.6 GiB).
 """
 
 from __future__ import annotations
@@ -127,6 +130,12 @@ def kept_per_token(setting: Setting, recompute: str = "none", mixed_lengths: boo
     if recompute == "none":
         own += 2 * hidden + inner
     single = config.num_heads + 2 + (0 if setting.full else len(setting.lora.targets) * setting.lora.rank)
+    if config.family.qk_norm:
+        own += q + kv
+        single += config.num_heads + config.num_kv_heads
+    if config.family.layer_norms == 4:
+        own += 2 * hidden
+        single += 2
     if setting.triton:
         own += 2 * q + 2 * kv
     else:

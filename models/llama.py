@@ -1,4 +1,4 @@
-"""The LLaMA decoder on packed sequences, causal or bidirectional.
+"""The LLaMA decoder on packed sequences, causal or bidirectional; the other decoders are made of its blocks.
 
 Module names are those of Hugging Face's trunk (``layers.0.self_attn.q_proj`` …), so that checkpoints and PEFT adapters
 fit by name. The hidden state is ``[T, D]``: all sequences of the batch one after the other, no padding.
@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bivec.kernels import AttentionPlan, apply_rotary, attention_plan, flash_attention, fold_seed, rms_norm, swiglu
 from bivec.models.batch import PackedBatch
-from bivec.models.config import DecoderConfig
+from bivec.models.config import FULL, SLIDING, DecoderConfig
 from bivec.models.projection import project, project_gated, project_onto
 from bivec.models.recompute import LEVELS, Recipes
-from bivec.models.rope import rotary_table
+from bivec.models.rope import rotary_tables
+
+StreamAndUpdate = tuple[Tensor | None, Tensor | None]  # the residual stream, and what is still to be added to it
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,9 @@ class AttentionContext:
 
     batch: PackedBatch
     plan: AttentionPlan
-    cos: Tensor  # [max_position, Dh/2] fp32
-    sin: Tensor  # [max_position, Dh/2] fp32
+    rotary: dict[str, tuple[Tensor, Tensor]]  # by type of layer: cos, sin [max_position, Dh/2] fp32
     causal: bool
-    window: tuple[int, int] | None
+    windows: dict[str, tuple[int, int] | None]  # by type of layer
     dropout_p: float
     seed: int | Tensor | None
     backend: str | None
@@ -38,33 +39,39 @@ class AttentionContext:
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, size: int | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
+        self.eps, self.offset = config.rms_norm_eps, config.family.norm_offset
+        self.weight = nn.Parameter(torch.full((size or config.hidden_size,), 1.0 - self.offset))
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, backend: str | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return rms_norm(x, self.weight, self.eps, residual=residual, backend=backend)
+        return rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.offset, backend=backend)
 
 
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.layer_type, self.head_dim = layer, config.layer_type(layer), config.head_dim
+        self.scale, self.softcap = config.softmax_scale, config.attn_logit_softcapping
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.output_bias)
 
-    def forward(self, x: Tensor, stream: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+    def positioned(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """q [T, H, Dh] and k [T, Hkv, Dh] as they are compared: turned by their positions. Overwrites them."""
+        cos, sin = context.rotary[self.layer_type]
+        return apply_rotary(q, k, cos, sin, context.batch.position_ids, inplace=True, backend=context.backend)
+
+    def forward(self, x: Tensor, stream: Tensor | None, context: AttentionContext) -> StreamAndUpdate:
         """Of the normed stream ``x``; returns the residual stream and the update still to be added to it, if any."""
         batch = context.batch
         projected = project(x, self.q_proj, self.k_proj, self.v_proj, backend=context.backend)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # [T, H or Hkv, Dh]
-        q, k = apply_rotary(q, k, context.cos, context.sin, batch.position_ids, inplace=True, backend=context.backend)
+        q, k = self.positioned(q, k, context)
         attended = flash_attention(
             q,
             k,
@@ -72,7 +79,9 @@ class Attention(nn.Module):
             batch.cu_seqlens,
             batch.max_seqlen,
             causal=context.causal,
-            window=context.window,
+            window=context.windows[self.layer_type],
+            softmax_scale=self.scale,
+            softcap=self.softcap,
             dropout_p=context.dropout_p,
             seed=fold_seed(context.seed, self.layer) if context.dropout_p else None,
             sample_ids=batch.sample_ids,
@@ -83,31 +92,36 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    gated_unit = staticmethod(swiglu)
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor, stream: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, stream: Tensor | None, context: AttentionContext) -> StreamAndUpdate:
         """As that of :class:`Attention`."""
-        product = project_gated(x, self.gate_proj, self.up_proj, backend=context.backend)
+        unit = self.gated_unit
+        product = project_gated(x, self.gate_proj, self.up_proj, backend=context.backend) if unit is swiglu else None
         if product is None:
             gate, up = project(x, self.gate_proj, self.up_proj, backend=context.backend)
-            product = swiglu(gate, up, overwrite=True, backend=context.backend)
-            context.recipes.add(product, partial(swiglu, backend=context.backend), gate, up)
+            product = unit(gate, up, overwrite=True, backend=context.backend)
+            context.recipes.add(product, partial(unit, backend=context.backend), gate, up)
         return project_onto(stream, product, self.down_proj, backend=context.backend)
 
 
 class DecoderLayer(nn.Module):
+    attention, feed_forward = Attention, MLP
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = self.attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MLP(config)
+        self.mlp = self.feed_forward(config)
 
-    def forward(self, x: Tensor, update: Tensor | None, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, update: Tensor | None, context: AttentionContext) -> StreamAndUpdate:
         """Takes the residual stream and the update still to be added to it; returns the same pair.
 
         Leaving the last addition to the next norm fuses every residual addition of the model with a norm. The update is
@@ -137,22 +151,21 @@ class DecoderLayer(nn.Module):
 class Llama(nn.Module):
     """The trunk: token ids to hidden states after the final norm. The LM head lives outside (``Checkpoint``)."""
 
+    embedding, decoder_layer = nn.Embedding, DecoderLayer
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.embed_tokens = self.embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(self.decoder_layer(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config)
-        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._rotary: dict[str, tuple[Tensor, Tensor]] | None = None
 
-    def attention_window(self, causal: bool) -> tuple[int, int] | None:
-        """Keys that a query sees to its left and right; None = all. LLaMA has no window."""
-        return None
-
-    def rotary(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The tables for at least ``length`` positions, grown by powers of two and kept."""
-        if self._rotary is None or len(self._rotary[0]) < length or self._rotary[0].device != device:
-            self._rotary = rotary_table(self.config, 1 << max(length - 1, 63).bit_length(), device)
+    def rotary(self, length: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+        """The tables for at least ``length`` positions by type of layer, grown by powers of two and kept."""
+        cos = None if self._rotary is None else self._rotary[FULL][0]
+        if cos is None or len(cos) < length or cos.device != device:
+            self._rotary = rotary_tables(self.config, 1 << max(length - 1, 63).bit_length(), device)
         return self._rotary
 
     def forward(
@@ -190,14 +203,12 @@ class Llama(nn.Module):
         self._check(batch, attention_dropout, seed)
         if recompute not in LEVELS:
             raise ValueError(f"recompute is {recompute!r}, expected one of {', '.join(LEVELS)}")
-        cos, sin = self.rotary(batch.max_seqlen, batch.input_ids.device)
         context = AttentionContext(
             batch=batch,
             plan=attention_plan(batch.cu_seqlens, batch.max_seqlen),
-            cos=cos,
-            sin=sin,
+            rotary=self.rotary(batch.max_seqlen, batch.input_ids.device),
             causal=causal,
-            window=self.attention_window(causal),
+            windows={FULL: None, SLIDING: self.config.attention_window(causal)},
             dropout_p=attention_dropout,
             seed=seed,
             backend=backend,

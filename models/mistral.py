@@ -6,9 +6,4 @@ from bivec.models.llama import Llama
 
 
 class Mistral(Llama):
-    def attention_window(self, causal: bool) -> tuple[int, int] | None:
-        """A window of w keys means the last w when causal, itself included, and w on either side when bidirectional."""
-        window = self.config.sliding_window
-        if window is None:
-            return None
-        return (window - 1, 0) if causal else (window, window)
+    """LLaMA's blocks; the window is ``config.sliding_window``."""

@@ -37,10 +37,13 @@ def project_gated(x: Tensor, gate: nn.Module, up: nn.Module, *, backend: str | N
 
 
 def project_onto(
-    stream: Tensor, x: Tensor, projection: nn.Module, *, backend: str | None
-) -> tuple[Tensor, Tensor | None]:
-    """The residual stream and ``projection(x)``, still to be added to it; or their sum and None."""
-    if _fused(x, projection, backend=backend, stream=stream):
+    stream: Tensor | None, x: Tensor, projection: nn.Module, *, backend: str | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The residual stream and ``projection(x)``, still to be added to it; or their sum and None.
+
+    No stream: (None, ``projection(x)``), for an update that is changed before it is added.
+    """
+    if stream is not None and _fused(x, projection, backend=backend, stream=stream):
         return linear_torch.linear(x, projection.weight, projection.bias, addend=stream), None
     (update,) = project(x, projection, backend=backend)
     return stream, update

@@ -7,11 +7,12 @@ the frequency-banded interpolation that Llama 3.1 was released with. Field names
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bivec.models.config import ROPE_TYPES, DecoderConfig
+from bivec.models.config import FULL, ROPE_TYPES, SLIDING, DecoderConfig
 from bivec.models.errors import ConfigError
 
 
@@ -85,3 +86,14 @@ def rotary_table(config: DecoderConfig, length: int, device: torch.device | str 
     frequencies, factor = rotary_frequencies(config)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # [length, Dh/2]
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
+
+
+def rotary_tables(
+    config: DecoderConfig, length: int, device: torch.device | str | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """``rotary_table`` for both types of layers; one table where they do not differ."""
+    full = sliding = rotary_table(config, length, device)
+    if config.rope_local_theta is not None:
+        local = replace(config, rope_theta=config.rope_local_theta, rope_scaling=None)
+        sliding = rotary_table(local, length, device)
+    return {FULL: full, SLIDING: sliding}

@@ -15,32 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bivec.models import gguf
+from bivec.models.classes import MODEL_CLASSES
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import CheckpointError
 from bivec.models.files import atomic_directory
 from bivec.models.llama import Llama
-from bivec.models.mistral import Mistral
-
-MODEL_CLASSES = {"llama": Llama, "mistral": Mistral}
-ARCHITECTURES = {"llama": ("LlamaModel", "LlamaForCausalLM"), "mistral": ("MistralModel", "MistralForCausalLM")}
+from bivec.models.shards import INDEX_FILE, WEIGHTS_FILE, read_stored, some_of, stored_tensors
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "embed_tokens.weight"
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 # by name, since some repositories carry the weights twice (consolidated.safetensors next to the shards)
 MODEL_PATTERNS = (CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, "model-*-of-*.safetensors")
-STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-PICKLE_ADVICE = (
-    "those are pickles, which can run code when loaded, so bivec does not read them; convert them once in a place you "
-    "trust: transformers.AutoModelForCausalLM.from_pretrained(name).save_pretrained(folder), the tokenizer too"
-)
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -48,20 +39,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 class Checkpoint:
     """What ``load_pretrained`` gives."""
 
-    model: Llama  # or its subclass Mistral; parameters on the device, in the dtype asked for
+    model: Llama  # or a subclass; parameters on the device, in the dtype asked for
     lm_head_weight: Tensor | None  # [vocab_size, hidden_size]; the embedding parameter itself when tied; None: no head
     tokenizer_path: Path  # what engine.tokenizer.load_tokenizer takes: the directory or the .gguf file
     config: DecoderConfig
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor of a safetensors checkpoint, before it is read."""
-
-    file: Path
-    key: str  # its name in the file
-    shape: tuple[int, ...]
-    dtype: str  # "float32", "bfloat16", "float16"
 
 
 def load_pretrained(
@@ -70,7 +51,7 @@ def load_pretrained(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> Checkpoint:
-    """Loads a LLaMA or Mistral decoder.
+    """Loads a decoder of one of the families (``models/families.py``).
 
     Args:
         path_or_hub_id: a directory with config.json and safetensors (one file or shards; CausalLM or trunk-only names),
@@ -130,10 +111,10 @@ def _open(path: Path) -> _Opened:
         tensors, stored_dtype = gguf.read_tensors(header, config), "bfloat16"
     else:
         config = DecoderConfig.from_pretrained(path)
-        entries = _safetensors_entries(path)
+        entries = stored_tensors(path)
         shapes = {name: entry.shape for name, entry in entries.items()}
         files = {name: str(entry.file) for name, entry in entries.items()}
-        tensors = _read_safetensors(entries)
+        tensors = read_stored(entries)
         stored_dtype = entries[EMBEDDING_NAME].dtype if EMBEDDING_NAME in entries else "float32"
     model = _meta_model(config)
     _check_tensors(model, config, shapes, files)
@@ -192,58 +173,6 @@ def _meta_model(config: DecoderConfig) -> Llama:
         return MODEL_CLASSES[config.model_type](config)
 
 
-def _safetensors_entries(folder: Path) -> dict[str, _Entry]:
-    """Every tensor of a directory's safetensors files by trunk name, from the files' headers alone."""
-    entries: dict[str, _Entry] = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for key in reader.keys():  # noqa: SIM118 - a safe_open handle is no mapping
-                    if key.endswith("rotary_emb.inv_freq"):  # a buffer that early LLaMA checkpoints carry
-                        continue
-                    name = key.removeprefix("model.")
-                    if name in entries:
-                        raise CheckpointError(f"{file}: tensor {key} is also in {entries[name].file}")
-                    stored = reader.get_slice(key)
-                    if stored.get_dtype() not in STORED_DTYPES:
-                        raise CheckpointError(
-                            f"{file}: tensor {key} is stored as {stored.get_dtype()}; "
-                            f"supported: {', '.join(STORED_DTYPES.values())}"
-                        )
-                    shape = tuple(stored.get_shape())
-                    entries[name] = _Entry(file, key, shape, STORED_DTYPES[stored.get_dtype()])
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{file}: not a complete safetensors file ({error}); truncated or damaged: copy or download it again"
-            ) from None
-    return entries
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index_file, single_file = folder / INDEX_FILE, folder / WEIGHTS_FILE
-    if index_file.is_file():
-        try:
-            weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index_file}: not a safetensors index ({type(error).__name__}: {error})") from None
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: {len(missing)} of the {len(files)} shards that {INDEX_FILE} names are missing "
-                f"({_some(missing)}); copy or download them"
-            )
-        return files
-    if single_file.is_file():
-        return [single_file]
-    if any(folder.glob("pytorch_model*.bin")):
-        raise CheckpointError(f"{folder}: only pytorch_model.bin files; {PICKLE_ADVICE}")
-    raise CheckpointError(
-        f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; if there are only pytorch_model.bin files: "
-        + PICKLE_ADVICE
-    )
-
-
 def _check_tensors(
     model: Llama, config: DecoderConfig, shapes: dict[str, tuple[int, ...]], files: dict[str, str]
 ) -> None:
@@ -254,33 +183,20 @@ def _check_tensors(
     missing = [name for name in expected if name not in shapes]
     if missing:
         raise CheckpointError(
-            f"{source}: {len(missing)} of {len(expected)} tensors are missing: {_some(missing)}; the checkpoint is "
+            f"{source}: {len(missing)} of {len(expected)} tensors are missing: {some_of(missing)}; the checkpoint is "
             f"incomplete, or config.json describes another model ({config.model_type}, {config.num_layers} layers)"
         )
     unexpected = [name for name in shapes if name not in accepted]
     if unexpected:
         raise CheckpointError(
-            f"{files[unexpected[0]]}: {len(unexpected)} unexpected tensors: {_some(unexpected)}; the checkpoint is no "
-            f"plain {config.model_type} model of {config.num_layers} layers (an adapter must be merged first)"
+            f"{files[unexpected[0]]}: {len(unexpected)} unexpected tensors: {some_of(unexpected)}; the checkpoint is "
+            f"no plain {config.model_type} model of {config.num_layers} layers (an adapter must be merged first)"
         )
     for name, shape in shapes.items():
         if tuple(shape) != accepted[name]:
             raise CheckpointError(
                 f"{files[name]}: tensor {name} has shape {list(shape)}, config.json asks for {list(accepted[name])}"
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _read_safetensors(entries: dict[str, _Entry]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors file by file; each is a view of the mapped file, which is unmapped before the next one is opened."""
-    for file in dict.fromkeys(entry.file for entry in entries.values()):
-        with safe_open(file, framework="pt") as reader:
-            for name, entry in entries.items():
-                if entry.file == file:
-                    yield name, reader.get_tensor(entry.key)
 
 
 def _target_dtype(asked: torch.dtype | str | None, device: torch.device, stored: str) -> torch.dtype:
@@ -337,7 +253,7 @@ def save_pretrained(
     ours replace their namesakes, weight files of an earlier save go, and all others stay.
 
     Args:
-        model: a Llama or Mistral whose adapters, if any, are merged.
+        model: a Llama, or of another family, whose adapters, if any, are merged.
         path: the directory to write.
         is_causal: what config.json says; False makes transformers (5.2 and later) attend in both directions.
         lm_head_weight: [vocab_size, hidden_size]; when given, the directory holds the whole causal language model
@@ -370,11 +286,11 @@ def _tensors_to_save(model: Llama, is_causal: bool, head: Tensor | None) -> tupl
     if foreign:
         raise CheckpointError(
             f"cannot save: the model's parameters are not those of a plain {model.config.model_type} model "
-            f"({_some(foreign)}); merge the adapter first"
+            f"({some_of(foreign)}); merge the adapter first"
         )
     embedding = model.get_parameter(EMBEDDING_NAME)
     tied = model.config.tie_word_embeddings if head is None else head is embedding
-    trunk_class, causal_class = ARCHITECTURES[model.config.model_type]
+    family = model.config.family
     if head is not None:
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         if not tied:
@@ -385,7 +301,7 @@ def _tensors_to_save(model: Llama, is_causal: bool, head: Tensor | None) -> tupl
         tie_word_embeddings=tied,
         dtype=str(embedding.dtype).removeprefix("torch."),
     ).to_dict()
-    return tensors, {**config, "architectures": [trunk_class if head is None else causal_class]}
+    return tensors, {**config, "architectures": [family.trunk if head is None else family.causal_lm]}
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:

@@ -8,7 +8,7 @@
     python recipes/supervised.py --model mistralai/Mistral-7B-Instruct-v0.2 --adapters runs/llm2vec-mistral-7b/mntp \
         --supervised-data echo-data [--set supervised.init_adapter=runs/llm2vec-mistral-7b/simcse]
 
-``--model`` is a run directory (its merged/), any LLaMA or Mistral decoder or a .gguf file. The hyper-parameters are the
+``--model`` is a run directory (its merged/), any decoder or a .gguf file. The hyper-parameters are the
 paper's: 512 triples a step for 1,000 steps, which gradient caching fits onto one device. Data: the public replica of
 the E5 mix (``echo-data``), or your own triples (engine/triples.py says the format; recipes/entailment_triples.py makes
 some of SICK, SNLI or MultiNLI). The chat template is the one of the model's folder, else that of the decoder that the

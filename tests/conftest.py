@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import os
+from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -77,28 +80,64 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def _write_checkpoint(directory: Path, model_class: str, config_class: str, **fields) -> Path:
+# Fields beside SHAPE. Where layers of a family differ, of the two layers one has a window, or rotates nothing.
+FAMILIES = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 24}),
+    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "smollm3": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 24, "no_rope_layer_interval": 2}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 24, "attn_logit_softcapping": 5.0}),
+    "gemma3_text": (
+        "Gemma3",
+        {
+            "head_dim": 16,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
+}
+
+
+def _write_checkpoint(directory: Path, family: str) -> Path:
     import torch
     import transformers
 
-    tokenizer = _tokenizer()
-    config = getattr(transformers, config_class)(vocab_size=len(tokenizer), pad_token_id=1, **SHAPE, **fields)
+    tokenizer, (name, fields) = _tokenizer(), FAMILIES[family]
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    config = config_class(vocab_size=len(tokenizer), pad_token_id=1, **SHAPE, **copy.deepcopy(fields))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        getattr(transformers, model_class)(config).save_pretrained(directory)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1 and family not in ("llama", "mistral"):  # a norm or bias left out would not show
+                parameter.data += 0.3 * torch.randn(parameter.shape)
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
 @pytest.fixture(scope="session")
-def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LlamaForCausalLM directory: hidden 64, 2 layers, 4 heads, 2 KV heads, 1,000 tokens, BOS added; random."""
-    return _write_checkpoint(tmp_path_factory.mktemp("tiny") / "llama", "LlamaForCausalLM", "LlamaConfig")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives for a family of FAMILIES the directory of a causal language model of it, written at the first call.
+
+    Hidden 64, 2 layers, 4 heads, 2 KV heads, 1,000 tokens, BOS added; random.
+    """
+    return cache(lambda family: _write_checkpoint(tmp_path_factory.mktemp("tiny") / family, family))
 
 
 @pytest.fixture(scope="session")
-def tiny_mistral_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama_dir(tiny_dir: Callable[[str], Path]) -> Path:
+    """A LlamaForCausalLM directory, see ``tiny_dir``."""
+    return tiny_dir("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral_dir(tiny_dir: Callable[[str], Path]) -> Path:
     """The same as a MistralForCausalLM with a sliding window of 24 tokens."""
-    return _write_checkpoint(
-        tmp_path_factory.mktemp("tiny") / "mistral", "MistralForCausalLM", "MistralConfig", sliding_window=24
-    )
+    return tiny_dir("mistral")

@@ -363,7 +363,7 @@ def test_adapters_are_merged_in_order(tiny_llama_dir, tmp_path):
 def test_training_after_encoding(llama):
     """What encode() leaves in the model (the rotary tables) must do for autograd."""
     vectors = llama.encode(TEXTS)
-    assert not any(table.is_inference() for table in llama.model.rotary(8, llama.device))
+    assert not any(table.is_inference() for tables in llama.model.rotary(8, llama.device).values() for table in tables)
     adapter = add_lora(llama.model, LoraConfig(rank=2))
     views = PackedBatch.from_sequences([[0, 5, 6], [0, 9], [0, 5, 6], [0, 9]])
     simcse_loss(llama.model, views, seed=1).backward()

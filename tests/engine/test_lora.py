@@ -14,12 +14,12 @@ from bivec.models import PackedBatch, load_pretrained
 
 SEQUENCES = [[0, 5, 9, 300, 42], [0, 17], [0, *range(100, 140)]]  # the last one exceeds Mistral's window of 24
 WEIGHTS = "adapter_model.safetensors"
-both = pytest.mark.parametrize("family", ["llama", "mistral"])
+families = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"])
 
 
 @pytest.fixture
-def directory(request, family):
-    return request.getfixturevalue(f"tiny_{family}_dir")
+def directory(tiny_dir, family):
+    return tiny_dir(family)
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_dropout(model):
     assert len({layer.site for layer in layers}) == len(layers) == 14
 
 
-@both
+@families
 def test_peft_reads_our_adapter(directory, tmp_path):
     from peft import PeftModel
 
@@ -154,7 +154,7 @@ def test_peft_reads_our_adapter(directory, tmp_path):
     assert torch.equal(again(batch()), model(batch()))
 
 
-@both
+@families
 @pytest.mark.parametrize("level", ["trunk", "causal_lm"])
 def test_we_read_an_adapter_of_peft(directory, tmp_path, level):
     import peft
@@ -176,7 +176,7 @@ def test_we_read_an_adapter_of_peft(directory, tmp_path, level):
     torch.testing.assert_close(model(batch()), expected, rtol=1e-4, atol=1e-4)
 
 
-@both
+@families
 def test_gradients_equal_those_of_peft(directory, tmp_path):
     from peft import PeftModel
 

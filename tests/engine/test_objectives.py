@@ -34,7 +34,7 @@ class Spy(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model, self.config = model, model.config
 
     def forward(self, batch, **options):
         self.batch, self.hidden = batch, self.model(batch, **options)
@@ -121,21 +121,38 @@ def test_mntp_of_one_masked_token():
     assert halved.item() == pytest.approx(loss.item() / 2)
 
 
-def test_mntp_equals_transformers(tiny_llama_dir):
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_mntp_equals_transformers(family, tiny_dir, tmp_path):
     """The labels through the causal-LM shift of transformers: -100 everywhere but at the masked tokens."""
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_dir(family), dtype=torch.float32)
     theirs.config.is_causal = False
-    checkpoint = load_pretrained(tiny_llama_dir)
+    if family == "gemma2":
+        theirs.config.final_logit_softcapping = 2.0  # nearer to what the scores are
+    theirs.save_pretrained(tmp_path)
+    checkpoint = load_pretrained(tmp_path)
+    softcap = checkpoint.config.final_logit_softcapping
+    assert (softcap is None) == (family == "llama")
     originals = [list(range(50 + 20 * row, 66 + 20 * row)) for row in range(3)]
     config = MaskingConfig(mask_token_id=64, vocab_size=1000, probability=0.4)
     batch = mask_batch(originals, np.zeros((3, 16), bool), config, seed=3, sample_ids=range(3))
     labels = torch.full((48,), -100)
     labels[batch.index + 1] = batch.targets
     expected = theirs(input_ids=batch.batch.input_ids.view(3, 16), labels=labels.view(3, 16)).loss
-    loss = mntp_loss(checkpoint.model, checkpoint.lm_head_weight, batch)
+    loss = mntp_loss(checkpoint.model, checkpoint.lm_head_weight, batch, softcap=softcap)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    if softcap:
+        uncapped = mntp_loss(checkpoint.model, checkpoint.lm_head_weight, batch)
+        assert abs(uncapped.item() - expected.item()) > 0.01
+
+
+def test_the_objective_hands_the_cap_on(tiny_dir, monkeypatch):
+    caps = []
+    monkeypatch.setattr(objectives, "mntp_loss", lambda *_, softcap, **__: caps.append(softcap) or torch.zeros(()))
+    for family in ("gemma2", "llama"):
+        next(iter(mntp_objective(tiny_dir(family), None).micro_losses(0)))
+    assert caps == [30.0, None]
 
 
 def mntp_objective(directory, micro_batch_tokens, lora_dropout=0.1, attention_dropout=0.1):

@@ -30,7 +30,8 @@ from bivec.engine.planner import (
 )
 from bivec.engine.sharding import attach_head, shard
 from bivec.kernels import dropout as kernels_dropout
-from bivec.models import DecoderConfig, Llama, PackedBatch, load_pretrained
+from bivec.models import DecoderConfig, PackedBatch, load_pretrained
+from bivec.models.classes import MODEL_CLASSES
 from bivec.models.recompute import LEVELS, Recipes
 
 SMALL = DecoderConfig(
@@ -46,6 +47,9 @@ SMALL = DecoderConfig(
     max_position_embeddings=512,
 )
 LARGE = replace(SMALL, vocab_size=32000, hidden_size=384, num_heads=6, num_kv_heads=2, head_dim=64, num_layers=3)
+QWEN3 = replace(SMALL, model_type="qwen3")
+GEMMA2 = replace(SMALL, model_type="gemma2", query_pre_attn_scalar=32, attn_logit_softcapping=50.0)
+GEMMA3 = replace(SMALL, model_type="gemma3_text", query_pre_attn_scalar=32)
 MISTRAL = DecoderConfig(
     model_type="mistral",
     vocab_size=32000,
@@ -63,7 +67,7 @@ ON_A_GPU = Setting(MISTRAL, LoraConfig(), itemsize=2, lm_head=True, device="cuda
 
 def trained_model(config, lora):
     torch.manual_seed(0)
-    model = Llama(config)
+    model = MODEL_CLASSES[config.model_type](config)
     adapter = add_lora(model, lora)
     for parameter in adapter.named_parameters().values():
         parameter.grad = torch.zeros_like(parameter)  # of the resident memory
@@ -120,6 +124,13 @@ def measured_peak(objective):
         (simcse, SMALL, 0.0, "none"),
         (simcse, LARGE, 0.05, "selective"),
         (cut_simcse, LARGE, 0.05, "none"),
+        (mntp, QWEN3, 0.0, "none"),
+        (simcse, QWEN3, 0.05, "selective"),
+        (mntp, GEMMA2, 0.0, "none"),
+        (mntp, GEMMA2, 0.05, "selective"),
+        (simcse, GEMMA2, 0.05, "layer"),
+        (mntp, GEMMA3, 0.0, "none"),
+        (simcse, GEMMA3, 0.05, "layer"),
     ],
 )
 @pytest.mark.parametrize("rows_of_dropout", [16, 1 << 10])
@@ -203,9 +214,14 @@ def saved_bytes(model, batch, recompute):
         ("llama", "torch", torch.bfloat16),
         ("llama", "triton", torch.bfloat16),
         ("mistral", "triton", torch.float32),
+        *itertools.product(["qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"], ["torch"], [torch.float32]),
+        ("qwen3", "triton", torch.bfloat16),
+        ("gemma2", "triton", torch.float32),
+        ("gemma3_text", "torch", torch.bfloat16),
+        ("smollm3", "torch", torch.float32),
     ],
 )
-def test_a_layer_keeps_what_the_table_says(family, backend, dtype, recompute, request, monkeypatch):
+def test_a_layer_keeps_what_the_table_says(family, backend, dtype, recompute, tiny_dir, monkeypatch):
     """Bytes a token and layer: from models of 2 and 1 layers, so that what is outside of the layers drops out."""
     if backend == "triton":
         pytest.importorskip("triton")
@@ -213,9 +229,9 @@ def test_a_layer_keeps_what_the_table_says(family, backend, dtype, recompute, re
     lora = LoraConfig(rank=4)
     counted = []
     for layers in (2, 1):
-        model = load_pretrained(request.getfixturevalue(f"tiny_{family}_dir"), dtype=dtype).model
+        model = load_pretrained(tiny_dir(family), dtype=dtype).model
         del model.layers[layers:]
-        if family == "mistral":  # a window that hides something adds torch's own copy of the mask
+        if model.config.sliding_window is not None:  # a window that hides something adds torch's own copy of the mask
             model.config = replace(model.config, sliding_window=4096)
         add_lora(model, lora)
         ids = [list(range(64)), list(range(3, 51))]
@@ -223,8 +239,12 @@ def test_a_layer_keeps_what_the_table_says(family, backend, dtype, recompute, re
         counted.append(saved_bytes(model, batch, recompute) / batch.num_tokens)
     setting = Setting(model.config, lora, dtype.itemsize, lm_head=False, triton=backend == "triton")
     per_sequence = 64  # cu_seqlens and the like
+    # what the table counts and these do not have: the fused kernel's lse and second output, under a softcap; the rotary
+    # rows of the second layer
+    heads, head_dim = model.config.num_heads, model.config.head_dim
+    less = {"gemma2": 4 * heads * (head_dim + 1), "smollm3": 4 * head_dim}.get(family, 0) if backend == "torch" else 0
     assert counted[0] - counted[1] == pytest.approx(
-        kept_per_token(setting, recompute, mixed_lengths=True), abs=per_sequence / 16
+        kept_per_token(setting, recompute, mixed_lengths=True) - less, abs=per_sequence / 16
     )
 
 

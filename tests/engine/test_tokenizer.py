@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from bivec.engine.tokenizer import LLAMA3_SPLIT, load_tokenizer, mask_token_id, prefix_length
+from bivec.engine.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, load_tokenizer, mask_token_id, prefix_length
 from bivec.models import CheckpointError, ConfigError
 from bivec.models.gguf import SMOLLM2_INSTALL, find_smollm2
 
@@ -353,6 +353,43 @@ def test_gguf_byte_level_tokenizers(tmp_path, pre):
 def test_llama3_split_is_the_one_transformers_uses():
     signature = inspect.signature(TikTokenConverter.__init__)
     assert signature.parameters["pattern"].default == LLAMA3_SPLIT
+
+
+def test_gguf_qwen_tokenizer(tmp_path):
+    """Numbers digit by digit, and composed characters, as in transformers' class."""
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX, Qwen2Tokenizer
+
+    assert PRETOKENIZE_REGEX == QWEN2_SPLIT
+    state = json.loads(byte_level_backend(split=QWEN2_SPLIT).to_str())["model"]
+    theirs = Qwen2Tokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
+    path = gguf_of_backend(tmp_path / "m.gguf", theirs.backend_tokenizer, "qwen2", eos_token_id=2)
+    tokenizer = load_tokenizer(path)
+    for text in [*TEXTS, "In 1984 and 20249", "Cafe\u0301 nai\u0308ve"]:
+        assert tokenizer(text).input_ids == [1, *theirs(text).input_ids], text
+    composed, decomposed = (tokenizer(text).input_ids for text in ("Caf\u00e9", "Cafe\u0301"))
+    assert composed == decomposed
+
+
+def test_qwen_and_gemma_directories(tmp_path):
+    """What their classes in transformers save is read as it is: Qwen adds no BOS, Gemma its own."""
+    from transformers import GemmaTokenizer, Qwen2Tokenizer
+
+    state = json.loads(byte_level_backend(split=QWEN2_SPLIT).to_str())["model"]
+    qwen = Qwen2Tokenizer(vocab=state["vocab"], merges=[tuple(pair) for pair in state["merges"]])
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*dict.fromkeys("\u2581" + "".join(TEXTS).replace(" ", "")), "Th", "\u2581t", "he", "\u2581the"]
+    merges = [("T", "h"), ("\u2581", "t"), ("h", "e"), ("\u2581t", "he")]
+    gemma = GemmaTokenizer(
+        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges, add_bos_token=True
+    )
+    for name, theirs, prefix in (("qwen", qwen, ["<|endoftext|>"]), ("gemma", gemma, [])):
+        theirs.save_pretrained(tmp_path / name)
+        tokenizer = load_tokenizer(tmp_path / name)
+        for text in TEXTS:
+            expected = [*map(theirs.convert_tokens_to_ids, prefix), *theirs(text).input_ids]
+            assert tokenizer(text).input_ids == expected, text
+        assert prefix_length(tokenizer) == 1
+    assert tokenizer.bos_token == "<bos>" and tokenizer("a").input_ids[0] == 2
 
 
 def test_gguf_sentencepiece_tokenizer(tmp_path):

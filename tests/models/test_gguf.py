@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from bivec.models import CheckpointError, ConfigError, DecoderConfig, load_pretrained
+from bivec.models import CheckpointError, ConfigError, DecoderConfig, PackedBatch, load_pretrained
 from bivec.models.gguf import QUICK_START, SMOLLM2_INSTALL, find_smollm2, read_header
 
 gguf = pytest.importorskip("gguf")
@@ -36,6 +36,8 @@ LLAMA_CPP_NAMES = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 
 
@@ -51,9 +53,10 @@ def llama_cpp_tensors(model: transformers.LlamaForCausalLM) -> dict[str, np.ndar
     tensors = {}
     for name, parameter in model.named_parameters():
         name, values = name.removeprefix("model."), parameter.detach().numpy()
-        if "q_proj" in name:
+        permuted = model.config.model_type == "llama"
+        if permuted and "q_proj" in name:
             values = interleave_heads(values, model.config.num_attention_heads)
-        elif "k_proj" in name:
+        elif permuted and "k_proj" in name:
             values = interleave_heads(values, model.config.num_key_value_heads)
         stem, _, kind = name.rpartition(".")
         if stem.startswith("layers."):
@@ -107,6 +110,29 @@ def test_every_tensor_returns_to_its_place(llama, tmp_path):
         assert torch.equal(parameter, theirs[name]), name
     assert torch.equal(checkpoint.lm_head_weight, llama.lm_head.weight)
     assert (checkpoint.lm_head_weight is checkpoint.model.embed_tokens.weight) == llama.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_qwen(family, tmp_path):
+    """Heads are not permuted; against transformers' reader too."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **HF_CONFIG, **dict.fromkeys(["bos_token_id", "eos_token_id"]))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.5)
+    lengths = {"attention.key_length": 16, "attention.value_length": 16, "vocab_size": 96}
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(model), arch=family, **lengths)
+    checkpoint = load_pretrained(path)
+    assert checkpoint.config.model_type == family and checkpoint.config.rope_theta == 50000.0
+    references = [model.model]
+    if family == "qwen2":  # of Qwen 3 transformers reads no attention.key_length, and takes 128
+        references.append(transformers.AutoModel.from_pretrained(tmp_path, gguf_file=path.name))
+    ids = [5, 17, 93, 0, 41, 8, 8, 60]
+    with torch.no_grad():
+        ours = checkpoint.model(PackedBatch.from_sequences([ids]), causal=True)
+        for reference in references:
+            assert (ours - reference(torch.tensor([ids])).last_hidden_state[0]).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1", "BF16", "F16"])
@@ -194,8 +220,11 @@ def test_not_a_gguf_file(tmp_path):
 
 def test_unsupported_architectures_are_named(llama, tmp_path):
     tensors = llama_cpp_tensors(llama)
-    with pytest.raises(ConfigError, match="'qwen2'"):
-        load_pretrained(write_gguf(tmp_path / "qwen.gguf", tensors, arch="qwen2"))
+    for arch in ("gemma3", "phi3"):
+        with pytest.raises(ConfigError, match=rf"'{arch}' is not supported; supported: llama, qwen2, qwen3; of others"):
+            load_pretrained(write_gguf(tmp_path / f"{arch}.gguf", tensors, arch=arch))
+    with pytest.raises(ConfigError, match=r"qwen2\.attention\.sliding_window"):
+        load_pretrained(write_gguf(tmp_path / "w.gguf", tensors, arch="qwen2", **{"attention.sliding_window": 32}))
     with pytest.raises(ConfigError, match="mixture-of-experts"):
         load_pretrained(write_gguf(tmp_path / "moe.gguf", tensors, expert_count=8))
 

@@ -17,7 +17,8 @@ from bivec.engine.lora import LoraConfig, add_lora
 from bivec.engine.masking import MntpBatch
 from bivec.engine.objectives import mntp_loss, simcse_loss
 from bivec.kernels.launch import recording
-from bivec.models import Llama, Mistral, PackedBatch, load_pretrained
+from bivec.models import PackedBatch, load_pretrained
+from bivec.models.classes import MODEL_CLASSES
 from bivec.models.recompute import LEVELS
 
 META = torch.device("meta")
@@ -75,11 +76,11 @@ def losses(model, adapter, recompute):
 
 
 @pytest.mark.parametrize("recompute", LEVELS)
-@pytest.mark.parametrize("family", [Llama, Mistral])
-def test_forward_and_backward_read_nothing(family, recompute, request, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"])
+def test_forward_and_backward_read_nothing(family, recompute, tiny_dir, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta device
-    model, adapter = trained(request.getfixturevalue(f"tiny_{family.__name__.lower()}_dir"))
-    assert type(model) is family
+    model, adapter = trained(tiny_dir(family))
+    assert type(model) is MODEL_CLASSES[family]
     with recording("sm_90") as launches, NoSync():
         for loss in losses(model, adapter, recompute):
             loss.backward()

@@ -39,9 +39,9 @@ def counted(model, batch, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"attention_dropout": 0.3, "seed": 2}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_states_are_those_of_a_graph(family, options, request):
-    model, batch = load_pretrained(request.getfixturevalue(f"tiny_{family}_dir")).model, batch_of(*LENGTHS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"])
+def test_states_are_those_of_a_graph(family, options, tiny_dir):
+    model, batch = load_pretrained(tiny_dir(family)).model, batch_of(*LENGTHS)
     expected, expected_states = model(batch, output_hidden_states=True, **options)
     assert expected.requires_grad
     with torch.no_grad():
@@ -62,6 +62,16 @@ def test_a_layer_without_a_graph_is_six_kinds_of_one_operator(tiny_llama_dir):
     assert not {"aten.mm", "aten.addmm", "aten.silu", "aten.add"} & calls.keys()
     few = counted(model, batch_of(1))  # the same way, or a text alone would not have the vector it has in a batch
     assert few["mkldnn._linear_pointwise"] == 7 * layers and "aten.mm" not in few
+
+
+@fused
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_geglu_is_a_pass_of_its_own(family, tiny_dir):
+    model, batch = load_pretrained(tiny_dir(family)).model, batch_of(*LENGTHS)
+    layers = len(model.layers)
+    calls = counted(model, batch)
+    assert calls["mkldnn._linear_pointwise"] == 7 * layers and calls["aten.gelu"] == layers
+    assert "aten.mm" not in calls
 
 
 @fused

@@ -1,6 +1,7 @@
 """The tiny models with Triton's attention, in its interpreter, against the same models with torch's."""
 
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = {"short": (40, 1, 17, 0, 64), "long": (150, 3, 31)}
 DTYPES = {"short": torch.float16, "long": torch.float32}  # the short path takes half types only
 TOLERANCES = {"short": 1e-2, "long": 5e-6}  # of the largest value, through two layers and back; measured: a third
+OTHERS = ("qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text")
 MODES = {
     "bidirectional": {},
     "causal": {"causal": True},
@@ -58,10 +60,12 @@ def distances(results, expected):
 
 
 @pytest.mark.parametrize("path", LENGTHS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_the_model_is_the_same_with_triton(family, mode, path, request, monkeypatch):
-    model, adapter = trained_adapter(request.getfixturevalue(f"tiny_{family}_dir"), DTYPES[path])
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [*product(("llama", "mistral"), MODES), *product(OTHERS, ("bidirectional",)), ("gemma2", "dropout")],
+)
+def test_the_model_is_the_same_with_triton(family, mode, path, tiny_dir, monkeypatch):
+    model, adapter = trained_adapter(tiny_dir(family), DTYPES[path])
     batch = batch_of(LENGTHS[path], model.config.vocab_size)
     buckets = []
     attend = attention_triton.attention_op
@@ -79,4 +83,5 @@ def test_the_model_is_the_same_with_triton(family, mode, path, request, monkeypa
     assert all(distance <= TOLERANCES[path] for distance in far.values()), far
     wrong_mode = MODES["causal" if mode != "causal" else "bidirectional"]
     wrong = distances(states_and_gradients(model, adapter, batch, wrong_mode, "torch"), expected)
-    assert all(distance > 0.3 for name, distance in wrong.items() if name != "hidden state 0")  # the embedding
+    wrong.pop("hidden state 0")  # the embedding
+    assert all(distance > 0.1 for distance in wrong.values()), wrong

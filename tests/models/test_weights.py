@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bivec.models import CheckpointError, ConfigError, Llama, PackedBatch, load_pretrained, save_pretrained, weights
+from bivec.models.classes import MODEL_CLASSES
+from bivec.models.families import FAMILIES
 
 SIZES = {
     "vocab_size": 96,
@@ -24,14 +27,23 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+TOKENS = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"])  # defaults are outside of the vocabulary
+FIELDS = {
+    "qwen2": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, **TOKENS},
+    "qwen3": {"head_dim": 16, **TOKENS},
+    "smollm3": {"no_rope_layers": [0, 1], **TOKENS},
+    "gemma": {"head_dim": 16, **TOKENS},
+    "gemma2": {"head_dim": 16, "sliding_window": 3, "attn_logit_softcapping": 5.0, **TOKENS},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 3, "sliding_window_pattern": 2, **TOKENS},
+}
 IDS = [5, 17, 93, 0, 41, 8, 8, 60]
 
 
 def hf_model(family="llama", *, causal_lm=True, **settings):
     torch.manual_seed(1)
-    config_class = {"llama": transformers.LlamaConfig, "mistral": transformers.MistralConfig}[family]
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FIELDS.get(family, {}), **settings})
     auto = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
-    return auto.from_config(config_class(**SIZES, **settings)).eval()
+    return auto.from_config(config).eval()
 
 
 def assert_same_trunk(model, reference):
@@ -50,7 +62,7 @@ def saved(tmp_path):
     return tmp_path / "hf", model
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", MODEL_CLASSES)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
 def test_loads_what_transformers_saves(tmp_path, family, tied, shard_size):
@@ -58,13 +70,15 @@ def test_loads_what_transformers_saves(tmp_path, family, tied, shard_size):
     reference.save_pretrained(tmp_path, max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "20KB")
     checkpoint = load_pretrained(tmp_path)
-    assert type(checkpoint.model).__name__.lower() == family and checkpoint.tokenizer_path == tmp_path
+    assert type(checkpoint.model) is MODEL_CLASSES[family] and checkpoint.tokenizer_path == tmp_path
     assert_same_trunk(checkpoint.model, reference.model)
     assert torch.equal(checkpoint.lm_head_weight, reference.lm_head.weight)
     assert (checkpoint.lm_head_weight is checkpoint.model.embed_tokens.weight) == tied
     assert not checkpoint.model.training
     with torch.no_grad():
         ours = checkpoint.model(PackedBatch.from_sequences([IDS]), causal=True) @ checkpoint.lm_head_weight.T
+        softcap = checkpoint.config.final_logit_softcapping
+        ours = ours if softcap is None else softcap * (ours / softcap).tanh()
         theirs = reference(torch.tensor([IDS])).logits[0]
     assert (ours - theirs).abs().max() <= 1e-4
 
@@ -228,7 +242,7 @@ def test_hub_download_asks_for_no_second_copy_and_no_pickle(saved, monkeypatch):
     assert_same_trunk(load_pretrained("some/model").model, reference.model)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", MODEL_CLASSES)
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 def test_auto_model_loads_what_we_save(tmp_path, family, shard_bytes):
     hf_model(family).save_pretrained(tmp_path / "hf")
@@ -238,25 +252,28 @@ def test_auto_model_loads_what_we_save(tmp_path, family, shard_bytes):
     theirs, report = transformers.AutoModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert theirs.config.is_causal is False and theirs.dtype == torch.float32
-    assert type(theirs).__name__ == {"llama": "LlamaModel", "mistral": "MistralModel"}[family]
+    assert type(theirs).__name__ == FAMILIES[family].trunk
     assert_same_trunk(ours, theirs)
     with torch.no_grad():
         expected = theirs(torch.tensor([IDS])).last_hidden_state[0]
         assert (ours(PackedBatch.from_sequences([IDS])) - expected).abs().max() <= 1e-4
     again = load_pretrained(tmp_path / "merged")
-    assert again.config.is_causal is False and again.lm_head_weight is None
+    assert again.config.is_causal is False
+    assert again.lm_head_weight is (again.model.embed_tokens.weight if again.config.tie_word_embeddings else None)
     assert_same_trunk(again.model, theirs)
 
 
+@pytest.mark.parametrize("family", MODEL_CLASSES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_saving_with_the_head_gives_a_causal_lm(tmp_path, tied):
-    reference = hf_model(tie_word_embeddings=tied)
+def test_saving_with_the_head_gives_a_causal_lm(tmp_path, tied, family):
+    reference = hf_model(family, tie_word_embeddings=tied)
     reference.save_pretrained(tmp_path / "hf")
     checkpoint = load_pretrained(tmp_path / "hf", dtype="bfloat16")
     save_pretrained(checkpoint.model, tmp_path / "lm", is_causal=True, lm_head_weight=checkpoint.lm_head_weight)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lm", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert theirs.config.tie_word_embeddings == tied and theirs.dtype == torch.bfloat16
+    assert type(theirs).__name__ == FAMILIES[family].causal_lm
     assert ("lm_head.weight" in load_file(tmp_path / "lm" / "model.safetensors")) != tied
     assert torch.equal(theirs.lm_head.weight, checkpoint.lm_head_weight)
     assert_same_trunk(checkpoint.model, theirs.model)
@@ -287,7 +304,7 @@ def test_full_disk_leaves_what_was_there(saved, monkeypatch, existed, kind):
         if kind == "system":
             raise OSError(errno.ENOSPC, "No space left on device")
         # the text of safetensors 0.8 on a full tmpfs
-        raise weights.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(weights, "save_file", half_written)
     with pytest.raises(CheckpointError, match="disk is full"):
@@ -351,4 +368,5 @@ def test_nothing_is_imported_from_transformers():
 
 
 def test_model_classes_cover_the_configurations():
-    assert all(issubclass(model_class, Llama) for model_class in weights.MODEL_CLASSES.values())
+    assert list(MODEL_CLASSES) == list(FAMILIES)
+    assert all(issubclass(model_class, Llama) for model_class in MODEL_CLASSES.values())

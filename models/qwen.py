@@ -1,0 +1,36 @@
+"""Qwen 2 and 3: LLaMA with a sliding window in the upper layers where the configuration asks for one.
+
+Qwen 2 (and 2.5) has biases on q, k and v; Qwen 3 instead a norm over every head of q and k, before the rotation.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bivec.models.config import DecoderConfig
+from bivec.models.llama import Attention, AttentionContext, DecoderLayer, Llama, RMSNorm
+
+
+class NormedAttention(Attention):
+    """Attention with norms over the heads of q and k."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__(config, layer)
+        self.q_norm = RMSNorm(config, config.head_dim)
+        self.k_norm = RMSNorm(config, config.head_dim)
+
+    def positioned(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        q, k = self.q_norm(q, backend=context.backend), self.k_norm(k, backend=context.backend)
+        return super().positioned(q, k, context)
+
+
+class Qwen3Layer(DecoderLayer):
+    attention = NormedAttention
+
+
+class Qwen2(Llama):
+    """LLaMA's blocks; biases and windows are the configuration's."""
+
+
+class Qwen3(Llama):
+    decoder_layer = Qwen3Layer

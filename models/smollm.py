@@ -1,0 +1,28 @@
+"""SmolLM 3: LLaMA that rotates nothing in every fourth layer (NoPE). SmolLM 1 and 2 are plain LLaMA.
+
+Source: Yang et al., "Rope to Nope and Back Again" (2025).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bivec.models.config import DecoderConfig
+from bivec.models.llama import Attention, AttentionContext, DecoderLayer, Llama
+
+
+class SmolLM3Attention(Attention):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__(config, layer)
+        self.rotates = config.no_rope_layers is None or bool(config.no_rope_layers[layer])
+
+    def positioned(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        return super().positioned(q, k, context) if self.rotates else (q, k)
+
+
+class SmolLM3Layer(DecoderLayer):
+    attention = SmolLM3Attention
+
+
+class SmolLM3(Llama):
+    decoder_layer = SmolLM3Layer
