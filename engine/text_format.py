@@ -162,7 +162,7 @@ class TextFormat:
         if self.append_eos and self.tokenizer.eos_token_id is None:
             raise ConfigError("pooling 'eos_token': the tokenizer has no EOS; choose 'last_token'")
         before, after = self._parts
-        (encoding,) = self._encode([f"{before}a{after}"])  # one letter: the shortest of texts
+        (encoding,) = encode_strings(self.tokenizer, [f"{before}a{after}"])  # one letter: the shortest of texts
         layout = _layout(encoding.offsets, len(before), len(before) + 1)
         shortest = layout.shortest() + len(self._closing(encoding.ids, layout))
         if shortest > self.max_length:
@@ -210,7 +210,7 @@ class TextFormat:
         strings = [front + text + after for front, text in zip(fronts, texts, strict=True)]
         rows: list[Row] = []
         for start in range(0, len(strings), SLICE):  # what the tokenizer returns is many times larger than the rows
-            encodings = self._encode(strings[start : start + SLICE], start)
+            encodings = encode_strings(self.tokenizer, strings[start : start + SLICE], start)
             for index, encoding in enumerate(encodings, start):
                 head_length = len(fronts[index])
                 rows.append(self._row(index, encoding, head_length, texts[index], allow_empty, max_text_length))
@@ -225,20 +225,6 @@ class TextFormat:
     @cached_property
     def _prefix(self) -> int:
         return prefix_length(self.tokenizer)
-
-    def _encode(self, strings: list[str], first: int = 0) -> list[Encoding]:
-        # not through the tokenizer's Python wrapper, which makes Python objects of all offsets of all texts at once
-        backend = self.tokenizer.backend_tokenizer
-        if backend.truncation is not None:
-            backend.no_truncation()
-        if backend.padding is not None:
-            backend.no_padding()
-        try:
-            return backend.encode_batch(strings)
-        except TypeError:  # says no more than that some input is not a string
-            for index, string in enumerate(strings, first):
-                _check_unicode(index, string)
-            raise
 
     def _row(
         self, index: int, encoding: Encoding, head_length: int, text: str, allow_empty: bool, limit: int | None
@@ -280,6 +266,32 @@ class TextFormat:
         if not self.append_eos or ids[layout.tail :][-1:] == [self.tokenizer.eos_token_id]:
             return []
         return [self.tokenizer.eos_token_id]
+
+
+def encode_strings(tokenizer: PreTrainedTokenizerFast, strings: Sequence[str], first: int = 0) -> list[Encoding]:
+    """Token ids and character offsets of strings, special tokens included, neither cut nor padded.
+
+    Args:
+        tokenizer: a fast one.
+        strings: N strings.
+        first: the position of the first of them, for the error.
+
+    Raises:
+        SpanError: a string that cannot be written in UTF-8.
+    """
+    # not through the tokenizer's Python wrapper, which makes Python objects of all offsets of all texts at once
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    strings = list(strings)
+    try:
+        return backend.encode_batch(strings)
+    except TypeError:  # says no more than that some input is not a string
+        for index, string in enumerate(strings, first):
+            _check_unicode(index, string)
+        raise
 
 
 def _layout(offsets: list[tuple[int, int]], start: int, end: int) -> _Layout:

@@ -14,7 +14,6 @@ Each writes NAME.json, NAME.md and NAME.png:
 """
 
 import argparse
-import gzip
 import json
 import sys
 from collections.abc import Callable
@@ -29,23 +28,21 @@ from bivec.engine.evaluation.variants import Variant, named_variants, run_varian
 from bivec.models.files import write_text_atomic
 
 DATA = Path(__file__).resolve().parent / "data"
-PARAGRAPH_WORDS = range(110, 150)  # the paper's paragraph has 107 words, about 180 tokens
 
 
 def all_variants(arguments: argparse.Namespace) -> list[Variant]:
-    """The states of the model and of further runs, each name once."""
+    """The states of the model, and those of further runs that have other names.
+
+    Raises:
+        RunError: two runs have trained a state of the same name: their results could not be told apart.
+    """
     found: dict[str, Variant] = {}
     for directory in (arguments.model, *arguments.more):
         for variant in run_variants(directory):
-            found.setdefault(variant.name, variant)
+            known = found.setdefault(variant.name, variant)
+            if known.adapters != variant.adapters or known.model != variant.model:
+                raise RunError(f"--more {directory}: another {variant.name} than that of {arguments.model}")
     return named_variants(list(found.values()), arguments.variants or list(found))
-
-
-def paragraphs(number: int) -> list[str]:
-    """The first paragraphs of the shipped WikiText of about the length of the paper's."""
-    with gzip.open(DATA / "wikitext2_paragraphs.txt.gz", "rt", encoding="utf-8") as lines:
-        fitting = (line.strip() for line in lines if len(line.split()) in PARAGRAPH_WORDS)
-        return [paragraph for paragraph, _ in zip(fitting, range(number), strict=False)]
 
 
 def write(arguments: argparse.Namespace, name: str, data: object, table: str, draw: Callable[[Path], None]) -> None:
@@ -65,7 +62,8 @@ def analyse_future_tokens(arguments: argparse.Namespace) -> None:
 def analyse_similarity(arguments: argparse.Namespace) -> None:
     if arguments.text is None:
         sentences = dict.fromkeys(pair.sentence1 for pair in load_sts(arguments.sts))
-        texts = {"paragraphs": paragraphs(arguments.paragraphs), "sentences": list(sentences)[: arguments.sentences]}
+        wikipedia = similarity.sample_paragraphs(DATA / "wikitext2_paragraphs.txt.gz", arguments.paragraphs)
+        texts = {"paragraphs": wikipedia, "sentences": list(sentences)[: arguments.sentences]}
     else:
         texts = {"text": [arguments.text]}
     uni = run_variants(arguments.model)[0]  # before any training
@@ -85,7 +83,9 @@ def analyse_pooling(arguments: argparse.Namespace) -> None:
 
 
 def analyse_curves(arguments: argparse.Namespace) -> None:
-    runs = {Path(name).name: name for name in (arguments.model, *arguments.more)}
+    places = (arguments.model, *arguments.more)
+    names = [Path(place).name for place in places]
+    runs = {name if names.count(name) == 1 else str(place): place for name, place in zip(names, places, strict=True)}
     found = curves.training_curves(runs)
     table = curves.curves_markdown(found, paper_model=arguments.paper_model)
     draw = partial(curves.draw_curves, curves=found, paper_model=arguments.paper_model)

@@ -1,4 +1,4 @@
-"""Embeds a corpus into one file, from a run or any other model; stopped or killed, the same command goes on.
+"""Embeds a corpus into one file, from a run or any other model; stopped or killed, the command goes on when repeated.
 
     python recipes/encode_corpus.py --model runs/llm2vec-smollm2-135m --input corpus.jsonl --output embeddings.npy
     python recipes/encode_corpus.py … --input corpus.csv --column passage --id-column docid --output corpus.parquet
@@ -122,14 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         world = launched()
         run(options, world)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; the same command without --overwrite goes on", file=sys.stderr)
         sys.exit(130)
     except (BivecError, BackendError, OSError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, RuntimeError) and not isinstance(error, BivecError):
             if not is_out_of_memory(error):
                 raise
-            text = f"{text.splitlines()[0]}\ngive the same command a smaller --tokens-per-batch, and it goes on"
+            text = f"{text.splitlines()[0]}\nto go on, repeat it with a smaller --tokens-per-batch (no --overwrite)"
         print(f"{'' if world.is_main else f'rank {world.rank}: '}error: {text}", file=sys.stderr)
         sys.exit(2)
 

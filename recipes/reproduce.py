@@ -32,21 +32,13 @@ def study_of(arguments: argparse.Namespace) -> Study:
     asked = frozenset(name.strip() for name in arguments.only.split(","))
     if not asked <= set(PARTS):
         raise RunError(f"--only {min(asked - set(PARTS))!r}: choose of {', '.join(PARTS)}")
-    smoke = {
-        "pairs": 12,
-        "sentences": 20,
-        "seeds": (42,),
-        "tasks_scale": 20,
-        "texts": 1,
-        "evaluate_every": 2,
-        "flags": ("--smoke",),
-    }
+    smoke = {"pairs": 12, "sentences": 20, "seeds": (42,), "tasks_scale": 20, "texts": 1, "smoke": True}
     given = {"pairs": arguments.pairs, "sentences": arguments.sentences}
     return Study(
         run=arguments.run,
         recipe=HERE / "llm2vec_smollm2.py",
         data=HERE / "data",
-        output=arguments.output_dir,
+        output=arguments.output_dir or Path("runs/reproduce-smoke" if arguments.smoke else "runs/reproduce"),
         asked=asked,
         **(smoke if arguments.smoke else given),
     )
@@ -56,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/llm2vec-smollm2-135m"), help="of all three steps (default: %(default)s)")
-    add("--output-dir", type=Path, default=Path("runs/reproduce"), help="default: %(default)s")
+    add("--output-dir", type=Path, help="default: runs/reproduce, with --smoke runs/reproduce-smoke")
     add(
         "--only",
         default=",".join(PARTS),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bivec.engine.encoder import DEFAULT_TOKENS_PER_BATCH, Encoder
+from bivec.engine.encoder import DEFAULT_TOKENS_PER_BATCH, Encoder, progress_bar
 from bivec.engine.encoder_config import CONFIG_PATTERNS, EncoderConfig, stored_encoder_config
 from bivec.engine.errors import CheckpointError, ConfigError
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, resolve_checkpoint
@@ -109,17 +109,14 @@ class AutoEncoder(Encoder):
 
         The budget counts padding too.
         """
-        from tqdm import tqdm
-
         lengths = [len(row) for row in rows]
         budget = DEFAULT_TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch
-        show = len(rows) > 1000 if show_progress_bar is None else show_progress_bar
-        with tqdm(total=len(rows), desc="encode", unit="text", disable=not show, leave=False) as bar:
+        with progress_bar(len(rows), show_progress_bar) as advance:
             for group in _padded_batches(lengths, budget, batch_size):
                 sizes = torch.tensor([lengths[i] for i in group])
                 cu_seqlens = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(self.device, torch.int32)
                 yield self._run([rows[i] for i in group], sizes), cu_seqlens, group
-                bar.update(len(group))
+                advance(len(group))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Not possible: the model is transformers', and so is its format.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from bivec.engine.encoder import Encoder
 from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import ConfigError
-from bivec.engine.text_format import SLICE, SLOT, Row, SpanError
+from bivec.engine.text_format import SLICE, SLOT, Row, SpanError, encode_strings
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -178,29 +178,6 @@ class EchoFormat:
                 "max_length or shorten the instruction",
             )
         return text[:length]
-
-
-def encode_strings(tokenizer: PreTrainedTokenizerFast, strings: Sequence[str], first: int = 0) -> list[Encoding]:
-    """Token ids and character offsets of strings, special tokens included, neither cut nor padded.
-
-    Args:
-        tokenizer: a fast one.
-        strings: N strings.
-        first: the position of the first of them, for the error.
-
-    Raises:
-        SpanError: a string that cannot be written in UTF-8.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    for index, string in enumerate(strings, first):
-        if not string.isascii():
-            try:
-                string.encode()
-            except UnicodeEncodeError as error:
-                raise SpanError(index, f"{string[error.start]!r} is half of a surrogate pair; replace it") from None
-    return backend.encode_batch(list(strings))
 
 
 def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int, *, whole: bool = False) -> tuple[int, int]:

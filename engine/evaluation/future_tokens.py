@@ -22,9 +22,10 @@ import torch
 
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import DataError
-from bivec.engine.evaluation.echo import ECHO_TEMPLATE, EchoEncoder, encode_strings, token_span
+from bivec.engine.evaluation.echo import ECHO_TEMPLATE, EchoEncoder, token_span
 from bivec.engine.evaluation.figure import new_figure, save_figure
 from bivec.engine.evaluation.variants import Variant
+from bivec.engine.text_format import encode_strings
 from bivec.kernels import segment_pool
 
 FIELDS = {
@@ -83,9 +84,12 @@ def load_future_triples(path: str | Path, *, structure: str | None = None) -> li
         DataError: no such file, not of this format (with the line or the number of the object), no triple in it.
     """
     path = Path(path).expanduser()
+    wanted = _digits(structure or "")
+    if structure is not None and not wanted:
+        raise DataError(f"structure {structure!r} has no number; give one such as 3")
     triples = []
     for where, item in _objects(path):
-        if structure is None or _digits(item.get("structure")) == _digits(structure):
+        if structure is None or _digits(item.get("structure", "")) == wanted:
             triples.append(_triple(item, f"{path}, {where}"))
     if not triples:
         kind = "" if structure is None else f" of structure {structure}"
@@ -249,7 +253,7 @@ def _objects(path: Path) -> list[tuple[str, dict]]:
         raise DataError(f"{path}: cannot be read ({error})") from error
     found: list[tuple[str, Any]] = []
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in enumerate(content.splitlines(), start=1):
+        for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
                 found.append((f"line {number}", _parse(line, f"{path}, line {number}")))
     else:

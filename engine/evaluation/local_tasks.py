@@ -143,6 +143,10 @@ def local_markdown(scores: Mapping[str, Mapping[str, float]], *, paper_model: st
         cells = [f"{row[name]:.1f}" if name in row else "" for name in names]
         cells += [f"{paper[category]:.2f}" if category in paper else "" for category in categories]
         lines.append(f"| {model} | {' | '.join(cells)} |")
+    for variant, name in (("", "BERT, mean (paper)"), ("simcse", "BERT, SimCSE (paper)")):
+        (paper,) = paper_rows("1", model="BERT", variant=variant)
+        cells = [""] * len(names) + [f"{paper.scores[one]:.2f}" if one in paper.scores else "" for one in categories]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     note = (
         f"Ours: one small task a category, main score x 100 by mteb. Paper: {paper_model}, means over the "
         "English tasks of the category in MTEB; Uni with the weighted mean, as here."

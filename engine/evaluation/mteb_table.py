@@ -30,24 +30,25 @@ class ComparisonRow:
 
 
 def compare(
-    scores: Mapping[str, float], variant: str, models: Sequence[str] = PAPER_MODELS
+    scores: Mapping[str, float], variant: str, models: Sequence[str] = PAPER_MODELS, *, pooling: str = "mean"
 ) -> tuple[list[ComparisonRow], list[ComparisonRow]]:
     """Our scores and the paper's for the same variant.
 
     Averages of the paper are taken over the tasks that we have, where it gives every task's score (Tables 11, 12:
     "bi+mntp+simcse" and "bi+mntp+supervised"). Of other variants it gives averages only (Tables 1, 2, 5): these stand
-    beside ours where ours is over as many tasks.
+    beside ours where ours is over as many tasks and of the same pooling (in Tables 1 and 2 Uni's is the weighted mean).
 
     Args:
         scores: x 100, by the task's name in mteb; a name with a version ("STS22.v2") is another task than the paper's.
         variant: "uni", "bi+mntp+simcse", …
         models: of the paper.
+        pooling: ours: "mean", "weighted_mean" or "eos_token".
 
     Returns:
         (a row for each task, in the order of ``scores``; a row for each category that has one, SUBSET, ALL).
     """
     known = {task.name: task for task in paper_tasks()}
-    by_task = {model: _row(("11", "12"), model, variant) for model in models}
+    by_task = {model: _row(("11", "12"), model, variant, pooling) for model in models}
     tasks = [
         ComparisonRow(
             name,
@@ -64,7 +65,10 @@ def compare(
     for name, members in groups:
         done = [member for member in members if member in scores]
         if done:
-            paper = {model: _paper_average(name, members, done, model, variant, by_task[model]) for model in models}
+            paper = {
+                model: _paper_average(name, members, done, by_task[model] or _averages(model, variant, pooling, name))
+                for model in models
+            }
             present = {model: value for model, value in paper.items() if value is not None}
             ours = fmean(scores[member] for member in done)
             averages.append(ComparisonRow(name, len(done), len(members), ours, present))
@@ -93,21 +97,25 @@ def comparison_table(rows: Sequence[ComparisonRow], title: str = "task") -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _row(tables: Sequence[str], model: str, variant: str) -> PaperRow | None:
-    """The one row of a model and variant in any of the tables."""
+def _row(tables: Sequence[str], model: str, variant: str, pooling: str) -> PaperRow | None:
+    """The one row of a model and variant in any of the tables, if it is of this pooling."""
     rows = [row for table in tables for row in paper_rows(table, variant=variant) if row.model == model]
-    return rows[0] if rows else None
+    return next((row for row in rows if row.pooling in (None, pooling)), None)
+
+
+def _averages(model: str, variant: str, pooling: str, name: str) -> dict[str, float]:
+    """The paper's average of a category, of SUBSET or of ALL, under its name; nothing where it has none."""
+    if name == SUBSET:
+        row, column = _row(("5",), model, variant, pooling), pooling
+    else:
+        row, column = _row(("1", "2"), model, variant, pooling), AVERAGE if name == ALL else name
+    return {name: row.scores[column]} if row is not None and column in row.scores else {}
 
 
 def _paper_average(
-    name: str, members: Sequence[str], done: Sequence[str], model: str, variant: str, by_task: PaperRow | None
+    name: str, members: Sequence[str], done: Sequence[str], known: PaperRow | Mapping[str, float]
 ) -> float | None:
-    if by_task is not None:
-        return fmean(by_task.scores[member] for member in done)
-    if len(done) < len(members):
-        return None
-    if name == SUBSET:
-        row = _row(("5",), model, variant)
-        return None if row is None else row.scores["mean"]
-    row = _row(("1", "2"), model, variant)
-    return None if row is None else row.scores[AVERAGE if name == ALL else name]
+    """Over the tasks that are done, of their scores; where these are not known, the average of all."""
+    if isinstance(known, PaperRow):
+        return fmean(known.scores[member] for member in done)
+    return known.get(name) if len(done) == len(members) else None

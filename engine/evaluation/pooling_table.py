@@ -168,6 +168,9 @@ def pooling_markdown(table: PoolingTable, *, paper_model: str = PAPER_MODEL) -> 
         paper = [theirs.get(variant, {}).get(pooling) for pooling in POOLINGS]
         cells = [_cell(value, 1) for value in ours] + [_cell(value, 2) for value in (*paper, sts.get(variant))]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
+    for variant, name in (("", "BERT, mean (paper)"), ("simcse", "BERT, SimCSE (paper)")):
+        (row,) = paper_rows("1", model="BERT", variant=variant)
+        lines.append(f"| {name} | {' | '.join([''] * 2 * len(names))} | {row.scores['STS']:.2f} |")
     note = (
         f"Ours: Spearman x 100 on {table.num_pairs} sentence pairs. Paper: {paper_model}, average of 15 MTEB tasks "
         "(Table 5), and of the 10 STS tasks (Table 1: Uni by weighted mean, the rest by mean)."

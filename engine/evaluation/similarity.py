@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from bivec.engine.data import load_texts
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import DataError
 from bivec.engine.evaluation.auto_encoder import AutoEncoder
-from bivec.engine.evaluation.echo import encode_strings
 from bivec.engine.evaluation.figure import new_figure, save_figure
 from bivec.engine.evaluation.paper import paper_findings
 from bivec.engine.packing import token_budget_batches
+from bivec.engine.text_format import encode_strings
 from bivec.models import PackedBatch
 
+PARAGRAPH_WORDS = range(110, 150)  # the paper's paragraph has 107 words, about 180 tokens
 TOKENS_PER_BATCH = 1024  # the states of all layers are kept: 2 x layers x tokens x width x 4 bytes, 0.15 GB at 135M
 
 
@@ -68,6 +70,16 @@ class MaskSimilarity:
                 for tokens, cosines in zip(self.tokens, self.cosines, strict=True)
             ],
         }
+
+
+def sample_paragraphs(file: str | Path, number: int) -> list[str]:
+    """The first paragraphs of a ``.txt`` of about the length of the paper's, one a line.
+
+    Args:
+        file: the shipped WikiText, for instance.
+        number: how many.
+    """
+    return [text for text in load_texts(file) if len(text.split()) in PARAGRAPH_WORDS][:number]
 
 
 def mask_similarity(name: str, encoder: Encoder, texts: Sequence[str]) -> MaskSimilarity:

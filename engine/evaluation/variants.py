@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from bivec.engine.encoder import Encoder
+from bivec.engine.encoder_config import CONFIG_FILE as ENCODER_FILE
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import resolve_model
 from bivec.engine.run_files import RUN_FILE, TRAINED, start_state
@@ -102,11 +103,14 @@ def run_variants(directory: str | Path) -> list[Variant]:
     try:
         recipe = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
         model, earlier, stages = str(recipe["model"]), tuple(recipe["adapters"]), list(recipe["stages"])
-        settings = {} if recipe["pool_bos"] is None else {"pool_bos": bool(recipe["pool_bos"])}
+        pool_bos = recipe["pool_bos"]
         trained_causal = {name for name in TRAINED if recipe[name].get("causal", False)}
         goes_on = recipe["supervised"]["init_adapter"] == "simcse"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{directory / RUN_FILE}: not the {RUN_FILE} of a run of this version ({error!r})") from error
+    if pool_bos is None:  # as the model's folder said, which the run has written down
+        pool_bos = _merged_settings(directory)["pool_bos"]
+    settings = {"pool_bos": bool(pool_bos)}
     merged = directory / "merged"  # the tokenizer as the run had it
     tokenizer = str(merged) if (merged / "tokenizer.json").is_file() else model
     before = start_state(model, earlier).split("+")[1:]
@@ -117,7 +121,10 @@ def run_variants(directory: str | Path) -> list[Variant]:
         trained.append(name)
         mask = "uni" if name in trained_causal else "bi"
         base, adapters = _sources(directory, model, earlier, [*kept, name])
-        of_stage = settings | (_supervised_settings(directory) if name == "supervised" else {})
+        of_stage = dict(settings)
+        if name == "supervised":
+            stored = _merged_settings(directory)
+            of_stage |= {key: stored[key] for key in ("pooling", "template", "pool_tail") if stored[key] is not None}
         of_stage |= {"pooling": recipe["simcse"].get("pooling", "mean")} if name == "simcse" else {}
         found.append(Variant("+".join([mask, *before, *trained]), base, adapters, tokenizer, of_stage))
     return found
@@ -147,11 +154,11 @@ def _sources(
     return str(directory / whole[-1]), tuple(str(directory / name) for name in after)
 
 
-def _supervised_settings(directory: Path) -> dict[str, Any]:
-    """Pooling and template of a model that was trained with them, as its ``merged/`` says."""
-    file = directory / "merged" / "bivec_config.json"
+def _merged_settings(directory: Path) -> dict[str, Any]:
+    """How texts become vectors in the encoder that a run has written."""
+    file = directory / "merged" / ENCODER_FILE
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: the run has not been finished, or the file is damaged ({error})") from error
-    return {name: stored[name] for name in ("pooling", "template", "pool_tail") if stored.get(name) is not None}
+        return {name: stored[name] for name in ("pooling", "pool_bos", "template", "pool_tail")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file}: the run has not been finished, or the file is damaged ({error!r})") from error

@@ -183,7 +183,7 @@ def read_conllu(path: str | Path) -> WordCorpus:
 
     Returns:
         The corpus with the tasks "pos" (XPOS: the Penn Treebank's tags in English treebanks, as CoNLL-2003 has them),
-        "upos" (universal tags) and "chunking" (see ``chunks.py``).
+        "upos" (universal tags) and "chunking" (see ``chunks.py``); a treebank without XPOS has no task "pos".
 
     Raises:
         DataError: a missing, empty, broken or non-UTF-8 file; a line without ten columns, word numbers that do not
@@ -205,6 +205,8 @@ def read_conllu(path: str | Path) -> WordCorpus:
         labels["chunking"].append(tuple(base_phrases(tokens)))
     if not sentences:
         raise DataError(f"{path} holds no sentences; {form}")
+    if {tag for row in labels["pos"] for tag in row} == {"_"}:
+        del labels["pos"]
     return WordCorpus(str(path), tuple(sentences), {task: tuple(found) for task, found in labels.items()}, tuple(lines))
 
 

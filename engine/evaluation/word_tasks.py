@@ -203,4 +203,9 @@ def words_markdown(
         row = theirs.get(model, {}) if beside else {}
         cells += [f"{row[task]:.2f}" if task in row else "" for task in tasks]
         lines.append(f"| {' | '.join(cells)} |")
+    for row in paper_rows("4", variant=""):  # encoder-only models
+        empty = [""] * (len(columns) - 2 - len(tasks))
+        quoted = [f"{row.scores[task]:.2f}" if task in row.scores else "" for task in tasks]
+        cells = [f"{row.model} (paper)", "", *empty, *quoted]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -98,6 +98,19 @@ def test_all_weights(execute, recipe, tmp_path):
     assert whole.model == str(tmp_path / "simcse") and whole.adapters == ()
 
 
+def test_the_first_token_is_pooled_as_in_the_run(execute, recipe, tmp_path):
+    """pool_bos None: the run asks the model's folder, which says nothing here, and leaves the BOS out."""
+    execute(replace(recipe, pool_bos=None), tmp_path, "--stages", "bi,supervised")
+    check_scores(tmp_path, recipe)
+    variants = run_variants(tmp_path)
+    assert [variant.load().config.pool_bos for variant in variants] == [False, False, False]
+    last, whole = variants[-1].load().config, Encoder.from_pretrained(tmp_path).config
+    assert replace(last, max_length=whole.max_length) == whole
+    (tmp_path / "merged" / "bivec_config.json").unlink()
+    with pytest.raises(RunError, match="the run has not been finished"):
+        run_variants(tmp_path)
+
+
 def test_other_places(recipe, tmp_path):
     assert run_variants(recipe.model) == decoder_variants(recipe.model)
     (tmp_path / "run.json").write_text("{}")

@@ -12,7 +12,7 @@ import torch
 
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import DataError
-from bivec.engine.evaluation.echo import EchoEncoder, EchoFormat, encode_strings, token_span
+from bivec.engine.evaluation.echo import EchoEncoder, EchoFormat, token_span
 from bivec.engine.evaluation.future_tokens import (
     FutureTokenResult,
     FutureTriple,
@@ -24,6 +24,7 @@ from bivec.engine.evaluation.future_tokens import (
     prefix_vectors,
 )
 from bivec.engine.evaluation.variants import decoder_variants
+from bivec.engine.text_format import encode_strings
 
 FILE = Path(__file__).parents[3] / "recipes" / "data" / "future_token_triples.jsonl"
 TRIPLES = load_future_triples(FILE)
@@ -252,3 +253,16 @@ def test_table_and_figure(tmp_path):
     draw_future_tokens(tmp_path / "figure.png", results)
     assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
     json.dumps([one.to_dict() for one in results])
+
+
+def test_structures_have_numbers(tmp_path):
+    file = tmp_path / "some.jsonl"
+    item = {"prefix": "A b", "query": "c", "positive": "d", "negative": "e\u2028f"}  # a line separator, no line end
+    items = [item | {"structure": "S3"}, item | {"structure": 1}, item]
+    file.write_text("".join(json.dumps(one, ensure_ascii=False) + "\r\n" for one in items), encoding="utf-8")
+    assert len(load_future_triples(file)) == 3
+    assert len(load_future_triples(file, structure="structure_3")) == 1
+    with pytest.raises(DataError, match="structure 'abc' has no number"):
+        load_future_triples(file, structure="abc")
+    with pytest.raises(DataError, match="holds no triple of structure 2"):
+        load_future_triples(file, structure="2")

@@ -44,16 +44,27 @@ def test_part_of_a_category_is_compared_with_the_same_part():
 
 
 def test_variants_without_scores_of_tasks_are_compared_where_all_tasks_are_there():
-    tasks, averages = compare(everything(), "uni", ["S-LLaMA-1.3B", "Llama-3-8B"])
+    models = ["S-LLaMA-1.3B", "Llama-3-8B"]
+    tasks, averages = compare(everything(), "uni", models, pooling="weighted_mean")
     assert all(row.paper == {} for row in tasks)
     by_name = {row.name: row.paper for row in averages}
     assert by_name["STS"] == {"S-LLaMA-1.3B": 49.15, "Llama-3-8B": 62.80}
-    assert by_name[SUBSET] == {"S-LLaMA-1.3B": 33.03}  # Table 5, mean pooling
+    assert by_name[SUBSET] == {"S-LLaMA-1.3B": 34.99}  # Table 5, which has no Llama-3
     assert by_name[ALL] == {"S-LLaMA-1.3B": 35.05, "Llama-3-8B": 43.98}
     fewer = {name: score for name, score in everything().items() if name != "STS12"}
-    by_name = {row.name: row for row in compare(fewer, "uni")[1]}
+    by_name = {row.name: row for row in compare(fewer, "uni", pooling="weighted_mean")[1]}
     assert by_name["STS"].paper == by_name[ALL].paper == {}
     assert by_name["Reranking"].paper["S-LLaMA-1.3B"] == 38.02
+
+
+def test_the_papers_row_is_of_the_same_pooling():
+    for pooling, subset in (("mean", 33.03), ("eos_token", 27.72)):
+        by_name = {row.name: row.paper for row in compare(everything(), "uni", ["S-LLaMA-1.3B"], pooling=pooling)[1]}
+        assert by_name[SUBSET] == {"S-LLaMA-1.3B": subset}
+        assert by_name["STS"] == by_name[ALL] == {}  # Table 1 has Uni with the weighted mean
+    tasks, averages = compare(everything(), "bi+mntp+simcse", ["LLaMA-2-7B"], pooling="eos_token")
+    assert all(row.paper == {} for row in tasks)
+    assert [dict(row.paper) for row in averages if row.paper] == [{"LLaMA-2-7B": 50.61}]
 
 
 def test_the_table_in_markdown():

@@ -1,5 +1,7 @@
 """The verdicts on the paper's trends follow the figures; the paper's own figures are its own."""
 
+from itertools import pairwise
+
 import pytest
 
 from bivec.engine.evaluation.trends import (
@@ -30,7 +32,11 @@ from bivec.engine.evaluation.trends import (
 def test_rising(scores, verdict):
     trend = rising("claim", "paper", scores, ("a", "b", "c"))
     assert trend.verdict == verdict
-    shown = " < ".join(f"{name} {score:.1f}" for name, score in scores.items())
+    signs = {(1.0, 0.1): ">", (5.0, 4.0): ">"}
+    values = list(scores.items())
+    shown = f"a {values[0][1]:.1f}"
+    for (_, before), (name, score) in pairwise(values):
+        shown += f" {signs.get((before, score), '<')} {name} {score:.1f}"
     assert trend.ours == ("" if verdict == MISSING else shown)
 
 

@@ -211,3 +211,14 @@ def test_shipped_samples():
     assert [(len(one), one.num_words) for one in parts] == [(3394, 62730), (1009, 15733), (1287, 23394)]
     assert len(parts[0].label_set("ner")) == 13
     assert sum(file.stat().st_size for file in DATA.glob("*.gz")) < 1_500_000
+
+
+def test_a_treebank_without_penn_tags_has_no_pos_task(tmp_path):
+    columns = [["1", "Dogs", "_", "NOUN", "_", "_", "2", "nsubj", "_", "_"]]
+    columns += [["2", "bark", "_", "VERB", "_", "_", "0", "root", "_", "_"]]
+    file = tmp_path / "bank.conllu"
+    file.write_text("".join("\t".join(row) + "\n" for row in columns) + "\n")
+    assert sorted(read_conllu(file).labels) == ["chunking", "upos"]
+    columns[0][4] = "NNS"
+    file.write_text("".join("\t".join(row) + "\n" for row in columns) + "\n")
+    assert read_conllu(file).labels["pos"] == (("NNS", "_"),)
