@@ -41,7 +41,7 @@ setup(
     python_requires=">=3.10",
     packages=["bivec", "bivec.kernels", "bivec.models", "bivec.engine", "bivec.engine.evaluation"],
     package_dir={"bivec": "."},
-    package_data={"bivec.kernels": ["tuning/*.json"]},
+    package_data={"bivec.kernels": ["tuning/*.json"], "bivec.engine.evaluation": ["data/*.json"]},
     install_requires=["torch>=2.11", "safetensors>=0.4.3", "numpy>=1.26"],
     extras_require={
         "quickstart": QUICKSTART,

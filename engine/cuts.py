@@ -11,7 +11,8 @@ from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
 from bivec.engine.planner import Plan, Setting, batch_tokens, free_memory, parse_memory, plan_contrastive, plan_mntp
-from bivec.engine.recipe import Recipe, RunOptions
+from bivec.engine.recipe import Recipe
+from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.supervised import TripleRows
 from bivec.engine.triple_batches import TripleBatches
 from bivec.kernels.backend import resolve

@@ -1,17 +1,19 @@
 """The encoder: text in, embeddings out.
 
-Texts are tokenised, sorted by token length, packed by a token budget, run without padding and pooled over spans of the
-packed hidden states, so neither the batch size nor the order changes a vector beyond rounding (METHOD 11: padded bf16
-batches of the original did).
+Texts are tokenised (of long lists by a thread, while those before are encoded), sorted by token length, packed by a
+token budget, run without padding and pooled over spans of the packed hidden states, so neither the batch size nor the
+order changes a vector beyond rounding (METHOD 11: padded bf16 batches of the original did).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from bivec.engine.encoder_config import (
 from bivec.engine.errors import BivecError, ConfigError
 from bivec.engine.lora import load_adapter
 from bivec.engine.packing import token_budget_batches
-from bivec.engine.text_format import Row, encoding_head
+from bivec.engine.text_format import Row, SpanError, encoding_head
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.kernels import segment_pool
 from bivec.models import PackedBatch, load_pretrained, save_pretrained
@@ -39,7 +41,12 @@ from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, resolve_che
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from bivec.engine.evaluation.mteb_encoder import MTEBEncoder
+
 DEFAULT_TOKENS_PER_BATCH = 4096
+SLICE_TEXTS = 4096  # of a long list a thread tokenises so many while those before are encoded
+
+Item = TypeVar("Item")
 
 
 class Encoder:
@@ -141,6 +148,7 @@ class Encoder:
         instruction: str | None = None,
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
+        max_text_length: int | None = None,
         normalize_embeddings: bool = False,
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
@@ -153,6 +161,8 @@ class Encoder:
             instruction: put before every text of the list, not pooled (a final colon is the caller's).
             batch_size: at most this many texts a batch; None = bounded by tokens only.
             tokens_per_batch: tokens a batch, 4096 by default; memory grows with it, vectors do not change.
+            max_text_length: tokens of a text alone, instruction and template not counted: a longer one loses its last
+                words (METHOD 7.1 evaluates with 400). None = only ``max_length`` counts.
             normalize_embeddings: to unit length.
             convert_to_tensor: return a torch tensor instead of a numpy array.
             show_progress_bar: None = only for more than 1,000 texts.
@@ -165,29 +175,65 @@ class Encoder:
             BivecError: an input that is neither a text nor a pair, or an instruction that leaves no room for its text.
         """
         single = isinstance(sentences, str)
-        rows = self._tokenise([_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))])
-        embeddings = torch.empty(len(rows), self.dimension, dtype=torch.float32)
-        states = self.hidden_states(
-            [row.input_ids for row in rows],
-            batch_size=batch_size,
-            tokens_per_batch=tokens_per_batch,
-            show_progress_bar=show_progress_bar,
-        )
-        for hidden, cu_seqlens, indices in states:
-            begins = cu_seqlens[:-1].long()
-            pooled = segment_pool(
-                hidden,
-                cu_seqlens,
-                mode=POOLINGS[self.config.pooling],
-                span_starts=begins + torch.tensor([rows[i].start for i in indices], device=self.device),
-                span_ends=begins + torch.tensor([rows[i].end for i in indices], device=self.device),
-                backend=self.backend,
-            )
-            embeddings[indices] = pooled.float().cpu()
-        if normalize_embeddings:
-            embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
+        pairs = [_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))]
+        starts = range(0, len(pairs), SLICE_TEXTS)
+        embeddings = torch.empty(len(pairs), self.dimension, dtype=torch.float32)
+        with progress_bar(len(pairs), show_progress_bar) as advance:
+            for start, vectors in self.embed_slices(
+                ((start, pairs[start : start + SLICE_TEXTS]) for start in starts),
+                batch_size=batch_size,
+                tokens_per_batch=tokens_per_batch,
+                max_text_length=max_text_length,
+                normalize_embeddings=normalize_embeddings,
+                advance=advance,
+            ):
+                embeddings[start : start + len(vectors)] = vectors
         result = embeddings[0] if single else embeddings
         return result if convert_to_tensor else result.numpy()
+
+    def embed_slices(
+        self,
+        slices: Iterable[tuple[int, list[tuple[str, str]]]],
+        *,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        max_text_length: int | None = None,
+        normalize_embeddings: bool = False,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Embeds slices of texts that need not all be in memory; a thread reads and tokenises the next one meanwhile.
+
+        Args:
+            slices: (position of its first text, (instruction, text) pairs) of every slice. They are sorted and packed
+                slice by slice, and one slice more than the one that is encoded is held.
+            batch_size: see :meth:`encode`, as the following.
+            tokens_per_batch: tokens a batch.
+            max_text_length: tokens of a text alone.
+            normalize_embeddings: to unit length.
+            advance: called with the number of texts of every batch.
+
+        Yields:
+            (position of the slice's first text, embeddings [N, D] float32 on the CPU in the slice's order).
+
+        Raises:
+            BivecError: an instruction that leaves no room for its text; it is named by its position.
+        """
+        tokenised = ((first, self._tokenise(pairs, max_text_length, first)) for first, pairs in slices)
+        for first, rows in one_ahead(tokenised):
+            # one copy a slice: a copy a batch would make a GPU wait for the host as often
+            embeddings = torch.empty(len(rows), self.dimension, dtype=torch.float32, device=self.device)
+            states = self.hidden_states(
+                [row.input_ids for row in rows],
+                batch_size=batch_size,
+                tokens_per_batch=tokens_per_batch,
+                show_progress_bar=False,
+            )
+            for hidden, cu_seqlens, indices in states:
+                embeddings[self._index(indices)] = self._pooled(hidden, cu_seqlens, [rows[i] for i in indices])
+                advance(len(indices))
+            if normalize_embeddings:
+                embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
+            yield first, embeddings.cpu()
 
     def encode_tokens(
         self,
@@ -247,11 +293,8 @@ class Encoder:
             (hidden_states [T, D] after the final norm in the model's dtype and on its device, cu_seqlens [B+1] int32
             there, the B rows' positions in ``rows``), without gradient.
         """
-        from tqdm import tqdm
-
         budget = DEFAULT_TOKENS_PER_BATCH if tokens_per_batch is None else tokens_per_batch
-        show = len(rows) > 1000 if show_progress_bar is None else show_progress_bar
-        with tqdm(total=len(rows), desc="encode", unit="text", disable=not show, leave=False) as bar:
+        with progress_bar(len(rows), show_progress_bar) as advance:
             for group in token_budget_batches([len(row) for row in rows], budget, max_sequences=batch_size):
                 batch = PackedBatch.from_sequences([rows[i] for i in group], device=self.device)
                 # not inference_mode: the rotary tables that the model keeps would be inference tensors, which autograd
@@ -259,7 +302,39 @@ class Encoder:
                 with torch.no_grad():
                     hidden = self.model(batch, causal=self.config.causal, backend=self.backend)
                 yield hidden, batch.cu_seqlens, group
-                bar.update(len(group))
+                advance(len(group))
+
+    def as_mteb(
+        self,
+        *,
+        instructions: Mapping[str, str] | None = None,
+        paper_instructions: bool = True,
+        name: str | None = None,
+        revision: str | None = None,
+        max_text_length: int | None = 400,
+        tokens_per_batch: int | None = None,
+    ) -> MTEBEncoder:
+        """This encoder as ``mteb.evaluate`` takes it, by the paper's protocol (METHOD 7.1, 7.7).
+
+        Args:
+            instructions: {task: text}, besides the paper's or in their place; "" = none; a final colon is the caller's.
+            paper_instructions: False leaves out the paper's.
+            name: under which mteb keeps the results; None = one made of architecture and width.
+            revision: the same; None = one that changes with weights and settings.
+            max_text_length: see :meth:`encode`; None = no limit.
+            tokens_per_batch: see :meth:`encode`.
+        """
+        from bivec.engine.evaluation.mteb_encoder import MTEBEncoder
+
+        return MTEBEncoder(
+            self,
+            instructions=instructions,
+            paper_instructions=paper_instructions,
+            name=name,
+            revision=revision,
+            max_text_length=max_text_length,
+            tokens_per_batch=tokens_per_batch,
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes weights, tokenizer and pooling rule into a directory that bivec and transformers load.
@@ -277,10 +352,53 @@ class Encoder:
             settings = json.dumps(asdict(self.config), indent=2)
             (temporary / CONFIG_FILE).write_text(settings + "\n", encoding="utf-8")
 
-    def _tokenise(self, pairs: list[tuple[str, str]]) -> list[Row]:
-        """Token ids and pooled spans of (instruction, text) pairs."""
+    def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, rows: list[Row]) -> Tensor:
+        """[B, D] float32 on the device: every row's span of the packed hidden states."""
+        begins = cu_seqlens[:-1].long()
+        return segment_pool(
+            hidden,
+            cu_seqlens,
+            mode=POOLINGS[self.config.pooling],
+            span_starts=begins + self._index([row.start for row in rows]),
+            span_ends=begins + self._index([row.end for row in rows]),
+            backend=self.backend,
+        ).float()
+
+    def _index(self, values: list[int]) -> Tensor:
+        """int64 on the device; a GPU need not stop for the copy."""
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=self.device.type != "cpu")
+
+    def _tokenise(self, pairs: list[tuple[str, str]], max_text_length: int | None = None, first: int = 0) -> list[Row]:
+        """Token ids and pooled spans of (instruction, text) pairs; errors count from ``first``."""
         heads = [encoding_head(instruction) for instruction, _ in pairs]
-        return self._text_format.rows(heads, [text for _, text in pairs], allow_empty=True)
+        texts = [text for _, text in pairs]
+        try:
+            return self._text_format.rows(heads, texts, allow_empty=True, max_text_length=max_text_length)
+        except SpanError as error:
+            raise SpanError(first + error.index, str(error).partition(": ")[2]) from error
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in their order; while the caller works with one, a thread makes the next."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        item = next(iterator, end)
+        while item is not end:
+            following = thread.submit(next, iterator, end)
+            yield item
+            item = following.result()
+
+
+@contextmanager
+def progress_bar(
+    total: int, show: bool | None, *, done: int = 0, label: str = "encode"
+) -> Iterator[Callable[[int], object]]:
+    """A bar of texts, advanced by what is yielded; ``show=None`` = only for more than 1,000."""
+    from tqdm import tqdm
+
+    hidden = not (total > 1000 if show is None else show)
+    with tqdm(total=total, initial=done, desc=label, unit="text", disable=hidden, leave=False) as bar:
+        yield bar.update
 
 
 def _as_list(sentences: str | Sequence) -> list:

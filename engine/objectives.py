@@ -195,6 +195,7 @@ class SimcseObjective:
     device: torch.device | str = "cpu"
     scale: float = 20.0
     pooling: str = "mean"
+    causal: bool = False
     skip_prefix: int = 0
     attention_dropout: float = 0.3
     micro_batch_tokens: int | None = None  # None = both views of all sentences in one packed forward
@@ -219,6 +220,7 @@ class SimcseObjective:
             self.seed,
             self.device,
             pooling=self.pooling,
+            causal=self.causal,
             attention_dropout=self.attention_dropout,
             recompute=self.recompute,
             backend=self.backend,

@@ -37,7 +37,8 @@ from bivec.engine.evaluation import sts_spearman
 from bivec.engine.inputs import load_inputs, model_config
 from bivec.engine.metrics import Evaluation, StepLog, losses_by_stage
 from bivec.engine.objectives import MntpObjective, SimcseObjective
-from bivec.engine.recipe import Recipe, RunOptions, parse_arguments, with_horizon
+from bivec.engine.recipe import Recipe, with_horizon
+from bivec.engine.recipe_arguments import RunOptions, parse_arguments
 from bivec.engine.report import StageResult, draw_results, results_table, similarity_table
 from bivec.engine.run_files import (
     RUN_FILE,
@@ -175,7 +176,8 @@ class Run:
             world=world,
             sharded=options.shard,
         )
-        self.state = start_state(recipe)  # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
+        # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
+        self.state = start_state(recipe.model, recipe.adapters)
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
         world.barrier()  # everyone has looked at the directory as it was
@@ -244,8 +246,8 @@ class Run:
 
         Args:
             stage: names the result; None = after what has been trained.
-            causal: the decoder's own mask; None = bidirectional, or as the supervised stage has it.
-            pooling: None = the mean, or that of the supervised stage.
+            causal: the decoder's own mask; None = bidirectional, or as the last contrastive stage has it.
+            pooling: None = the mean, or that of the last contrastive stage.
         """
         stage = stage or self.state
         if any(result.stage == stage for result in self.results):
@@ -285,7 +287,9 @@ class Run:
             seed=fold_seed(self.recipe.seed, SIMCSE_SEED),
             device=self.device,
             scale=stage.scale,
-            skip_prefix=0 if self.pool_bos else prefix_length(self.inputs.tokenizer),
+            pooling=POOLINGS[stage.pooling],
+            causal=stage.causal,
+            skip_prefix=0 if self._pools_first(stage.pooling) else prefix_length(self.inputs.tokenizer),
             attention_dropout=stage.attention_dropout,
             backend=self.options.backend,
             **{"micro_batch_tokens": stage.micro_batch_tokens} | self.cuts.get("simcse", {}),
@@ -300,7 +304,7 @@ class Run:
         stage = self.recipe.supervised
         if "supervised" not in self.recipe.stages:
             return
-        before, rows = self.state, self.triple_rows
+        rows = self.triple_rows
         objective = partial(
             SupervisedObjective,
             rows=rows,
@@ -317,12 +321,11 @@ class Run:
             **{"micro_batch_tokens": stage.micro_batch_tokens} | self.cuts.get("supervised", {}),
         )
         self._train("supervised", stage, rows.batches.steps_per_epoch * stage.batch_size, objective)
-        self.state = f"{before.replace('bi', 'uni', 1) if stage.causal else before}+supervised"
 
     def _train(self, name: str, stage: Stage, samples: int, make_objective: Callable[..., Objective]) -> None:
         if self.options.resume and stage_is_done(self.directory / name):
             self.weights.merge(self._without_start(stage, [*self.weights.merged, name]))
-            self.state += f"+{name}"
+            self.state = self._state_after(name, stage)
             return
         checkpoints = self.directory / "checkpoints"
         saved = list_checkpoints(checkpoints, name) if self.options.resume else []
@@ -345,7 +348,12 @@ class Run:
             world=self.world,
         )
         self.weights.keep(name, is_causal=getattr(stage, "causal", False))
-        self.state += f"+{name}"
+        self.state = self._state_after(name, stage)
+
+    def _state_after(self, name: str, stage: Stage) -> str:
+        """The name of the model's state begins with the mask of the last stage."""
+        mask = "uni" if getattr(stage, "causal", False) else "bi"
+        return "+".join([mask, *self.state.split("+")[1:], name])
 
     def _objective(self, name: str, make_objective: Callable[..., Objective]) -> Objective:
         trained = self.weights.trained
@@ -418,12 +426,17 @@ class Run:
     def _encoder_config(self, stage: str, causal: bool | None = None, pooling: str | None = None) -> EncoderConfig:
         """How a stage has trained the model to be used; ``causal`` and ``pooling`` count where they are given."""
         rules = {"pooling": "mean", "pool_bos": self.pool_bos, "causal": False}
+        if stage in ("simcse", "supervised"):
+            trained = getattr(self.recipe, stage)
+            rules |= {"pooling": trained.pooling, "causal": trained.causal}
         if stage == "supervised":
-            trained = self.recipe.supervised
-            rules |= {"pooling": trained.pooling, "causal": trained.causal, "pool_tail": trained.pool_tail}
-            rules["template"] = self.template
+            rules |= {"pool_tail": trained.pool_tail, "template": self.template}
         asked = {"pooling": pooling, "causal": causal}
         return EncoderConfig(**rules | {name: value for name, value in asked.items() if value is not None})
+
+    def _pools_first(self, pooling: str) -> bool:
+        """Whether SimCSE pools the special tokens in front."""
+        return self.pool_bos or pooling == "bos_token"
 
     def _encoder(self, config: EncoderConfig) -> Encoder:
         """The model as it stands."""

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
-from bivec.engine.recipe import Recipe, RunOptions, as_dict, differences
+from bivec.engine.recipe import Recipe, as_dict, differences
+from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.report import StageResult
 from bivec.kernels import BackendError
 from bivec.kernels.backend import resolve
@@ -188,11 +190,11 @@ def base_model(model: str) -> str:
     return model
 
 
-def start_state(recipe: Recipe) -> str:
+def start_state(model: str, adapters: Sequence[str]) -> str:
     """What has been done to the model before the run: "bi", or what the run that made it and its adapters say."""
     try:
-        content = json.loads((Path(recipe.model) / "results.json").read_text(encoding="utf-8"))
+        content = json.loads((Path(model) / "results.json").read_text(encoding="utf-8"))
         state = str(content["stages"][-1]["stage"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         state = "bi"
-    return "+".join([state, *(name for name in (Path(x).name for x in recipe.adapters) if name in TRAINED)])
+    return "+".join([state, *(name for name in (Path(x).name for x in adapters) if name in TRAINED)])

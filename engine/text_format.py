@@ -5,7 +5,9 @@ models the pooled span is the text and the template's tail. Where it lies is rea
 tokenisation there is: the original tokenises text and tail a second time, out of their context, and counts back from
 the end of the row, which breaks where that gives more tokens than the row has (its issues #80 and #105).
 
-Truncation takes tokens from the end of the text and from nowhere else.
+Truncation takes tokens from the end of the text and from nowhere else. A limit on the text's own tokens
+(``max_text_length``, METHOD 7.1) comes first and takes whole words, what white space separates; ``max_length``, the
+limit on the row, comes second and takes single tokens.
 """
 
 from __future__ import annotations
@@ -169,7 +171,14 @@ class TextFormat:
                 f"tokens a text of one letter takes {shortest}; raise max_length or choose a shorter template"
             )
 
-    def rows(self, heads: Sequence[str], texts: Sequence[str], *, allow_empty: bool = False) -> list[Row]:
+    def rows(
+        self,
+        heads: Sequence[str],
+        texts: Sequence[str],
+        *,
+        allow_empty: bool = False,
+        max_text_length: int | None = None,
+    ) -> list[Row]:
         """Tokenises texts.
 
         A token over the boundary of head and text counts as the text's, one over the boundary of text and tail as the
@@ -179,15 +188,21 @@ class TextFormat:
             heads: what stands before each text, separator included (``training_head``, ``encoding_head``); may be "".
             texts: as many.
             allow_empty: a text without tokens, or of white space only, gets the whole row as its span.
+            max_text_length: tokens of a row that are the text's: a longer text loses its last words, as few as will
+                do. Where not even its first word fits, that word is cut behind so many tokens (the original is left
+                with no text at all). None = no limit but ``max_length``.
 
         Returns:
             A row per text, of at most ``max_length`` tokens: those of the whole string, without as many of the text's
             last ones as are too many.
 
         Raises:
+            ConfigError: ``max_text_length`` is below 1.
             SpanError: naming the text by its position: it is empty or blank and that is not allowed, the tokens that
                 are never cut leave it none, or it cannot be written in UTF-8.
         """
+        if max_text_length is not None and max_text_length < 1:
+            raise ConfigError(f"max_text_length is {max_text_length}, expected at least 1 token; None = no limit")
         before, after = self._parts
         if self.template is not None:
             texts = [text.strip() for text in texts]
@@ -197,7 +212,8 @@ class TextFormat:
         for start in range(0, len(strings), SLICE):  # what the tokenizer returns is many times larger than the rows
             encodings = self._encode(strings[start : start + SLICE], start)
             for index, encoding in enumerate(encodings, start):
-                rows.append(self._row(index, encoding, len(fronts[index]), texts[index], allow_empty))
+                head_length = len(fronts[index])
+                rows.append(self._row(index, encoding, head_length, texts[index], allow_empty, max_text_length))
         return rows
 
     @cached_property
@@ -224,7 +240,9 @@ class TextFormat:
                 _check_unicode(index, string)
             raise
 
-    def _row(self, index: int, encoding: Encoding, head_length: int, text: str, allow_empty: bool) -> Row:
+    def _row(
+        self, index: int, encoding: Encoding, head_length: int, text: str, allow_empty: bool, limit: int | None
+    ) -> Row:
         ids = encoding.ids
         layout = _layout(encoding.offsets, head_length, head_length + len(text))
         closing = self._closing(ids, layout)
@@ -239,7 +257,10 @@ class TextFormat:
                 f"tokens take {layout.first} in front of it and {fixed - layout.first} behind it, which are never cut; "
                 f"raise max_length above {fixed} or shorten the instruction",
             )
-        kept = min(layout.tail - layout.first, self.max_length - fixed)
+        kept = layout.tail - layout.first
+        if limit is not None and layout.stop - layout.first > limit:
+            kept = _whole_words(encoding.offsets, layout, head_length, text, limit)
+        kept = min(kept, self.max_length - fixed)
         row = ids[: layout.first + kept] + ids[layout.tail :]
         if row[-1:] != closing:
             row += closing
@@ -274,6 +295,22 @@ def _layout(offsets: list[tuple[int, int]], start: int, end: int) -> _Layout:
     while stop < len(offsets) and offsets[stop][0] < end < offsets[stop][1]:
         stop += 1
     return _Layout(first, tail, stop, len(offsets))
+
+
+def _whole_words(offsets: list[tuple[int, int]], layout: _Layout, start: int, text: str, limit: int) -> int:
+    """How many of a text's tokens are left when the words go that lie beyond its first ``limit`` tokens.
+
+    A cut is one of whole words where white space is at the boundary of two tokens, on either side of it: tokenizers
+    count the space before a word to it, or to no token.
+    """
+    room = max(limit - (layout.stop - layout.tail), 0)  # the tokens that reach into the tail stay in any case
+    for kept in range(room, 0, -1):
+        here, there = offsets[layout.first + kept - 1], offsets[layout.first + kept]
+        last = text[max(here[0] - start, 0) : here[1] - start]
+        between = text[max(here[1] - 1 - start, 0) : there[0] + 1 - start]
+        if last.strip() and any(character.isspace() for character in between):
+            return kept
+    return room
 
 
 def _check_unicode(index: int, string: str) -> None:

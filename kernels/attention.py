@@ -213,10 +213,12 @@ def _torch_attention(
 ) -> tuple[Tensor, Tensor | None]:
     hidden = plan.hidden(options.causal, options.window)
     heads, kv_heads = q.shape[1], k.shape[1]
-    keep = prefers_explicit(plan.groups, heads, kv_heads, q.shape[2])
+    # without a backward both are as fast, and the choice, which falls by batch, would round a sequence differently
+    graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    keep = graph and prefers_explicit(plan.groups, heads, kv_heads, q.shape[2])
     # The fused kernels of GPUs add up gradients in no fixed order; ours are bit-identical from run to run.
     plain = options.dropout_p == 0.0 and options.softcap is None and not want_lse
-    if q.device.type == "cpu" and plain and not keep:
+    if q.device.type == "cpu" and plain and not keep and q.shape[0]:
         return fused_attention(q, k, v, plan.groups, options, hidden), None
     layout = plan.layout(heads, kv_heads)
     return explicit_attention(

@@ -17,7 +17,7 @@ import torch
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import resolve_model
-from bivec.engine.run_files import RUN_FILE, TRAINED
+from bivec.engine.run_files import RUN_FILE, TRAINED, start_state
 from bivec.engine.run_weights import stage_is_done
 from bivec.models.weights import CONFIG_FILE
 
@@ -88,7 +88,7 @@ def decoder_variants(model: str) -> list[Variant]:
 def run_variants(directory: str | Path) -> list[Variant]:
     """The states of the model that a run went through: Uni, Bi, then one for every stage that it has trained.
 
-    A decoder with no run around it has the first two only.
+    A decoder with no run around it has the first two only. What was done to the run's model before it is in the names.
 
     Args:
         directory: a run's ``--output-dir``, or any model.
@@ -109,15 +109,17 @@ def run_variants(directory: str | Path) -> list[Variant]:
         raise RunError(f"{directory / RUN_FILE}: not the {RUN_FILE} of a run of this version ({error!r})") from error
     merged = directory / "merged"  # the tokenizer as the run had it
     tokenizer = str(merged) if (merged / "tokenizer.json").is_file() else model
-    found = [Variant(name, model, earlier, tokenizer, settings) for name in ("uni", "bi")]
-    parts: list[str] = []
+    before = start_state(model, earlier).split("+")[1:]
+    found = [Variant("+".join([mask, *before]), model, earlier, tokenizer, settings) for mask in ("uni", "bi")]
+    trained: list[str] = []
     for name in (name for name in TRAINED if name in stages and stage_is_done(directory / name)):
-        kept = [part for part in parts if not (name == "supervised" and goes_on and part == "simcse")]
-        parts.append(name)
+        kept = [stage for stage in trained if not (name == "supervised" and goes_on and stage == "simcse")]
+        trained.append(name)
         mask = "uni" if name in trained_causal else "bi"
         base, adapters = _sources(directory, model, earlier, [*kept, name])
         of_stage = settings | (_supervised_settings(directory) if name == "supervised" else {})
-        found.append(Variant("+".join([mask, *parts]), base, adapters, tokenizer, of_stage))
+        of_stage |= {"pooling": recipe["simcse"].get("pooling", "mean")} if name == "simcse" else {}
+        found.append(Variant("+".join([mask, *before, *trained]), base, adapters, tokenizer, of_stage))
     return found
 
 

@@ -10,7 +10,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from bivec.engine.data import STSPair
-from bivec.engine.recipe import SupervisedStage, as_dict, parse_arguments
+from bivec.engine.recipe import SupervisedStage, as_dict
+from bivec.engine.recipe_arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 

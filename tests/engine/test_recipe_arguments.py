@@ -6,7 +6,8 @@ import pytest
 
 from bivec.engine.errors import ConfigError, RunError
 from bivec.engine.optim import OptimConfig
-from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, as_dict, differences, parse_arguments, with_horizon
+from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, as_dict, differences, with_horizon
+from bivec.engine.recipe_arguments import parse_arguments
 from bivec.models import DecoderConfig
 
 SHAPE = DecoderConfig(

@@ -134,7 +134,8 @@ def test_gradcheck(name, long):
 
 
 def test_path_follows_the_lengths(monkeypatch):
-    """Short sequences take the explicit path, long ones without dropout the fused kernel."""
+    """Short sequences take the explicit path, long ones without dropout the fused kernel, as all do without a graph:
+    there the choice would fall by batch, and a sequence be rounded by what is beside it."""
     called = []
     fused = attention_torch.fused_attention
     monkeypatch.setattr("bivec.kernels.attention.fused_attention", lambda *a: called.append("fused") or fused(*a))
@@ -147,8 +148,14 @@ def test_path_follows_the_lengths(monkeypatch):
     ):
         called.clear()
         cu_seqlens, q, k, v, _ = make(lengths, 4, 2)
-        flash_attention(q, k, v, cu_seqlens, 256, **options)
+        flash_attention(q.requires_grad_(), k, v, cu_seqlens, 256, **options)
         assert called == expected
+    called.clear()
+    cu_seqlens, q, k, v, _ = make([8, 8], 4, 2)
+    flash_attention(q, k, v, cu_seqlens, 256)
+    with torch.no_grad():
+        flash_attention(q.requires_grad_(), k, v, cu_seqlens, 256)
+    assert called == ["fused", "fused"]
 
 
 @pytest.mark.parametrize("name", ["plain", "dropout"])

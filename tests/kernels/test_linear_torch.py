@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bivec.kernels import linear_torch
-from bivec.kernels.linear_torch import MIN_ROWS, applies, linear
+from bivec.kernels.linear_torch import applies, linear
 
 FLOOR = 1e-7  # relative
 fused = pytest.mark.skipif(not linear_torch.available(), reason="torch has no oneDNN here")
@@ -29,7 +29,7 @@ def error(value, truth):
 @fused
 @pytest.mark.parametrize("what", ["nothing", "silu", "factor", "addend"])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, MIN_ROWS, 257])
+@pytest.mark.parametrize("rows", [1, 128, 257])
 def test_error_is_at_most_twice_that_of_torch(rows, with_bias, what):
     x, weight = randn(rows, 123), randn(77, 123, seed=1)
     bias = randn(77, seed=2) if with_bias else None
@@ -63,7 +63,7 @@ def test_silu_saturates_without_nan():
 
 
 def test_one_thing_after_the_product():
-    x = torch.ones(MIN_ROWS, 4)
+    x = torch.ones(3, 4)
     with pytest.raises(ValueError, match="at most one of silu, factor and addend"):
         linear(x, torch.ones(4, 4), silu=True, addend=x)
 
@@ -71,12 +71,12 @@ def test_one_thing_after_the_product():
 @fused
 @pytest.mark.filterwarnings("ignore:TF32")  # torch's own, as the flags are put back
 def test_where_it_applies(monkeypatch):
-    x, weight = torch.ones(MIN_ROWS, 4), torch.nn.Parameter(torch.ones(4, 4))
+    x, weight = torch.ones(3, 4), torch.nn.Parameter(torch.ones(4, 4))
     assert not applies(x, weight)  # a graph is kept
     assert applies(x, weight.detach(), None)
     with torch.no_grad():
         assert applies(x, weight, None)
-        assert not applies(x[1:], weight)
+        assert applies(x[:1], weight) and not applies(x[:0], weight)
         assert not applies(x.double(), weight.double())
         assert not applies(x.bfloat16(), weight.bfloat16())
         assert not applies(x.to("meta"), weight)
@@ -86,3 +86,17 @@ def test_where_it_applies(monkeypatch):
             assert not applies(x, weight)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not applies(x, weight)
+
+
+@fused
+@pytest.mark.parametrize("what", ["silu", "factor", "addend"])
+def test_a_row_does_not_depend_on_its_neighbours(what):
+    """What makes an embedding the same in every batch; MKL is off by 5e-5 here, oneDNN by 6e-5 for one row."""
+    x, weight, other = randn(300, 576), randn(1536, 576, seed=1), randn(300, 1536, seed=2)
+
+    def options(rows):
+        return {"silu": True} if what == "silu" else {what: other[rows]}
+
+    whole = linear(x, weight, **options(slice(None)))
+    for rows in (slice(0, 1), slice(3, 10), slice(40, 170)):
+        torch.testing.assert_close(linear(x[rows], weight, **options(rows)), whole[rows], rtol=0, atol=1e-5)

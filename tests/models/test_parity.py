@@ -229,7 +229,8 @@ def test_training_works_after_inference_mode():
         expected = ours(batch)
     out = ours(batch)
     out.sum().backward()
-    assert torch.equal(out.detach(), expected.clone()) and ours.embed_tokens.weight.grad is not None
+    torch.testing.assert_close(out.detach(), expected.clone())  # with a graph other kernels run
+    assert ours.embed_tokens.weight.grad is not None
 
 
 TEXTS = [

@@ -60,8 +60,8 @@ def test_a_layer_without_a_graph_is_six_kinds_of_one_operator(tiny_llama_dir):
     calls = counted(model, batch)
     assert calls["mkldnn._linear_pointwise"] == 7 * layers
     assert not {"aten.mm", "aten.addmm", "aten.silu", "aten.add"} & calls.keys()
-    few = counted(model, batch_of(20, 30))  # too few tokens
-    assert "mkldnn._linear_pointwise" not in few and few["aten.mm"] == 7 * layers
+    few = counted(model, batch_of(1))  # the same way, or a text alone would not have the vector it has in a batch
+    assert few["mkldnn._linear_pointwise"] == 7 * layers and "aten.mm" not in few
 
 
 @fused
@@ -87,7 +87,7 @@ def test_hooks_and_adapters_still_run(tiny_llama_dir):
 def test_projections_one_by_one(bias):
     torch.manual_seed(0)
     gate, up, down = nn.Linear(48, 80, bias), nn.Linear(48, 80, bias), nn.Linear(80, 48, bias)
-    x = torch.randn(linear_torch.MIN_ROWS, 48)
+    x = torch.randn(5, 48)
     product = nn.functional.silu(gate(x)) * up(x)
     assert project_gated(x, gate, up, backend=None) is None  # a graph is kept
     stream, update = project_onto(x, product, down, backend=None)
