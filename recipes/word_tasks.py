@@ -1,4 +1,4 @@
-"""Is it a better encoder of words? Chunking, NER and POS with a linear probe on frozen states, for every state of a run.
+"""Is it a better encoder of words? Chunking, NER and POS with a linear probe, for every state that a run went through.
 
     python recipes/word_tasks.py --model runs/llm2vec-smollm2-135m --output-dir runs/words
     python recipes/word_tasks.py --model RUN --conll2003 DIR --preset paper --output-dir runs/words   # as the paper's
@@ -47,7 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--variants", nargs="*", help="only these states, such as uni bi bi+mntp (default: all)")
     add("--encoder", nargs="*", default=[], metavar="DIR", help="encoder-only models, read at a word's first token")
     add("--tasks", default=",".join(TASKS), help="default: %(default)s")
-    add("--conll2003", type=Path, metavar="DIR", help="its folder, with eng.train, eng.testa, eng.testb or train.txt, …")
+    add(
+        "--conll2003", type=Path, metavar="DIR", help="its folder, with eng.train, eng.testa, eng.testb or train.txt, …"
+    )
     add("--sentences", type=int, help="at most so many of every corpus, the first ones (default: all)")
     add("--alignments", default="same_token,next_token", help="default: %(default)s")
     add("--preset", choices=sorted(PRESETS), default="small", help="of the probe (default: %(default)s)")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bivec.engine.errors import ConfigError
+from bivec.engine.evaluation.paper import paper_rows
 from bivec.engine.evaluation.word_data import (
     CONLL2003_LABELS,
     SPAN_TASKS,
