@@ -32,7 +32,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
     asked = frozenset(name.strip() for name in arguments.only.split(","))
     if not asked <= set(PARTS):
         raise RunError(f"--only {min(asked - set(PARTS))!r}: choose of {', '.join(PARTS)}")
-    smoke = {"pairs": 12, "sentences": 20, "texts": 1, "evaluate_every": 2, "flags": ("--smoke",)}
+    smoke = {"pairs": 12, "sentences": 20, "tasks_scale": 20, "texts": 1, "evaluate_every": 2, "flags": ("--smoke",)}
     given = {"pairs": arguments.pairs, "sentences": arguments.sentences}
     return Study(
         run=arguments.run,

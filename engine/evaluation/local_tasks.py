@@ -13,13 +13,14 @@ Their scores compare models with each other, not with the paper's, whose tasks a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bivec.engine.data import STSPair, load_sts, load_texts
 from bivec.engine.errors import DataError
+from bivec.engine.evaluation.paper import paper_rows
 
 if TYPE_CHECKING:
     from mteb.abstasks.abstask import AbsTask
@@ -113,6 +114,33 @@ def evaluate_local(encoder: Encoder | EncoderProtocol, tasks: Sequence[AbsTask])
     fresh = [type(task)(seed=task.seed) for task in tasks]
     results = mteb.evaluate(model, fresh, cache=None, co2_tracker=False, show_progress_bar=False)
     return {result.task_name: 100 * float(result.get_score()) for result in results.task_results}
+
+
+def local_markdown(scores: Mapping[str, Mapping[str, float]], *, paper_model: str = "S-LLaMA-1.3B") -> str:
+    """A table, one row a model, beside the paper's means of the same categories (Table 1, unsupervised).
+
+    Args:
+        scores: by model, what :func:`evaluate_local` gives; a model with a variant's name gets the paper's row of it.
+        paper_model: which of the paper's models.
+
+    Raises:
+        ConfigError: the paper has no such model.
+    """
+    names = list(dict.fromkeys(task for row in scores.values() for task in row))
+    categories = [name.removeprefix("Local") for name in names]
+    theirs = {row.variant: row.scores for row in paper_rows("1", model=paper_model)}
+    head = [*categories, *(f"paper: {category}" for category in categories)]
+    lines = [f"| model | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+    for model, row in scores.items():
+        paper = theirs.get(model, {})
+        cells = [f"{row[name]:.1f}" if name in row else "" for name in names]
+        cells += [f"{paper[category]:.2f}" if category in paper else "" for category in categories]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    note = (
+        f"Ours: one small task a category, main score x 100 by mteb. Paper: {paper_model}, means over the English tasks of "
+        "the category in MTEB; Uni with the weighted mean, as here."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _task(base: type[AbsTask], metadata: TaskMetadata, load: Callable[[], dict], **attributes: Any) -> AbsTask:

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from bivec.engine.data import load_sts
 from bivec.engine.errors import CheckpointError, RunError
 from bivec.engine.evaluation import curves, future_tokens, pooling_table, similarity
 from bivec.engine.evaluation.auto_encoder import AutoEncoder, find_minilm
+from bivec.engine.evaluation.local_tasks import LocalSizes, evaluate_local, local_markdown, local_tasks
 from bivec.engine.evaluation.parts import Part, fingerprint, kept_part, run_part
 from bivec.engine.evaluation.variants import Variant, run_variants
 from bivec.engine.run_files import RUN_FILE
@@ -27,6 +28,7 @@ from bivec.engine.run_files import RUN_FILE
 PARTS = ("baselines", "pooling", "tasks", "words", "prefixes", "masks", "curves")
 # SimCSE on the causal decoder, on the bidirectional one without MNTP, and once more after MNTP, for its curve
 BASELINES = ("uni+simcse", "bi+simcse", "bi+mntp+simcse")
+SIZES = astuple(LocalSizes())
 PARAGRAPH_WORDS = range(110, 150)  # the paper's paragraph has 107 words, about 180 tokens
 
 
@@ -45,6 +47,7 @@ class Study:
     asked: frozenset[str] = frozenset(PARTS)  # the parts that may be made; others are taken if they are there
     pairs: int | None = None  # of STS-B; None = all
     sentences: int | None = None  # of every word corpus
+    tasks_scale: int = 1  # the tasks of mteb are so many times smaller
     texts: int = 5  # paragraphs for the comparison of the masks
     evaluate_every: int = 15  # steps of a baseline between two evaluations
     flags: tuple[str, ...] = ()  # further ones for the baselines
@@ -98,6 +101,21 @@ class Study:
             return {"table": pooling_table.pooling_markdown(table), **table.to_dict()}
 
         return self.part("pooling", make, pairs=len(pairs))
+
+    def tasks(self) -> Part | None:
+        """Four small tasks, scored by mteb; Uni with the weighted mean, as in the paper's tables."""
+        sizes = LocalSizes() if self.tasks_scale == 1 else LocalSizes(*(max(4, n // self.tasks_scale) for n in SIZES))
+
+        def make() -> dict[str, Any]:
+            tasks, scores = local_tasks(self.data, sizes), {}
+            for variant in self.variants:
+                pooling = "weighted_mean" if variant.name == "uni" else None
+                scores[variant.name] = evaluate_local(variant.load(pooling=pooling), tasks)
+                _say(f"{variant.name}: {scores[variant.name]}")
+            scores |= {name: evaluate_local(encoder, tasks) for name, encoder in _minilm().items()}
+            return {"table": local_markdown(scores), "scores": scores}
+
+        return self.part("tasks", make, sizes=asdict(sizes))
 
     def prefixes(self) -> Part | None:
         """Whether the tokens of a prefix know how the sentence goes on."""
