@@ -1,4 +1,4 @@
-"""Is it a better encoder of words? Chunking, NER and POS by a linear probe on frozen states, for every state of a run.
+"""Is it a better encoder of words? Chunking, NER and POS with a linear probe, for every state that a run went through.
 
     python recipes/word_tasks.py --model runs/llm2vec-smollm2-135m --output-dir runs/words
     python recipes/word_tasks.py --model RUN --conll2003 DIR --preset paper --output-dir runs/words   # as the paper's

@@ -86,6 +86,43 @@ def test_a_task_that_fails_leaves_the_others(command, tiny_llama_dir, tmp_path, 
     assert list(content["scores"]) == ["LocalPairClassification"]
 
 
+def test_the_papers_baselines_in_the_same_harness(command, tiny_llama_dir, tmp_path, capsys):
+    """Echo and encoder-only models: other vectors, the latter's without instructions."""
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    config = BertConfig(
+        vocab_size=1000,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        pad_token_id=1,
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    PreTrainedTokenizerFast.from_pretrained(tiny_llama_dir).save_pretrained(tmp_path / "bert")
+    output = ["--tasks", "LocalSTS", "--output-dir", str(tmp_path / "out")]
+    scores = {}
+    for name, flags in (
+        ("llama-uni", ["--model", str(tiny_llama_dir), "--variant", "uni"]),
+        ("llama-echo", ["--model", str(tiny_llama_dir), "--echo"]),
+        ("bert", ["--model", str(tmp_path / "bert"), "--encoder-only"]),
+    ):
+        assert command.main([*output, *flags]) == 0
+        content = json.loads((tmp_path / "out" / f"bivec__{name}.json").read_text())
+        scores[name] = content["scores"]["LocalSTS"]
+        assert content["paper_variant"] == {"llama-uni": "uni", "llama-echo": "echo"}.get(name, "bi+mntp+simcse")
+        assert content["instructions"]["LocalSTS"] == ("" if name == "bert" else "Retrieve semantically similar text:")
+    assert len(set(scores.values())) == 3
+    for flags, message in (
+        (["--echo", "--variant", "bi"], "--echo works around the causal mask"),
+        (["--echo", "--encoder-only"], "--echo works around the causal mask"),
+        (["--encoder-only", "--variant", "bi"], "--encoder-only has no variants"),
+    ):
+        with pytest.raises(SystemExit):
+            command.main([*output, "--model", "x", *flags])
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
