@@ -49,7 +49,7 @@ def test_states_are_those_of_a_graph(family, options, tiny_dir):
         again, states_again = model(batch, output_hidden_states=True, **options)
     assert len(states) == len(expected_states)
     for a, b in zip((hidden, *states), (expected, *expected_states), strict=True):
-        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(a, b.detach(), rtol=1e-5, atol=1e-5)  # states of size 1, another library's sums
     assert all(torch.equal(a, b) for a, b in zip((hidden, *states), (again, *states_again), strict=True))
 
 

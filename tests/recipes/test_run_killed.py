@@ -262,6 +262,8 @@ def test_killed_twenty_times_and_resumed(server, tmp_path):
         # nothing is left under a temporary name, but for what a kill before there was a run.json has left
         assert {path.name.split(".")[1] for path in directory.rglob(".*.tmp")} <= {"run"}
         assert outcome(directory) == expected  # where the kill came too late it is tried again, in another run
+        if not answer["status"] and kills[0].get("seconds"):
+            kills[0]["seconds"] /= 2  # the machine was slower when the whole run was timed
         finished += 1
         assert finished < 20, f"the kills come too late: {kills}"
         directory = tmp_path / f"run{finished}"
