@@ -86,7 +86,8 @@ class Probe:
 
 PAPER = ProbeConfig()  # appendix D.1.3: 1,500 steps
 REPOSITORY = ProbeConfig(steps=4000, decay_epochs=10.0)  # its training stops at 4,000, the rate aims at ten epochs
-# at 135M the paper's rate is too low to finish in its steps, and features of unequal size slow it further
+# SmolLM2-135M, Uni, POS on UD-EWT, one seed: 84.7 at the paper's rate, 87.6 at 2e-3, 87.7 at 5e-3 and with 4,000 steps
+# no more. Standardising changes little (87.5), but keeps the rate independent of the size of a model's features.
 SMALL = ProbeConfig(learning_rate=5e-3, standardize=True)
 PRESETS = {"paper": PAPER, "repository": REPOSITORY, "small": SMALL}
 
