@@ -131,6 +131,6 @@ def test_out_of_memory_says_what_to_do(main, tiny_llama_dir, corpus, tmp_path, c
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "hidden_states", full)
         error = fails(main, capsys, words(tiny_llama_dir, corpus, tmp_path / "e.npy", "--column", "passage"))
-    assert "give the same command a smaller --tokens-per-batch, and it goes on" in error
+    assert "to go on, repeat it with a smaller --tokens-per-batch" in error
     main(words(tiny_llama_dir, corpus, tmp_path / "e.npy", "--column", "passage", "--tokens-per-batch", 8))
     assert np.load(tmp_path / "e.npy").shape == (6, 64)
