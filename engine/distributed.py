@@ -217,7 +217,7 @@ def process_group(
             f"({_first_line(error)})"
         ) from error
     else:
-        pulse.stop()  # before rank 0, which holds the store, may be gone
+        pulse.stop(timeout_seconds)  # before rank 0, which holds the store, may be gone
         world.barrier()  # it may have files to write
         dist.destroy_process_group()
     finally:
@@ -244,9 +244,10 @@ class _Pulse:
             except RuntimeError:  # the store is gone with the process that held it
                 return
 
-    def stop(self) -> None:
+    def stop(self, patience: float = BEAT_SECONDS) -> None:
+        """Ends the beat; a thread that a dying interpreter meets in torch's C++ aborts it, so it is waited for."""
         self._stopped.set()
-        self._thread.join(timeout=BEAT_SECONDS)  # a thread that a dying interpreter meets in torch's C++ aborts it
+        self._thread.join(timeout=patience)
 
     def lost(self) -> str:
         """Names of the ranks whose beat has stopped, of rank 0 if the store does not answer; "" = none has."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -180,7 +181,7 @@ class Encoder:
         embeddings = torch.empty(len(pairs), self.dimension, dtype=torch.float32)
         with progress_bar(len(pairs), show_progress_bar) as advance:
             for start, vectors in self.embed_slices(
-                ((start, pairs[start : start + SLICE_TEXTS]) for start in starts),
+                [(start, pairs[start : start + SLICE_TEXTS]) for start in starts],
                 batch_size=batch_size,
                 tokens_per_batch=tokens_per_batch,
                 max_text_length=max_text_length,
@@ -219,7 +220,8 @@ class Encoder:
             BivecError: an instruction that leaves no room for its text; it is named by its position.
         """
         tokenised = ((first, self._tokenise(pairs, max_text_length, first)) for first, pairs in slices)
-        for first, rows in one_ahead(tokenised):
+        ahead = iter if length_hint(slices, 2) < 2 else one_ahead  # one slice needs no thread
+        for first, rows in ahead(tokenised):
             # one copy a slice: a copy a batch would make a GPU wait for the host as often
             embeddings = torch.empty(len(rows), self.dimension, dtype=torch.float32, device=self.device)
             states = self.hidden_states(

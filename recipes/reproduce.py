@@ -55,7 +55,7 @@ def main() -> None:
         help="parts to make; others are taken if they are there (default: all)",
     )
     add("--pairs", type=int, help="STS-B pairs (default: all 1,379)")
-    add("--sentences", type=int, help="sentences of every word corpus (default: all)")
+    add("--sentences", type=int, default=1500, help="of every word corpus, the first ones (default: %(default)s)")
     add("--smoke", action="store_true", help="very little of everything")
     arguments = parser.parse_args()
     try:

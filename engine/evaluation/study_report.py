@@ -44,7 +44,8 @@ def study_trends(parts: Mapping[str, Part]) -> list[Trend]:
         sts["uni weighted_mean"] = pooled["uni"]["weighted_mean"]
     found = [*sequence_trends(sts), *pooling_trends(pooled)] if pooled else []
     if "words" in parts:
-        found += word_trends(parts["words"].data["accuracy"])
+        for read, tasks in parts["words"].data["accuracy"].items():
+            found += word_trends(tasks, read)
     if "prefixes" in parts:
         found += prefix_trends(parts["prefixes"].data["auc"])
     return found

@@ -131,11 +131,12 @@ def pooling_trends(table: Mapping[str, Scores]) -> list[Trend]:
     return found
 
 
-def word_trends(tasks: Mapping[str, Scores]) -> list[Trend]:
+def word_trends(tasks: Mapping[str, Scores], read: str) -> list[Trend]:
     """Claims on word tasks.
 
     Args:
         tasks: by task ("chunking", "ner", "pos"), the token accuracy x 100 by variant.
+        read: where the words were read, for the claims.
     """
     papers = {
         "chunking": "S-LLaMA-1.3B 76.50 < 86.10 < 90.51 (Table 4)",
@@ -143,12 +144,14 @@ def word_trends(tasks: Mapping[str, Scores]) -> list[Trend]:
         "pos": "S-LLaMA-1.3B 89.18 < 90.89 < 92.04",
     }
     found = [
-        rising(f"{task}: Bi < Uni < Bi+MNTP", papers.get(task, ""), scores, ("bi", "uni", "bi+mntp"), WORD_MARGIN)
+        rising(
+            f"{task}, {read}: Bi < Uni < Bi+MNTP", papers.get(task, ""), scores, ("bi", "uni", "bi+mntp"), WORD_MARGIN
+        )
         for task, scores in tasks.items()
     ]
     found += [
         rising(
-            f"{task}: SimCSE after MNTP costs a little on words",
+            f"{task}, {read}: SimCSE after MNTP costs a little on words",
             {"chunking": "S-LLaMA-1.3B 90.51 > 89.33", "ner": "96.59 > 95.90", "pos": "92.04 > 90.38"}.get(task, ""),
             scores,
             ("bi+mntp+simcse", "bi+mntp"),
@@ -159,7 +162,7 @@ def word_trends(tasks: Mapping[str, Scores]) -> list[Trend]:
     gains = {
         task: scores["bi+mntp"] - scores["uni"] for task, scores in tasks.items() if {"uni", "bi+mntp"} <= scores.keys()
     }
-    claim = "Chunking gains most by MNTP over Uni"
+    claim = f"Words {read}: chunking gains most by MNTP over Uni"
     found.append(highest(claim, "S-LLaMA-1.3B +4.41, NER +0.50, POS +1.15 (Table 4)", gains, "chunking"))
     return found
 

@@ -59,3 +59,14 @@ def test_one_is_made_while_another_is_used():
     with pytest.raises(DataError, match="no"):
         next(found)
     assert list(one_ahead([])) == []
+
+
+def test_one_slice_needs_no_thread(tiny_llama_dir, monkeypatch):
+    encoder = Encoder.from_pretrained(tiny_llama_dir)
+    monkeypatch.setattr("bivec.engine.encoder.SLICE_TEXTS", 2)
+    expected = encoder.encode(["a choir sang", "the river", "north"])
+    monkeypatch.setattr("bivec.engine.encoder.ThreadPoolExecutor", None)
+    found = encoder.encode(["a choir sang", "the river"])
+    assert (found == expected[:2]).all()
+    with pytest.raises(TypeError):  # two slices have one
+        encoder.encode(["a choir sang", "the river", "north"])

@@ -43,7 +43,12 @@ def test_all_parts_and_the_report(quick_start, tmp_path, capsys):
         assert f"| {name} | " in report
     for name in ("pooling", "prefixes", "masks", "curves"):
         assert f"({name}.png)" in report and (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert "Bi < Uni < Bi+MNTP" in report and "| uni+simcse |" in report and "| echo |" in report
+    assert (
+        "pos, at their own tokens: Bi < Uni < Bi+MNTP" in report
+        and "ner, after MNTP one to the left: Bi <" in report
+        and "| uni+simcse |" in report
+        and "| echo |" in report
+    )
     assert "not measured" not in report.split("## Sentence pairs")[0].split("was not measured")[1]
     # again: nothing is done twice, and the report is the same
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}

@@ -17,7 +17,10 @@ POOLED = {
     "bi+simcse": {"eos_token": 50.0, "mean": 75.0, "weighted_mean": 71.0},
     "echo": {"mean": 58.0},
 }
-WORDS = {"pos": {"uni": 80.0, "bi": 78.0, "bi+mntp": 84.0, "bi+mntp+simcse": 83.0}}
+WORDS = {
+    "at their own tokens": {"pos": {"uni": 80.0, "bi": 78.0, "bi+mntp": 84.0, "bi+mntp+simcse": 83.0}},
+    "to the left": {"pos": {"uni": 80.0, "bi": 78.0, "bi+mntp": 74.0, "bi+mntp+simcse": 73.0}},
+}
 
 
 def part(name, **data):
@@ -46,8 +49,9 @@ def test_the_trends_of_all_parts(parts):
     assert verdicts["Of the three that have SimCSE the one after MNTP is best"] == FAILS  # bi+simcse has 75
     assert verdicts["Echo beats the causal decoder it is made of, and LLM2Vec beats Echo"] == HOLDS
     assert verdicts["uni: the weighted mean is the best pooling"] == HOLDS
-    assert verdicts["pos: Bi < Uni < Bi+MNTP"] == HOLDS
-    assert verdicts["Chunking gains most by MNTP over Uni"] == MISSING
+    assert verdicts["pos, at their own tokens: Bi < Uni < Bi+MNTP"] == HOLDS
+    assert verdicts["pos, to the left: Bi < Uni < Bi+MNTP"] == FAILS
+    assert verdicts["Words to the left: chunking gains most by MNTP over Uni"] == MISSING
     assert verdicts["MNTP makes that knowledge useful"] == FAILS
     assert study_trends({}) == []
 

@@ -90,11 +90,11 @@ def test_word_trends():
         "ner": {"uni": 96.09, "bi": 92.17, "bi+mntp": 96.59, "bi+mntp+simcse": 95.90},
         "pos": {"uni": 90.89, "bi": 89.18, "bi+mntp": 92.04, "bi+mntp+simcse": 90.38},
     }
-    found = word_trends(tasks)
+    found = word_trends(tasks, "at their own tokens")
     assert verdicts(found) == 7 * [HOLDS]
     assert found[-1].ours == "chunking 4.4, best of the others pos 1.2"
     del tasks["chunking"]["bi"]
-    assert verdicts(word_trends(tasks))[0] == MISSING
+    assert verdicts(word_trends(tasks, "at their own tokens"))[0] == MISSING
 
 
 def test_prefix_trends_and_the_table():
