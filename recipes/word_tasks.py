@@ -29,6 +29,7 @@ from bivec.engine.evaluation.word_tasks import (
     WordData,
     WordScore,
     conll2003_word_data,
+    read_as_paper,
     score_words,
     select_word_data,
     shipped_word_data,
@@ -76,7 +77,7 @@ def word_scores(arguments: argparse.Namespace, data: list[WordData]) -> tuple[li
     for variant in variants:
         encoder = variant.load(device=arguments.device)
         scores += score_words(variant.name, encoder, data, names, **options)
-        read_at[variant.name] = "next_token" if variant.reads_next_token else "same_token"
+        read_at[variant.name] = read_as_paper(variant.name)
         print(words_markdown(scores, paper_model=arguments.paper_model, read_at=read_at), end="\n\n", flush=True)
         del encoder
         gc.collect()

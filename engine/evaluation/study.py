@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,10 @@ from bivec.engine.evaluation.variants import Variant, run_variants
 from bivec.engine.evaluation.word_data import TASKS
 from bivec.engine.evaluation.word_probe import PRESETS
 from bivec.engine.evaluation.word_tasks import (
+    READINGS,
     WordScore,
+    accuracy_by_task,
+    read_as_paper,
     score_words,
     select_word_data,
     shipped_word_data,
@@ -141,7 +144,7 @@ class Study:
         """
         data = select_word_data(shipped_word_data(self.data), TASKS, sentences=self.sentences)
         variants = run_variants(self.run)
-        as_paper = {one.name: "next_token" if one.reads_next_token else "same_token" for one in variants}
+        as_paper = {one.name: read_as_paper(one.name) for one in variants}
         options = {"config": PRESETS[self.probe], "seeds": self.seeds, "cache_dir": self.output / "features"}
 
         def make() -> dict[str, Any]:
@@ -153,10 +156,7 @@ class Study:
                 scores += score_words(name, AutoEncoder.from_pretrained(path), data, ["first"], **options)
             return {
                 "table": words_markdown(scores, read_at=as_paper),
-                "accuracy": {
-                    "at their own tokens": _accuracy(scores, dict.fromkeys(as_paper, "same_token")),
-                    "after MNTP one to the left": _accuracy(scores, as_paper),
-                },
+                "accuracy": {reading: accuracy_by_task(scores, read) for reading, read in READINGS.items()},
                 "scores": [score.to_dict() for score in scores],
             }
 
@@ -264,16 +264,6 @@ class Study:
         if subprocess.run(command, check=False).returncode:
             raise RunError(f"training the baseline {name} failed (its error is above): {shlex.join(command)}")
         os.replace(begun, directory.with_suffix(".json"))
-
-
-def _accuracy(scores: Sequence[WordScore], read_at: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Token accuracy by task and model, each model with its words read at one alignment."""
-    return {
-        task: {
-            one.model: one.accuracy for one in scores if one.task == task and one.alignment == read_at.get(one.model)
-        }
-        for task in TASKS
-    }
 
 
 def _settings(prefix: str, values: Mapping[str, Any]) -> list[str]:

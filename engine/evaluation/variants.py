@@ -40,11 +40,6 @@ class Variant:
     def causal(self) -> bool:
         return self.name.startswith("uni")
 
-    @property
-    def reads_next_token(self) -> bool:
-        """MNTP trains position i - 1 to know token i: word tasks read a word there (METHOD 6.1)."""
-        return "mntp" in self.name.split("+")
-
     def load(
         self,
         *,

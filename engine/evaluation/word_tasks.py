@@ -7,7 +7,7 @@ Source: METHOD 6 (paper, section 4.1, Figure 2, Table 4, appendix D.1.3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,18 @@ from bivec.engine.evaluation.word_features import WordEncoder, word_features
 from bivec.engine.evaluation.word_probe import ProbeConfig, evaluate_probe, train_probe
 
 TITLES = {"chunking": "Chunking", "ner": "NER", "pos": "POS"}
+
+
+def read_as_paper(model: str) -> str:
+    """The alignment of a state by its name: MNTP trains position i - 1 to know token i, and a word is read there."""
+    return "next_token" if "mntp" in model.split("+") else "same_token"
+
+
+# how states are compared
+READINGS: dict[str, Callable[[str], str]] = {
+    "at their own tokens": lambda model: "same_token",
+    "after MNTP one to the left": read_as_paper,
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,22 @@ def shipped_word_data(directory: str | Path) -> list[WordData]:
     ewt = [read_conllu(directory / f"ud_ewt_{split}.conllu.gz") for split in ("train", "test")]
     wnut = [read_wnut17(directory / f"wnut17_{split}.conll.gz") for split in ("train", "test")]
     return [WordData("ud_ewt", *ewt, ("chunking", "pos")), WordData("wnut17", *wnut, ("ner",))]
+
+
+def held_out_word_data(directory: str | Path) -> list[WordData]:
+    """What settings are chosen by: a quarter of UD-EWT's training sentences held out, and WNUT-17's dev set.
+
+    Raises:
+        DataError: see the readers.
+    """
+    directory = Path(directory)
+    ewt = read_conllu(directory / "ud_ewt_train.conllu.gz")
+    kept = 3 * len(ewt) // 4
+    wnut = [read_wnut17(directory / f"wnut17_{split}.conll.gz") for split in ("train", "dev")]
+    return [
+        WordData("ud_ewt", ewt.select(range(kept)), ewt.select(range(kept, len(ewt))), ("chunking", "pos")),
+        WordData("wnut17", *wnut, ("ner",)),
+    ]
 
 
 def conll2003_word_data(directory: str | Path) -> list[WordData]:
@@ -167,6 +195,20 @@ def score_words(
                     )
                 )
     return scores
+
+
+def accuracy_by_task(scores: Sequence[WordScore], read: Callable[[str], str]) -> dict[str, dict[str, float]]:
+    """Token accuracy x 100 by task and model, each model with its words read at one alignment.
+
+    Args:
+        scores: from :func:`score_words`.
+        read: a model's name -> its alignment; see ``READINGS``.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for one in scores:
+        if one.alignment == read(one.model):
+            found.setdefault(one.task, {})[one.model] = one.accuracy
+    return found
 
 
 def words_markdown(

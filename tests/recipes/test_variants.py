@@ -11,6 +11,7 @@ from bivec.engine.encoder import Encoder
 from bivec.engine.errors import ConfigError, RunError
 from bivec.engine.evaluation import sts_spearman
 from bivec.engine.evaluation.variants import decoder_variants, named_variants, run_variants
+from bivec.engine.evaluation.word_tasks import read_as_paper
 from bivec.engine.recipe import SimcseStage
 from bivec.models import PackedBatch
 
@@ -36,7 +37,7 @@ def test_variants_of_a_run(execute, recipe, tmp_path):
     names = check_scores(tmp_path, recipe)
     assert names == ["uni", "bi", "bi+mntp", "bi+mntp+simcse", "bi+mntp+simcse+supervised"]
     variants = run_variants(tmp_path)
-    assert [variant.reads_next_token for variant in variants] == [False, False, True, True, True]
+    assert [read_as_paper(variant.name) for variant in variants] == 2 * ["same_token"] + 3 * ["next_token"]
     last = variants[-1].load().encode(["Some words.", "a"])
     np.testing.assert_allclose(last, Encoder.from_pretrained(tmp_path).encode(["Some words.", "a"]), atol=1e-5)
     assert [one.name for one in named_variants(variants, ["bi+mntp", "uni"])] == ["bi+mntp", "uni"]
@@ -76,7 +77,7 @@ def test_a_run_that_goes_on_with_adapters(execute, recipe, tmp_path):
     execute(recipe, tmp_path / "second", "--stages", "bi,simcse", "--adapters", tmp_path / "first" / "mntp")
     variants = run_variants(tmp_path / "second")
     assert [variant.name for variant in variants] == ["uni+mntp", "bi+mntp", "bi+mntp+simcse"]
-    assert all(variant.reads_next_token for variant in variants)
+    assert all(read_as_paper(variant.name) == "next_token" for variant in variants)
     first = run_variants(tmp_path / "first")[-1].load().encode("Some words.")
     np.testing.assert_allclose(variants[1].load().encode("Some words."), first, atol=1e-6)
     last = Encoder.from_pretrained(tmp_path / "second").encode("Some words.")
