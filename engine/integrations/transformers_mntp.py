@@ -29,6 +29,7 @@ from bivec.engine.tokenizer import mask_token_id
 from bivec.kernels import linear_cross_entropy
 
 IGNORED = -100
+ONE_TEXT_A_ROW = ("eager", "sdpa", "flex_attention")  # these do not read the bounds of packed texts
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def use_mntp_loss(model: nn.Module) -> MntpLoss:
         A handle with ``remove()``.
 
     Raises:
-        ConfigError: another kind of model, a causal one, or a head that is no plain linear layer.
+        ConfigError: another kind of model, a causal one, or a head that is no plain linear layer. In training: a packed
+            batch under an attention that takes it for one text.
     """
     for inner in model.modules():
         if (family_of(inner) or ("", ""))[1] == "ForCausalLM":
@@ -192,6 +194,12 @@ def _with_mntp_loss(forward: Callable) -> Callable:
     def mntp_forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return forward(self, *args, **kwargs)
+        if "cu_seq_lens_q" in kwargs and self.config._attn_implementation in ONE_TEXT_A_ROW:
+            raise ConfigError(
+                f"use_mntp_loss: attn_implementation={self.config._attn_implementation!r} would let the texts of a "
+                "packed batch see each other: load the model with attn_implementation='bivec', or use "
+                "MntpCollator(packed=False)"
+            )
         items = kwargs.pop("num_items_in_batch", None)
         for name in ("logits_to_keep", "return_dict"):
             kwargs.pop(name, None)

@@ -1,5 +1,7 @@
 """MNTP in transformers' Trainer: what the collator makes, and the loss and its gradients against float64."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -41,10 +43,7 @@ def plain_loss(model, batch, divisor=None):
     total, count = 0.0, 0
     if "position_ids" in batch:
         bounds = batch["cu_seq_lens_q"].tolist()
-        rows = [
-            (batch["input_ids"][0, start:end], batch["labels"][0, start:end])
-            for start, end in zip(bounds, bounds[1:], strict=False)
-        ]
+        rows = [(batch["input_ids"][0, start:end], batch["labels"][0, start:end]) for start, end in pairwise(bounds)]
     else:
         lengths = batch["attention_mask"].sum(1)
         rows = [(i[:n], y[:n]) for i, y, n in zip(batch["input_ids"], batch["labels"], lengths, strict=True)]
@@ -73,7 +72,7 @@ def test_what_the_collator_makes(tokenizer, features, packed, style, probability
             bounds = batch["cu_seq_lens_q"].tolist()
             assert batch["input_ids"].shape == batch["labels"].shape == (1, bounds[-1])
             assert batch["max_length_q"] == max(len(f["input_ids"]) for f in features)
-            rows = [np.s_[0, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+            rows = [np.s_[0, a:b] for a, b in pairwise(bounds)]
             for row in rows:
                 assert batch["position_ids"][row].tolist() == list(range(row[1].stop - row[1].start))
         else:
@@ -243,6 +242,11 @@ def test_what_it_cannot_do_is_refused(tiny_llama_dir, tokenizer, features):
     causal = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     with pytest.raises(ConfigError, match=r"set model.config.is_causal = False first"):
         use_mntp_loss(causal)
+    sdpa = bidirectional(tiny_llama_dir, "sdpa")
+    use_mntp_loss(sdpa)
+    with pytest.raises(ConfigError, match=r"'sdpa' would let the texts of a packed batch see each other"):
+        sdpa(**MntpCollator(tokenizer)(features))
+    assert sdpa(**MntpCollator(tokenizer, 0.5, packed=False)(features)).loss > 0
     with pytest.raises(ConfigError, match="no causal language model of a known family in this LlamaModel"):
         use_mntp_loss(causal.model)
     model = bidirectional(tiny_llama_dir)
