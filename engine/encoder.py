@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from bivec.engine.encoder_config import POOLINGS, EncoderConfig, text_format
 from bivec.engine.encoder_inputs import as_list, one_ahead, progress_bar, split_pair
-from bivec.engine.errors import BivecError, ConfigError
+from bivec.engine.errors import BivecError
 from bivec.engine.layouts import open_encoder
+from bivec.engine.lora import Adapter
 from bivec.engine.origin import Origin
 from bivec.engine.packing import token_budget_batches
 from bivec.engine.text_format import Row, SpanError, encoding_head
@@ -50,13 +51,14 @@ class Encoder:
         backend: str | None = None,
         prompts: Mapping[str, str] | None = None,
         origin: Origin | None = None,
+        adapter: Adapter | None = None,
     ):
         config = config or EncoderConfig()
         positions = model.config.max_position_embeddings
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         self.config = replace(config, max_length=min(config.max_length, positions))
         self.lm_head_weight = lm_head_weight
-        self.prompts, self.origin = dict(prompts or {}), origin or Origin()  # what is saved beside the weights
+        self.prompts, self.origin, self.adapter = dict(prompts or {}), origin or Origin(), adapter
         self._text_format = text_format(self.config, tokenizer)
 
     @classmethod
@@ -65,6 +67,7 @@ class Encoder:
         path: str | Path,
         *,
         adapters: Sequence[str | Path] = (),
+        merge: bool = True,
         tokenizer: str | Path | None = None,
         pooling: str | None = None,
         pool_bos: bool | None = None,
@@ -82,6 +85,8 @@ class Encoder:
             path: a run directory (its ``merged/``), a Hugging Face, LLM2Vec or sentence-transformers directory, one
                 that holds an adapter alone (its base model is named inside), a ``.gguf`` file, or a hub id.
             adapters: PEFT adapters, directories or hub ids, merged into the weights in this order.
+            merge: False leaves the last of ``adapters`` live, as ``encoder.adapter``: ``remove()`` takes it off again,
+                ``merge()`` is what a save needs.
             tokenizer: directory, ``.gguf`` file or hub id of the tokenizer; None = the model's.
             pooling: "mean", "weighted_mean", "last_token", "eos_token" or "bos_token"; None = what the directory says,
                 else "mean".
@@ -97,16 +102,9 @@ class Encoder:
             backend: of the kernels.
 
         Raises:
-            BivecError: a directory of no known layout, damaged files, unknown settings, an adapter of another base or
-                one that is in the weights already.
+            BivecError: no known layout, damaged files, unknown settings, an adapter of another base or merged before.
         """
-        opened = open_encoder(path, adapters=adapters, tokenizer=tokenizer, dtype=dtype, device=device)
-        positions = opened.checkpoint.config.max_position_embeddings
-        if max_length is not None and max_length > positions:
-            raise ConfigError(
-                f"max_length {max_length} exceeds the {positions} positions of {path}; give at most these"
-            )
-        asked = {
+        settings = {
             "pooling": pooling,
             "pool_bos": pool_bos,
             "pool_tail": pool_tail,
@@ -114,15 +112,18 @@ class Encoder:
             "max_length": max_length,
             "template": template,
         }
-        config = replace(opened.config, **{field: value for field, value in asked.items() if value is not None})
+        opened = open_encoder(
+            path, adapters=adapters, merge=merge, tokenizer=tokenizer, settings=settings, dtype=dtype, device=device
+        )
         return cls(
             opened.checkpoint.model,
             opened.tokenizer,
-            config,
+            opened.config,
             lm_head_weight=opened.checkpoint.lm_head_weight,
             backend=backend,
             prompts=opened.prompts,
             origin=opened.origin,
+            adapter=opened.adapter,
         )
 
     @property
@@ -340,10 +341,9 @@ class Encoder:
     ) -> None:
         """Writes a folder that bivec, sentence-transformers and transformers load with no code of ours.
 
-        Where sentence-transformers cannot do what this encoder does (a template), the model card (README.md) and
-        ``bivec_config.json`` say so; if that concerns plain texts, a warning does too.
-        Everything is written under a temporary name and moved when complete; other files of the directory stay, a
-        README.md that is not ours included.
+        Where those cannot do what this encoder does (a template), the model card (README.md) and ``bivec_config.json``
+        say so, and a warning if that concerns plain texts. Everything is written under a temporary name and moved when
+        complete; other files of the directory stay, a README.md that is not ours included.
 
         Args:
             path: the directory.

@@ -188,9 +188,8 @@ def _write_tokenizer(writer: Any, encoder: Encoder, path: Path) -> None:
     if splits is None:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        # merges are tried in the order of what they make, which is that of the ids in SentencePiece's vocabularies
         writer.add_token_list(words)
-        writer.add_token_scores([0.0 if kind != NORMAL else -float(i) for i, kind in enumerate(types)])
+        writer.add_token_scores(_scores(words, rules["model"]["merges"]))
         text_rules = json.dumps([rules["normalizer"], rules["pre_tokenizer"]])
         prefixes = ('"Prepend"', '"prepend_scheme": "always"', '"prepend_scheme": "first"')
         writer.add_add_space_prefix(any(prefix in text_rules for prefix in prefixes))
@@ -214,6 +213,13 @@ def _write_tokenizer(writer: Any, encoder: Encoder, path: Path) -> None:
             add(number)
     writer.add_add_bos_token(prefix_length(tokenizer) > 0)
     writer.add_add_eos_token(encoder.config.pooling == "eos_token")
+
+
+def _scores(words: list[str], merges: list) -> list[float]:
+    """SentencePiece merges whatever makes the token of the best score: the order of what the merges make."""
+    made = dict.fromkeys("".join(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in merges)
+    ranks = {word: rank for rank, word in enumerate(made)}
+    return [-float(ranks.get(word, len(ranks))) for word in words]
 
 
 def _token_type(number: int, word: str, added: dict, model: dict, *, sentencepiece: bool) -> int:

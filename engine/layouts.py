@@ -25,8 +25,8 @@ from bivec.engine.encoder_config import (
     stored_prompts,
     weights_directory,
 )
-from bivec.engine.errors import CheckpointError
-from bivec.engine.lora import adapter_base, load_adapter
+from bivec.engine.errors import CheckpointError, ConfigError
+from bivec.engine.lora import Adapter, adapter_base, load_adapter
 from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint
 from bivec.engine.recipe import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
@@ -66,13 +66,16 @@ class Opened:
     tokenizer: PreTrainedTokenizerFast
     prompts: dict[str, str]
     origin: Origin
+    adapter: Adapter | None  # the last one, where it was to stay out of the weights
 
 
 def open_encoder(
     path: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
+    merge: bool = True,
     tokenizer: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Opened:
@@ -83,19 +86,26 @@ def open_encoder(
     Args:
         path: see :meth:`bivec.engine.encoder.Encoder.from_pretrained`, as the following.
         adapters: PEFT adapters, directories or hub ids, merged in this order after those that belong to ``path``.
+        merge: False = the last one of ``adapters`` stays beside the weights.
         tokenizer: None = that of ``path``.
+        settings: fields of EncoderConfig that count instead of what the files say; None = as they say.
         dtype: of the weights.
         device: None = CPU.
 
     Raises:
-        BivecError: see :func:`find_source`; an adapter that does not fit, or is in the weights already.
+        BivecError: see :func:`find_source`; an adapter that does not fit, or is in the weights already; settings that
+            cannot be.
     """
     source = find_source(path)
     given = [resolve_checkpoint(adapter, (*ADAPTER_PATTERNS, *CONFIG_PATTERNS)) for adapter in adapters]
     checkpoint = load_pretrained(source.weights, dtype=dtype, device=device)
     origin = stored_origin(source.weights)
     names = [*source.names, *([origin.base_model] if origin.base_model else [])]
-    config = read_encoder_config(source.settings, checkpoint.config)
+    asked = {field: value for field, value in (settings or {}).items() if value is not None}
+    length, positions = asked.get("max_length"), checkpoint.config.max_position_embeddings
+    if length is not None and length > positions:
+        raise ConfigError(f"max_length {length} exceeds the {positions} positions of {path}; give at most these")
+    config, adapter = read_encoder_config(source.settings, checkpoint.config), None
     for folder in (*source.adapters, *given):
         adapter = load_adapter(checkpoint.model, folder)
         recorded = adapter_base(folder)
@@ -106,13 +116,15 @@ def open_encoder(
         except CheckpointError:
             adapter.remove()
             raise
-        adapter.merge()
+        if merge or not given or folder != given[-1]:
+            adapter.merge()
+            adapter = None
         names += [str(folder), *([recorded] if recorded else [])]
         if folder in given:
             config = stored_encoder_config(folder, checkpoint.config) or config
     words = load_tokenizer(source.tokenizer if tokenizer is None else tokenizer)
     origin = replace(origin, base_model=origin.base_model or source.names[0])
-    return Opened(checkpoint, config, words, stored_prompts(source.settings), origin)
+    return Opened(checkpoint, replace(config, **asked), words, stored_prompts(source.settings), origin, adapter)
 
 
 def find_source(path: str | Path) -> Source:
@@ -166,7 +178,7 @@ def _adapter_source(path: str | Path, folder: Path, met: tuple[Path, ...]) -> So
         ) from error
     says = any((folder / name).is_file() for name in (CONFIG_FILE, "llm2vec_config.json", MODULES_FILE))
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
-    names = dict.fromkeys((base, *found.names, *_names(path, folder)))
+    names = dict.fromkeys((*found.names, base, *_names(path, folder)))
     return Source(
         found.weights,
         (*found.adapters, folder),
