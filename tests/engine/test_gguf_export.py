@@ -196,7 +196,7 @@ def test_a_tokenizer_that_gguf_cannot_name(tiny_llama_dir, tmp_path):
     encoder = Encoder.from_pretrained(tiny_llama_dir)
     backend = encoder.tokenizer.backend_tokenizer
     backend.normalizer = Lowercase()  # nothing in the file says it: it shows when the file is read back
-    with pytest.raises(ConfigError, match="the tokenizer cannot be said in GGUF: .The 3rd"):
+    with pytest.raises(ConfigError, match=r"the tokenizer cannot be said in GGUF: .The 3rd"):
         encoder.save_gguf(tmp_path / "m.gguf")
     backend.normalizer = None
     backend.pre_tokenizer = Sequence([Split(Regex("[aeiou]"), "isolated"), ByteLevel(add_prefix_space=False)])
