@@ -7,47 +7,35 @@ order changes a vector beyond rounding (METHOD 11: padded bf16 batches of the or
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from operator import length_hint
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bivec.engine.encoder_config import (
-    CONFIG_FILE,
-    CONFIG_PATTERNS,
-    POOLINGS,
-    EncoderConfig,
-    read_encoder_config,
-    text_format,
-    weights_directory,
-)
-from bivec.engine.errors import BivecError, ConfigError
-from bivec.engine.lora import load_adapter
+from bivec.engine.encoder_config import POOLINGS, EncoderConfig, text_format
+from bivec.engine.encoder_inputs import as_list, one_ahead, progress_bar, split_pair
+from bivec.engine.errors import BivecError
+from bivec.engine.layouts import open_encoder
+from bivec.engine.lora import Adapter
+from bivec.engine.origin import Origin
 from bivec.engine.packing import token_budget_batches
 from bivec.engine.text_format import Row, SpanError, encoding_head
-from bivec.engine.tokenizer import load_tokenizer
 from bivec.kernels import segment_pool
-from bivec.models import PackedBatch, load_pretrained, save_pretrained
-from bivec.models.files import atomic_directory
-from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, resolve_checkpoint
+from bivec.models import PackedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from bivec.engine.evaluation.mteb_encoder import MTEBEncoder
+    from bivec.engine.model_card import ModelCard
 
 DEFAULT_TOKENS_PER_BATCH = 4096
 SLICE_TEXTS = 4096  # of a long list a thread tokenises so many while those before are encoded
-
-Item = TypeVar("Item")
 
 
 class Encoder:
@@ -61,12 +49,16 @@ class Encoder:
         *,
         lm_head_weight: Tensor | None = None,
         backend: str | None = None,
+        prompts: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+        adapter: Adapter | None = None,
     ):
         config = config or EncoderConfig()
         positions = model.config.max_position_embeddings
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         self.config = replace(config, max_length=min(config.max_length, positions))
         self.lm_head_weight = lm_head_weight
+        self.prompts, self.origin, self.adapter = dict(prompts or {}), origin or Origin(), adapter
         self._text_format = text_format(self.config, tokenizer)
 
     @classmethod
@@ -75,6 +67,7 @@ class Encoder:
         path: str | Path,
         *,
         adapters: Sequence[str | Path] = (),
+        merge: bool = True,
         tokenizer: str | Path | None = None,
         pooling: str | None = None,
         pool_bos: bool | None = None,
@@ -89,9 +82,11 @@ class Encoder:
         """Loads an encoder.
 
         Args:
-            path: a run directory (its ``merged/``), a Hugging Face, LLM2Vec or sentence-transformers directory, a
-                ``.gguf`` file, or a hub id.
-            adapters: PEFT adapter directories, merged into the weights in this order.
+            path: a run directory (its ``merged/``), a Hugging Face, LLM2Vec or sentence-transformers directory, one
+                that holds an adapter alone (its base model is named inside), a ``.gguf`` file, or a hub id.
+            adapters: PEFT adapters, directories or hub ids, merged into the weights in this order.
+            merge: False leaves the last of ``adapters`` live, as ``encoder.adapter``: ``remove()`` takes it off again,
+                ``merge()`` is what a save needs.
             tokenizer: directory, ``.gguf`` file or hub id of the tokenizer; None = the model's.
             pooling: "mean", "weighted_mean", "last_token", "eos_token" or "bos_token"; None = what the directory says,
                 else "mean".
@@ -107,16 +102,9 @@ class Encoder:
             backend: of the kernels.
 
         Raises:
-            BivecError: a directory of no known layout, damaged files, unknown settings.
+            BivecError: no known layout, damaged files, unknown settings, an adapter of another base or merged before.
         """
-        path = resolve_checkpoint(weights_directory(path), (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS))
-        checkpoint = load_pretrained(path, dtype=dtype, device=device)
-        positions = checkpoint.config.max_position_embeddings
-        if max_length is not None and max_length > positions:
-            raise ConfigError(
-                f"max_length {max_length} exceeds the {positions} positions of {path}; give at most these"
-            )
-        asked = {
+        settings = {
             "pooling": pooling,
             "pool_bos": pool_bos,
             "pool_tail": pool_tail,
@@ -124,14 +112,19 @@ class Encoder:
             "max_length": max_length,
             "template": template,
         }
-        config = replace(
-            read_encoder_config(path, checkpoint.config),
-            **{field: value for field, value in asked.items() if value is not None},
+        opened = open_encoder(
+            path, adapters=adapters, merge=merge, tokenizer=tokenizer, settings=settings, dtype=dtype, device=device
         )
-        for adapter in adapters:
-            load_adapter(checkpoint.model, adapter).merge()
-        words = load_tokenizer(checkpoint.tokenizer_path if tokenizer is None else tokenizer)
-        return cls(checkpoint.model, words, config, lm_head_weight=checkpoint.lm_head_weight, backend=backend)
+        return cls(
+            opened.checkpoint.model,
+            opened.tokenizer,
+            opened.config,
+            lm_head_weight=opened.checkpoint.lm_head_weight,
+            backend=backend,
+            prompts=opened.prompts,
+            origin=opened.origin,
+            adapter=opened.adapter,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -176,7 +169,7 @@ class Encoder:
             BivecError: an input that is neither a text nor a pair, or an instruction that leaves no room for its text.
         """
         single = isinstance(sentences, str)
-        pairs = [_split_pair(item, instruction, index) for index, item in enumerate(_as_list(sentences))]
+        pairs = [split_pair(item, instruction, index) for index, item in enumerate(as_list(sentences))]
         starts = range(0, len(pairs), SLICE_TEXTS)
         embeddings = torch.empty(len(pairs), self.dimension, dtype=torch.float32)
         with progress_bar(len(pairs), show_progress_bar) as advance:
@@ -261,7 +254,7 @@ class Encoder:
             BivecError: an input that is not a text.
         """
         single = isinstance(sentences, str)
-        texts = _as_list(sentences)
+        texts = as_list(sentences)
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise BivecError(f"text {index} is {type(text).__name__}, expected a str")
@@ -338,21 +331,47 @@ class Encoder:
             tokens_per_batch=tokens_per_batch,
         )
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes weights, tokenizer and pooling rule into a directory that bivec and transformers load.
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        normalize: bool = False,
+        prompts: Mapping[str, str] | None = None,
+        card: ModelCard | None = None,
+    ) -> None:
+        """Writes a folder that bivec, sentence-transformers and transformers load with no code of ours.
 
-        Everything is written under a temporary name and moved when complete; other files of the directory stay.
+        Where those cannot do what this encoder does (a template), the model card (README.md) and ``bivec_config.json``
+        say so, and a warning if that concerns plain texts. Everything is written under a temporary name and moved when
+        complete; other files of the directory stay, a README.md that is not ours included.
+
+        Args:
+            path: the directory.
+            normalize: sentence-transformers is to give unit vectors.
+            prompts: named instructions, as ``encode`` takes them; None = ``self.prompts``.
+            card: what the model card says beside what the encoder knows of itself.
 
         Raises:
-            CheckpointError: the disk is full, ``path`` is a file, or an adapter is not merged.
+            CheckpointError: the disk is full, ``path`` is a file or holds an adapter, or an adapter is not merged.
         """
-        # encode_tokens leaves its truncation in the tokenizer, which would be saved with it
-        self.tokenizer.backend_tokenizer.no_truncation()
-        with atomic_directory(path, stale=MODEL_PATTERNS, last="config.json") as temporary:
-            save_pretrained(self.model, temporary, is_causal=self.config.causal)
-            self.tokenizer.save_pretrained(temporary)
-            settings = json.dumps(asdict(self.config), indent=2)
-            (temporary / CONFIG_FILE).write_text(settings + "\n", encoding="utf-8")
+        from bivec.engine.export import save_encoder
+
+        save_encoder(self, path, normalize=normalize, prompts=prompts, card=card)
+
+    def save_gguf(self, path: str | Path, *, dtype: str = "f16") -> None:
+        """Writes a GGUF file for llama.cpp, with the pooling and the mask in its metadata.
+
+        Args:
+            path: of the file.
+            dtype: "f32", "f16" or "bf16", of the matrices; norms and biases are always fp32.
+
+        Raises:
+            ConfigError: a family, a tokenizer or a pooling that GGUF has no name for.
+            CheckpointError: the disk is full, or an adapter is not merged.
+        """
+        from bivec.engine.gguf_export import save_gguf
+
+        save_gguf(self, path, dtype=dtype)
 
     def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, rows: list[Row]) -> Tensor:
         """[B, D] float32 on the device: every row's span of the packed hidden states."""
@@ -378,44 +397,3 @@ class Encoder:
             return self._text_format.rows(heads, texts, allow_empty=True, max_text_length=max_text_length)
         except SpanError as error:
             raise SpanError(first + error.index, str(error).partition(": ")[2]) from error
-
-
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
-    """The items in their order; while the caller works with one, a thread makes the next."""
-    iterator, end = iter(items), object()
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        item = next(iterator, end)
-        while item is not end:
-            following = thread.submit(next, iterator, end)
-            yield item
-            item = following.result()
-
-
-@contextmanager
-def progress_bar(
-    total: int, show: bool | None, *, done: int = 0, label: str = "encode"
-) -> Iterator[Callable[[int], object]]:
-    """A bar of texts, advanced by what is yielded; ``show=None`` = only for more than 1,000."""
-    from tqdm import tqdm
-
-    hidden = not (total > 1000 if show is None else show)
-    with tqdm(total=total, initial=done, desc=label, unit="text", disable=hidden, leave=False) as bar:
-        yield bar.update
-
-
-def _as_list(sentences: str | Sequence) -> list:
-    if isinstance(sentences, str):
-        return [sentences]
-    try:
-        return list(sentences)
-    except TypeError:
-        raise BivecError(f"expected a text or a list of texts, got {type(sentences).__name__}") from None
-
-
-def _split_pair(item: str | Sequence[str], instruction: str | None, index: int) -> tuple[str, str]:
-    """(instruction, text) of an input; llm2vec's pairs may carry a third element, which counts for nothing."""
-    if isinstance(item, str):
-        return instruction or "", item
-    if isinstance(item, (list, tuple)) and len(item) >= 2 and all(isinstance(part, str) for part in item[:2]):
-        return item[0], item[1]
-    raise BivecError(f"text {index} is {type(item).__name__}, expected a str or an [instruction, text] pair")

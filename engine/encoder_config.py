@@ -7,18 +7,28 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bivec.engine.text_format import TextFormat, expand_template
+from bivec.engine.origin import Origin
+from bivec.engine.text_format import SLOT, TextFormat, expand_template
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import ConfigError
+from bivec.models.gguf import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CONFIG_FILE = "bivec_config.json"
 LLM2VEC_FILE = "llm2vec_config.json"
-MODULES_FILE = "modules.json"  # sentence-transformers
+MODULES_FILE = "modules.json"  # sentence-transformers, as the three that follow
+LENGTH_FILE, PROMPTS_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
+POOLING_PATTERN = "*_Pooling/config.json"
 # what a hub repository may hold of these, beside weights and tokenizer
-CONFIG_PATTERNS = (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE, "sentence_bert_config.json", "*_Pooling/config.json")
+CONFIG_PATTERNS = (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE, LENGTH_FILE, PROMPTS_FILE, POOLING_PATTERN)
+# what our own file says beside the fields of EncoderConfig
+ORIGIN, PROMPTS, DIFFERENCES = "origin", "prompts", "differences_elsewhere"
+GGUF_POOLINGS = {1: "mean", 2: "bos_token", 3: "last_token"}  # llama.cpp's pooling_type
+GGUF_KEY = "bivec.encoder"  # in the metadata: the fields of EncoderConfig as JSON
+GGUF_ORIGIN = "bivec.origin"
+UNLIMITED = 10**6  # transformers writes 1e30 as the length of a tokenizer that has none
 # our and llm2vec's names -> mode of segment_pool
 POOLINGS = {
     "mean": "mean",
@@ -69,7 +79,7 @@ def read_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig:
     """The pooling rule stored in a model directory; mean, bidirectional, 512 tokens where it says nothing.
 
     Args:
-        folder: the directory (or a ``.gguf`` file, which says nothing).
+        folder: the directory, or a ``.gguf`` file.
         config: of the decoder; its ``is_causal`` counts where the files do not say.
 
     Raises:
@@ -81,8 +91,11 @@ def read_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig:
 def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig | None:
     """See :func:`read_encoder_config`; None where the directory says nothing.
 
-    Of several files the first of ours, LLM2Vec's and sentence-transformers' counts.
+    Of several files the first of ours, LLM2Vec's and sentence-transformers' counts. A folder of sentence-transformers
+    whose config.json does not say ``is_causal`` is causal, since that library runs it so.
     """
+    if folder.is_file():
+        return _gguf_encoder_config(folder)
     for file, read in (
         (folder / CONFIG_FILE, _read_own),
         (folder / LLM2VEC_FILE, _read_llm2vec),
@@ -91,7 +104,8 @@ def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig 
         if file.is_file():
             settings = read(file)
             try:
-                return EncoderConfig(**{"causal": bool(config.is_causal), **settings})
+                causal = config.is_causal is not False if file.name == MODULES_FILE else bool(config.is_causal)
+                return EncoderConfig(**{"causal": causal, **settings})
             except ConfigError as error:
                 raise ConfigError(f"{file}: {error}") from error
     return None
@@ -99,6 +113,7 @@ def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig 
 
 def _read_own(file: Path) -> dict[str, Any]:
     settings = _read_json(file, dict)
+    settings = {name: value for name, value in settings.items() if name not in (ORIGIN, PROMPTS, DIFFERENCES)}
     unknown = settings.keys() - {field.name for field in fields(EncoderConfig)}
     if unknown:
         raise ConfigError(f"{file}: unknown field {min(unknown)!r}")
@@ -134,9 +149,58 @@ def _read_sentence_transformers(file: Path) -> dict[str, Any]:
             raise ConfigError(f"{pooling_file}: pooling {' + '.join(modes)} is not supported")
         settings["pooling"] = SENTENCE_TRANSFORMERS_POOLINGS[modes[0]]
         settings["skip_instruction"] = not pooling.get("include_prompt", True)
-    length_file = folder / kinds.get("Transformer", "") / "sentence_bert_config.json"
-    length = _read_json(length_file, dict).get("max_seq_length") if length_file.is_file() else None
-    return settings | ({} if length is None else {"max_length": length})
+    prompts = _read_json(folder / PROMPTS_FILE, dict) if (folder / PROMPTS_FILE).is_file() else {}
+    head = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
+    if head:  # sentence-transformers puts it before every text
+        settings["template"] = f"{head}{SLOT}"
+    return settings | _stored_length(folder / kinds.get("Transformer", ""))
+
+
+def _stored_length(folder: Path) -> dict[str, int]:
+    """``max_length``, if the folder says it: from version 6 on it is the tokenizer's."""
+    for file, name in (
+        (folder / LENGTH_FILE, "max_seq_length"),
+        (folder / "tokenizer_config.json", "model_max_length"),
+    ):
+        length = _read_json(file, dict).get(name) if file.is_file() else None
+        if length is not None and (name == "max_seq_length" or length < UNLIMITED):
+            return {"max_length": length}
+    return {}
+
+
+def _gguf_encoder_config(file: Path) -> EncoderConfig | None:
+    """What llama.cpp's keys say, and ours, which knows more."""
+    metadata = read_header(file).metadata
+    prefix = metadata.get("general.architecture")
+    pooling, causal = metadata.get(f"{prefix}.pooling_type"), metadata.get(f"{prefix}.attention.causal")
+    try:
+        if GGUF_KEY in metadata:
+            return EncoderConfig(**json.loads(metadata[GGUF_KEY]))
+        if pooling in GGUF_POOLINGS:
+            causal = True if causal is None else bool(causal)  # as llama.cpp runs a decoder
+            return EncoderConfig(pooling=GGUF_POOLINGS[pooling], causal=causal)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: {GGUF_KEY} is not what bivec writes ({error})") from error
+    return None
+
+
+def stored_prompts(folder: Path) -> dict[str, str]:
+    """The named prompts of a folder, ours or of sentence-transformers; those that are empty are left out."""
+    for name in (CONFIG_FILE, PROMPTS_FILE):
+        stored = _read_json(folder / name, dict).get(PROMPTS) if (folder / name).is_file() else None
+        if isinstance(stored, dict):
+            return {str(key): str(prompt) for key, prompt in stored.items() if prompt}
+    return {}
+
+
+def stored_origin(folder: Path) -> Origin:
+    """What our file, or a GGUF file of ours, says of where the weights come from; nothing where it says nothing."""
+    if folder.is_file():
+        text = read_header(folder).metadata.get(GGUF_ORIGIN)
+        return Origin() if text is None else Origin.from_dict(json.loads(text), folder)
+    file = folder / CONFIG_FILE
+    stored = _read_json(file, dict).get(ORIGIN) if file.is_file() else None
+    return Origin() if stored is None else Origin.from_dict(stored, file)
 
 
 def _read_json(file: Path, kind: type) -> Any:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -200,13 +201,13 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
         ConfigError: the model already carries an adapter.
     """
     directory = Path(directory)
-    config = read_adapter_config(directory / "adapter_config.json")
-    file = directory / "adapter_model.safetensors"
-    tensors = _read_adapter_tensors(file)
+    config, tensors = read_adapter(directory)
+    file, base_model = directory / "adapter_model.safetensors", adapter_base(directory)
+    told = f" (adapter_config.json names {base_model})" if base_model else ""
     try:
         projections = _target_projections(model, config.targets)
     except ConfigError as error:
-        raise CheckpointError(f"{directory}: the adapter belongs to another base model: {error}") from None
+        raise CheckpointError(f"{directory}: the adapter belongs to another base model{told}: {error}") from None
     shapes = {}
     for name, base in projections.items():
         shapes[f"{name}.lora_A.weight"] = (config.rank, base.in_features)
@@ -215,13 +216,14 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
     if missing or unexpected:
         raise CheckpointError(
             f"{file}: the adapter does not fit the model: {len(missing)} matrices missing (first: "
-            f"{min(missing, default='-')}), {len(unexpected)} unexpected (first: {min(unexpected, default='-')})"
+            f"{min(missing, default='-')}), {len(unexpected)} unexpected (first: {min(unexpected, default='-')}); it "
+            f"belongs to another base model{told}, or the file is damaged"
         )
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"{file}: {name} has shape {list(tensors[name].shape)}, expected {list(shape)}; "
-                "the adapter belongs to another base model"
+                f"the adapter belongs to another base model{told}"
             )
     adapter = add_lora(model, config)
     for name, parameter in adapter.named_parameters().items():
@@ -241,17 +243,24 @@ def _target_projections(model: nn.Module, targets: tuple[str, ...]) -> dict[str,
     return {name: module for name, module in linear.items() if name.rpartition(".")[2] in targets}
 
 
+def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """An adapter in PEFT's format: its settings, and its matrices under their names without any prefix.
+
+    Raises:
+        CheckpointError: as :func:`load_adapter`.
+    """
+    directory = Path(directory)
+    config = read_adapter_config(directory / "adapter_config.json")
+    return config, _read_adapter_tensors(directory / "adapter_model.safetensors")
+
+
+def adapter_base(directory: str | Path) -> str | None:
+    """The base model that an adapter_config.json names; None where it names none."""
+    return _read_adapter_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path") or None
+
+
 def read_adapter_config(file: Path) -> LoraConfig:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file}: no such file; an adapter directory holds it beside adapter_model.safetensors"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(raw).__name__}")
+    raw = _read_adapter_json(file)
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
     for field in UNSUPPORTED:
@@ -266,6 +275,20 @@ def read_adapter_config(file: Path) -> LoraConfig:
         return LoraConfig(rank, float(alpha), float(raw.get("lora_dropout") or 0.0), tuple(sorted(targets)))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _read_adapter_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{file}: no such file; an adapter directory holds it beside adapter_model.safetensors"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not a JSON file ({error})") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(raw).__name__}")
+    return raw
 
 
 def _read_adapter_tensors(file: Path) -> dict[str, Tensor]:

@@ -34,8 +34,10 @@ from bivec.engine.encoder_config import POOLINGS, stored_encoder_config, text_fo
 from bivec.engine.errors import BivecError, RunError
 from bivec.engine.estimate import describe
 from bivec.engine.evaluation import sts_spearman
+from bivec.engine.export import rewrite_card
 from bivec.engine.inputs import load_inputs, model_config
 from bivec.engine.metrics import Evaluation, StepLog, losses_by_stage
+from bivec.engine.model_card import card_of_run
 from bivec.engine.objectives import MntpObjective, SimcseObjective
 from bivec.engine.recipe import Recipe, with_horizon
 from bivec.engine.recipe_arguments import RunOptions, parse_arguments
@@ -389,6 +391,7 @@ class Run:
         self._write_results()
         if not self.world.is_main:
             return
+        rewrite_card(self.directory / "merged", card_of_run(self.directory))  # with the test set
         losses = losses_by_stage(self.metrics.read())
         draw_results(self.directory / "results.png", self.recipe.name, self.results, losses)
         table = results_table(self.results, {split: len(pairs) for split, pairs in self.inputs.sts.items()})
@@ -405,8 +408,8 @@ class Run:
         self.weights.merge(self.weights.merged)  # whole, where it was sharded
         config = self._encoder_config(self.state.rpartition("+")[2])
         if self.world.is_main:
-            encoder = Encoder(self.weights.model, self.inputs.tokenizer, config)
-            encoder.save_pretrained(self.directory / "merged")
+            encoder = Encoder(self.weights.model, self.inputs.tokenizer, config, origin=self.weights.origin())
+            encoder.save_pretrained(self.directory / "merged", card=card_of_run(self.directory))
         return self._encoder(config).encode(list(SHOWN), normalize_embeddings=True)
 
     def _test_all_stages(self) -> None:

@@ -8,16 +8,19 @@ together again in place: it is read anew, with what the stages left.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from bivec.engine.distributed import World, data_parallel, is_sharded
+from bivec.engine.encoder_config import stored_origin
 from bivec.engine.errors import ConfigError
-from bivec.engine.lora import Adapter, add_lora, load_adapter
+from bivec.engine.lora import Adapter, add_lora, load_adapter, read_adapter
+from bivec.engine.origin import Origin, adapter_fingerprint
 from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
+from bivec.engine.run_files import base_model
 from bivec.engine.sharding import HEAD, attach_head, detach_head, gathered, shard
 from bivec.models import Llama, load_pretrained, save_pretrained
 from bivec.models.weights import CONFIG_FILE
@@ -85,6 +88,15 @@ class RunWeights:
         for name in names[names.index(whole[-1]) + 1 :] if whole else names:
             load_adapter(self.model, self.directory / name).merge()
         self.merged = list(names)
+
+    def origin(self) -> Origin:
+        """What has been merged into the decoder's weights: by the model's folder, the recipe and the stages."""
+        origin = stored_origin(self.model_path)
+        origin = replace(origin, base_model=origin.base_model or base_model(self.recipe.model))
+        for folder in (*self.recipe.adapters, *(self.directory / name for name in self.merged)):
+            if (Path(folder) / ADAPTER_FILE).is_file():  # else the stage trained all weights
+                origin = origin.with_adapter(folder, adapter_fingerprint(*read_adapter(folder)))
+        return origin
 
     def merge(self, names: Sequence[str]) -> None:
         """Puts exactly these stages' results into the weights, which are whole then, in the run's dtype."""

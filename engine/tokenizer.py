@@ -8,6 +8,7 @@ tokenizer adds it by itself in plain transformers.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from bivec.models.weights import TOKENIZER_PATTERNS, resolve_checkpoint
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
 DOCUMENT_TOKEN = "<|endoftext|>"  # begins every document in the pretraining of GPT-2-style vocabularies
@@ -207,24 +209,31 @@ def _from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     return backend, settings
 
 
-def _byte_level_backend(
-    path: Path, tokens: list[str], types: list[int], merges: list[str], pre: str | None
-) -> Tokenizer:
-    """A byte-level BPE tokenizer; ``pre`` is llama.cpp's name for how text is split before the merges."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders
-    from tokenizers.models import BPE
-    from tokenizers.normalizers import NFC
+def byte_level_splits() -> dict[str, Callable[[], PreTokenizer]]:
+    """How the byte-level vocabularies split text before their merges, by llama.cpp's names."""
+    from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
     def split_by(pattern: str) -> Sequence:
         return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
-    splits = {
+    return {
         "smollm": lambda: Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
         "gpt-2": lambda: ByteLevel(add_prefix_space=False),
         "llama-bpe": lambda: split_by(LLAMA3_SPLIT),
         "qwen2": lambda: split_by(QWEN2_SPLIT),
     }
+
+
+def _byte_level_backend(
+    path: Path, tokens: list[str], types: list[int], merges: list[str], pre: str | None
+) -> Tokenizer:
+    """A byte-level BPE tokenizer; ``pre`` is llama.cpp's name for how text is split before the merges."""
+    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers.models import BPE
+    from tokenizers.normalizers import NFC
+
+    splits = byte_level_splits()
     if pre not in splits:
         raise CheckpointError(
             f"{path}: GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(splits)}; "

@@ -97,6 +97,26 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary file of the same ending, which gets its name when the block ends without an error.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        with _readable_disk_errors(path, CheckpointError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def remove_abandoned(directory: str | Path) -> None:
     """Deletes what killed processes have left under temporary names; no other process may be writing there."""
     for path in Path(directory).glob(".*.tmp"):

@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -177,7 +178,7 @@ def _tensor_info(stream: BinaryIO, file_size: int) -> tuple[str, tuple[int, ...]
 
 
 def _locate(path: Path, size: int, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
-    gguf = _gguf_package()
+    gguf = gguf_package()
     try:
         quantisation = gguf.GGMLQuantizationType(kind)
     except ValueError:
@@ -196,11 +197,12 @@ def _locate(path: Path, size: int, start: int, name: str, shape: tuple[int, ...]
     return GgufTensor(name, shape, quantisation.name, start + offset, row_bytes)
 
 
-def _gguf_package():
+def gguf_package() -> ModuleType:
+    """The package, imported when it is needed."""
     try:
         import gguf
     except ImportError:
-        raise CheckpointError("reading a .gguf file needs the package gguf: pip install gguf") from None
+        raise CheckpointError("a .gguf file needs the package gguf: pip install gguf") from None
     return gguf
 
 
@@ -263,6 +265,7 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=file.metadata.get("tokenizer.ggml.eos_token_id"),
+        is_causal=file.metadata.get(f"{architecture}.attention.causal"),
         dtype=None,
     )
 
@@ -323,14 +326,15 @@ def read_tensor(file: GgufFile, tensor: GgufTensor) -> Tensor:
     Raises:
         CheckpointError: a quantisation that the ``gguf`` package cannot undo.
     """
-    gguf = _gguf_package()
+    gguf = gguf_package()
     rows = math.prod(tensor.shape[:-1])
     data = np.memmap(file.path, mode="c", dtype=np.uint8, offset=tensor.offset, shape=(rows, tensor.row_bytes))
     try:
         values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[tensor.type_name])
     except NotImplementedError:
         raise CheckpointError(
-            f"{file.path}: tensor {tensor.name} is quantised as {tensor.type_name}, which gguf cannot dequantise"
+            f"{file.path}: tensor {tensor.name} is quantised as {tensor.type_name}, which gguf cannot dequantise; "
+            "take a file in F32, F16, BF16, Q8_0 or another of llama.cpp's Q and IQ formats, or the safetensors"
         ) from None
     # the copy makes F32 tensors independent of the mapped file
     return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)

@@ -65,7 +65,7 @@ def test_one_slice_needs_no_thread(tiny_llama_dir, monkeypatch):
     encoder = Encoder.from_pretrained(tiny_llama_dir)
     monkeypatch.setattr("bivec.engine.encoder.SLICE_TEXTS", 2)
     expected = encoder.encode(["a choir sang", "the river", "north"])
-    monkeypatch.setattr("bivec.engine.encoder.ThreadPoolExecutor", None)
+    monkeypatch.setattr("bivec.engine.encoder_inputs.ThreadPoolExecutor", None)
     found = encoder.encode(["a choir sang", "the river"])
     assert (found == expected[:2]).all()
     with pytest.raises(TypeError):  # two slices have one

@@ -328,7 +328,7 @@ def test_save_is_atomic(llama, tmp_path, monkeypatch):
     target = tmp_path / "model"
     llama.save_pretrained(target)
     (target / "README.md").write_text("mine")
-    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    before = {file.name: file.read_bytes() for file in target.rglob("*") if file.is_file()}
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -338,7 +338,7 @@ def test_save_is_atomic(llama, tmp_path, monkeypatch):
         for path in (target, tmp_path / "new"):
             with pytest.raises(CheckpointError, match="disk is full"):
                 configured(llama, max_length=9).save_pretrained(path)
-    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in target.rglob("*") if file.is_file()} == before
     assert [item.name for item in tmp_path.iterdir()] == ["model"]
     configured(llama, max_length=9).save_pretrained(target)
     assert Encoder.from_pretrained(target).config.max_length == 9
@@ -407,8 +407,10 @@ def test_sentence_transformers_folders(tiny_llama_dir, tmp_path, mode, expected)
     files = {"modules": MODULES, "1_Pooling__config": flags(mode), "sentence_bert_config": {"max_seq_length": 77}}
     folder = foreign(tiny_llama_dir, tmp_path / "st", **files)
     encoder = Encoder.from_pretrained(folder)
-    # sentence-transformers pools a prompt too unless include_prompt is false
-    assert encoder.config == EncoderConfig(pooling=expected, max_length=77, skip_instruction=False)
+    # sentence-transformers pools a prompt too unless include_prompt is false, and runs a decoder as config.json says
+    assert encoder.config == EncoderConfig(pooling=expected, max_length=77, skip_instruction=False, causal=True)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"is_causal": False}))
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(flags(mode, include_prompt=False)))
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": null}')
     assert Encoder.from_pretrained(folder).config == EncoderConfig(pooling=expected)

@@ -1,0 +1,53 @@
+"""What goes into an encoder: texts and [instruction, text] pairs, taken in ahead of the model, with a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from bivec.engine.errors import BivecError
+
+Item = TypeVar("Item")
+
+
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in their order; while the caller works with one, a thread makes the next."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        item = next(iterator, end)
+        while item is not end:
+            following = thread.submit(next, iterator, end)
+            yield item
+            item = following.result()
+
+
+@contextmanager
+def progress_bar(
+    total: int, show: bool | None, *, done: int = 0, label: str = "encode"
+) -> Iterator[Callable[[int], object]]:
+    """A bar of texts, advanced by what is yielded; ``show=None`` = only for more than 1,000."""
+    from tqdm import tqdm
+
+    hidden = not (total > 1000 if show is None else show)
+    with tqdm(total=total, initial=done, desc=label, unit="text", disable=hidden, leave=False) as bar:
+        yield bar.update
+
+
+def as_list(sentences: str | Sequence) -> list:
+    if isinstance(sentences, str):
+        return [sentences]
+    try:
+        return list(sentences)
+    except TypeError:
+        raise BivecError(f"expected a text or a list of texts, got {type(sentences).__name__}") from None
+
+
+def split_pair(item: str | Sequence[str], instruction: str | None, index: int) -> tuple[str, str]:
+    """(instruction, text) of an input; llm2vec's pairs may carry a third element, which counts for nothing."""
+    if isinstance(item, str):
+        return instruction or "", item
+    if isinstance(item, (list, tuple)) and len(item) >= 2 and all(isinstance(part, str) for part in item[:2]):
+        return item[0], item[1]
+    raise BivecError(f"text {index} is {type(item).__name__}, expected a str or an [instruction, text] pair")

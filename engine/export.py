@@ -1,0 +1,154 @@
+"""An encoder on the disk as other libraries take it: a folder of sentence-transformers whose root is a plain Hugging
+Face model, with its tokenizer, our own settings and a model card.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bivec.engine.encoder_config import (
+    CONFIG_FILE,
+    DIFFERENCES,
+    ORIGIN,
+    PROMPTS,
+    read_encoder_config,
+    stored_origin,
+)
+from bivec.engine.errors import CheckpointError
+from bivec.engine.model_card import CARD_FILE, ModelCard, is_ours, render_card
+from bivec.engine.sentence_transformers_files import sentence_transformers_files
+from bivec.models import DecoderConfig, save_pretrained
+from bivec.models.files import atomic_directory, write_text_atomic
+from bivec.models.weights import MODEL_PATTERNS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from bivec.engine.encoder import Encoder
+
+ADAPTER_CONFIG = "adapter_config.json"
+# of an earlier save: what would still be read
+STALE = (*MODEL_PATTERNS, "chat_template*")
+
+
+def save_encoder(
+    encoder: Encoder,
+    path: str | Path,
+    *,
+    normalize: bool = False,
+    prompts: Mapping[str, str] | None = None,
+    card: ModelCard | None = None,
+) -> None:
+    """See :meth:`bivec.engine.encoder.Encoder.save_pretrained`."""
+    path = Path(path)
+    if (path / ADAPTER_CONFIG).exists():
+        raise CheckpointError(
+            f"{path}: holds an adapter ({ADAPTER_CONFIG}), which transformers would put on top of the weights saved "
+            "there; choose another directory"
+        )
+    prompts = dict(encoder.prompts if prompts is None else prompts)
+    files = sentence_transformers_files(encoder, normalize=normalize, prompts=prompts)
+    differences = [*files.plain, *files.other]
+    settings = {
+        **asdict(encoder.config),
+        PROMPTS: prompts,
+        ORIGIN: encoder.origin.to_dict(),
+        DIFFERENCES: differences,
+    }
+    readme = path / CARD_FILE
+    with atomic_directory(path, stale=STALE, last="config.json") as temporary:
+        save_pretrained(encoder.model, temporary, is_causal=encoder.config.causal)
+        exported_tokenizer(encoder).save_pretrained(temporary)
+        files.write(temporary)
+        (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if not readme.exists() or is_ours(readme):
+            (temporary / CARD_FILE).write_text(
+                render_card(
+                    encoder.config,
+                    encoder.model.config,
+                    encoder.origin,
+                    card or ModelCard(),
+                    name=path.resolve().name,
+                    differences=differences,
+                ),
+                encoding="utf-8",
+            )
+    if files.plain:
+        warnings.warn(
+            f"{path}: other libraries do not give this encoder's vectors: {'; '.join(files.plain)} (README.md there)",
+            stacklevel=3,
+        )
+
+
+def exported_tokenizer(encoder: Encoder) -> PreTrainedTokenizerFast:
+    """The encoder's tokenizer as others use it; a copy.
+
+    It pads on the right, where positions and weights do not move; has no chat template, which is of no use to an
+    encoder and would have newer libraries wrap texts in it; and puts an EOS behind a text if that is what is pooled.
+    """
+    tokenizer = copy.deepcopy(encoder.tokenizer)
+    backend = tokenizer.backend_tokenizer
+    # the truncation that encode_tokens leaves would be saved with it
+    backend.no_truncation()
+    backend.no_padding()
+    tokenizer.chat_template, tokenizer.padding_side = None, "right"
+    if encoder.config.pooling == "eos_token":
+        _append_eos(tokenizer)
+    return tokenizer
+
+
+def _append_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Makes the tokenizer put an EOS behind a text, unless it does already.
+
+    The template that puts the BOS in front gets one element more: of two templates in a row the second takes what the
+    first has made for a pair of texts.
+    """
+    from tokenizers import Tokenizer
+
+    backend, eos, number = tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id
+    if backend.encode("a").ids[-1] == number:
+        return
+    rules = json.loads(backend.to_str())
+    own = rules["post_processor"]
+    steps = [] if own is None else own["processors"] if own["type"] == "Sequence" else [own]
+    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
+    if template is None:
+        template = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+        template["single"] = [{"Sequence": {"id": "A", "type_id": 0}}]
+        template["pair"] = [{"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1))]
+        steps.append(template)
+    for name in ("single", "pair"):
+        last = template[name][-1]
+        kind = next(iter(last.values()))["type_id"]
+        template[name].append({"SpecialToken": {"id": eos, "type_id": kind}})
+    template["special_tokens"][eos] = {"id": eos, "ids": [number], "tokens": [eos]}
+    rules["post_processor"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
+    backend.post_processor = Tokenizer.from_str(json.dumps(rules)).post_processor
+
+
+def rewrite_card(folder: str | Path, card: ModelCard) -> None:
+    """Writes the model card of a saved encoder again, with what is known only now; somebody else's README.md stays.
+
+    Raises:
+        BivecError: the folder holds no encoder of ours, or the disk is full.
+    """
+    folder = Path(folder)
+    if (folder / CARD_FILE).exists() and not is_ours(folder / CARD_FILE):
+        return
+    shape = DecoderConfig.from_pretrained(folder)
+    stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    text = render_card(
+        read_encoder_config(folder, shape),
+        shape,
+        stored_origin(folder),
+        card,
+        name=folder.resolve().name,
+        differences=stored[DIFFERENCES],
+    )
+    write_text_atomic(folder / CARD_FILE, text)

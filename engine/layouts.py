@@ -1,0 +1,247 @@
+"""What a path stands for: the weights, the adapters that belong into them, and the folder that says how to use them.
+
+Known layouts: a run (its ``merged/``), a Hugging Face folder, one of sentence-transformers, LLM2Vec's released and
+local folders, which are an adapter with or without a config.json (METHOD 9.2), and a ``.gguf`` file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bivec.engine.encoder_config import (
+    CONFIG_FILE,
+    CONFIG_PATTERNS,
+    MODULES_FILE,
+    EncoderConfig,
+    read_encoder_config,
+    stored_encoder_config,
+    stored_origin,
+    stored_prompts,
+    weights_directory,
+)
+from bivec.engine.errors import CheckpointError, ConfigError
+from bivec.engine.lora import Adapter, adapter_base, load_adapter
+from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint
+from bivec.engine.recipe import PACKAGED_MODEL
+from bivec.engine.tokenizer import load_tokenizer
+from bivec.models import load_pretrained
+from bivec.models.gguf import find_smollm2
+from bivec.models.weights import CONFIG_FILE as MODEL_CONFIG
+from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, Checkpoint, resolve_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, "adapter_model.safetensors")
+PATTERNS = (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS, *ADAPTER_PATTERNS)
+WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a path stands for."""
+
+    weights: Path  # a folder with config.json and weights, or a .gguf file
+    adapters: tuple[Path, ...]  # to be merged into them before any other
+    settings: Path  # the folder whose files say how to make vectors
+    tokenizer: Path
+    names: tuple[str, ...]  # under which the decoder is known, the one to show first
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An encoder's parts, loaded."""
+
+    checkpoint: Checkpoint  # adapters are merged
+    config: EncoderConfig
+    tokenizer: PreTrainedTokenizerFast
+    prompts: dict[str, str]
+    origin: Origin
+    adapter: Adapter | None  # the last one, where it was to stay out of the weights
+
+
+def open_encoder(
+    path: str | Path,
+    *,
+    adapters: Sequence[str | Path] = (),
+    merge: bool = True,
+    tokenizer: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Opened:
+    """Loads what a path stands for and merges the adapters.
+
+    The settings are those of the last adapter whose folder says any, as in LLM2Vec, else those of ``path``.
+
+    Args:
+        path: see :meth:`bivec.engine.encoder.Encoder.from_pretrained`, as the following.
+        adapters: PEFT adapters, directories or hub ids, merged in this order after those that belong to ``path``.
+        merge: False = the last one of ``adapters`` stays beside the weights.
+        tokenizer: None = that of ``path``.
+        settings: fields of EncoderConfig that count instead of what the files say; None = as they say.
+        dtype: of the weights.
+        device: None = CPU.
+
+    Raises:
+        BivecError: see :func:`find_source`; an adapter that does not fit, or is in the weights already; settings that
+            cannot be.
+    """
+    source = find_source(path)
+    given = [resolve_checkpoint(adapter, (*ADAPTER_PATTERNS, *CONFIG_PATTERNS)) for adapter in adapters]
+    checkpoint = load_pretrained(source.weights, dtype=dtype, device=device)
+    origin = stored_origin(source.weights)
+    names = [*source.names, *([origin.base_model] if origin.base_model else [])]
+    asked = {field: value for field, value in (settings or {}).items() if value is not None}
+    length, positions = asked.get("max_length"), checkpoint.config.max_position_embeddings
+    if length is not None and length > positions:
+        raise ConfigError(f"max_length {length} exceeds the {positions} positions of {path}; give at most these")
+    config, adapter = read_encoder_config(source.settings, checkpoint.config), None
+    for folder in (*source.adapters, *given):
+        adapter = load_adapter(checkpoint.model, folder)
+        recorded = adapter_base(folder)
+        try:
+            if folder in given:
+                check_same_base(folder, recorded, names)
+            origin = origin.with_adapter(folder, loaded_fingerprint(adapter))
+        except CheckpointError:
+            adapter.remove()
+            raise
+        if merge or not given or folder != given[-1]:
+            adapter.merge()
+            adapter = None
+        names += [str(folder), *([recorded] if recorded else [])]
+        if folder in given:
+            config = stored_encoder_config(folder, checkpoint.config) or config
+    words = load_tokenizer(source.tokenizer if tokenizer is None else tokenizer)
+    origin = replace(origin, base_model=origin.base_model or source.names[0])
+    return Opened(checkpoint, replace(config, **asked), words, stored_prompts(source.settings), origin, adapter)
+
+
+def find_source(path: str | Path) -> Source:
+    """Finds out which layout a path has, and where its parts are. Reads no weights.
+
+    Raises:
+        CheckpointError: none of the known layouts (what was looked for); an adapter beside whole weights; an adapter
+            whose base model is not here.
+    """
+    return _find(path, ())
+
+
+def _find(path: str | Path, met: tuple[Path, ...]) -> Source:
+    folder = resolve_checkpoint(find_smollm2() if str(path) == PACKAGED_MODEL else weights_directory(path), PATTERNS)
+    if folder.is_file():
+        return Source(folder, (), folder, folder, (folder.stem,))
+    if folder.resolve() in met:
+        raise CheckpointError(f"{folder}: its adapter_config.json names itself as the base model; give the decoder")
+    whole = any(any(folder.glob(pattern)) for pattern in WEIGHTS)
+    if (folder / ADAPTER_CONFIG).is_file():
+        if whole:
+            raise CheckpointError(
+                f"{folder}: holds whole weights and an adapter ({ADAPTER_CONFIG}), and nothing says whether the one is "
+                "in the other; move the adapter into a folder of its own and give both: "
+                "Encoder.from_pretrained(model, adapters=[adapter])"
+            )
+        return _adapter_source(path, folder, met)
+    root = folder
+    if not (folder / MODEL_CONFIG).is_file() and (folder / MODULES_FILE).is_file():
+        folder = _transformer_folder(folder)
+    if not (folder / MODEL_CONFIG).is_file():
+        raise CheckpointError(_nothing_known(folder))
+    return Source(folder, (), root, folder, _names(path, folder))
+
+
+def _adapter_source(path: str | Path, folder: Path, met: tuple[Path, ...]) -> Source:
+    """LLM2Vec's ``-mntp`` repositories and everything that its training leaves: the base model is named inside."""
+    _check_not_a_later_stage(folder)
+    base = adapter_base(folder)
+    if base is None:
+        raise CheckpointError(
+            f"{folder}: an adapter whose {ADAPTER_CONFIG} names no base_model_name_or_path; give the model: "
+            f"Encoder.from_pretrained(model, adapters=[{str(folder)!r}])"
+        )
+    try:
+        found = _find(base, (*met, folder.resolve()))
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: an adapter on {base}, which cannot be opened ({error}); give the model by its path: "
+            f"Encoder.from_pretrained(model, adapters=[{str(folder)!r}])"
+        ) from error
+    says = any((folder / name).is_file() for name in (CONFIG_FILE, "llm2vec_config.json", MODULES_FILE))
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
+    names = dict.fromkeys((*found.names, base, *_names(path, folder)))
+    return Source(
+        found.weights,
+        (*found.adapters, folder),
+        folder if says else found.settings,
+        folder if has_tokenizer else found.tokenizer,
+        tuple(names),
+    )
+
+
+def _check_not_a_later_stage(folder: Path) -> None:
+    """An adapter of a run's second stage was trained on the first one's result, and names the decoder all the same."""
+    try:
+        recipe = json.loads((folder.parent / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
+        before = [*recipe["adapters"], *recipe["stages"][: recipe["stages"].index(folder.name)]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    before = [str(folder.parent / name) if name in recipe["stages"] else name for name in before if name != "bi"]
+    if before:
+        raise CheckpointError(
+            f"{folder}: a stage of the run {folder.parent}, trained on what earlier ones had left; give the run, for "
+            f"its end, or Encoder.from_pretrained({recipe['model']!r}, adapters={[*before, str(folder)]!r}) (where "
+            "this stage went on with an earlier one's adapter, without that one)"
+        )
+
+
+def _transformer_folder(folder: Path) -> Path:
+    """Where modules.json says that the decoder is; early versions of sentence-transformers gave it a folder."""
+    modules = _json(folder / MODULES_FILE)
+    for module in modules if isinstance(modules, list) else []:
+        if isinstance(module, dict) and str(module.get("type")).endswith("Transformer"):
+            return folder / str(module.get("path") or "")
+    return folder
+
+
+def _names(path: str | Path, folder: Path) -> tuple[str, ...]:
+    """Under which the weights of a folder may be known: as they were asked for, by their config.json, by the run."""
+    names = [str(_json(folder / MODEL_CONFIG).get("_name_or_path") or "")]
+    for place in (folder, folder.parent):
+        names.append(str((_json(place / RUN_FILE).get("recipe") or {}).get("model") or ""))
+    return tuple(dict.fromkeys(name for name in (*names, str(path), folder.name) if name))
+
+
+def _json(file: Path) -> Any:
+    """A file that may be missing or damaged; whoever needs it complains."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, (dict, list)) else {}
+
+
+def _nothing_known(folder: Path) -> str:
+    """The error for a folder that is none of the known layouts."""
+    if not folder.is_dir():
+        return f"{folder}: no such directory, though {MODULES_FILE} names it"
+    if (folder / RUN_FILE).is_file():
+        return f"{folder}: a run that has written no merged/ yet; go on with it (--resume) or give one of its stages"
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if files:
+        return f"{folder}: holds GGUF files; give the file itself: {folder / files[0]}"
+    return (
+        f"{folder}: none of the known layouts. Looked for config.json with model.safetensors (Hugging Face, "
+        f"sentence-transformers), merged/config.json (a run), {ADAPTER_CONFIG} with adapter_model.safetensors (PEFT, "
+        f"LLM2Vec), {MODULES_FILE} (sentence-transformers) and *.gguf; there is "
+        f"{', '.join(sorted(item.name for item in folder.iterdir())[:8]) or 'nothing'}"
+    )

@@ -1,0 +1,110 @@
+"""Where the weights of an encoder come from: the decoder, and the adapters that were merged into it.
+
+It goes with every encoder that is saved (in ``bivec_config.json``), so that a model card can name the decoder and no
+adapter is merged twice: merging one again changes every vector and nothing else would show it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bivec.engine.lora import Adapter, LoraConfig
+from bivec.models.errors import CheckpointError, ConfigError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """One adapter in the weights."""
+
+    name: str  # of its folder
+    sha256: str  # see :func:`adapter_fingerprint`
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The decoder of an encoder, and what was merged into its weights, in this order."""
+
+    base_model: str | None = None  # hub id, or the name of a folder or file
+    adapters: tuple[MergedAdapter, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        adapters = [{"name": one.name, "sha256": one.sha256} for one in self.adapters]
+        return {"base_model": self.base_model, "adapters": adapters}
+
+    @classmethod
+    def from_dict(cls, stored: Any, source: Path) -> Origin:
+        """The reverse.
+
+        Raises:
+            ConfigError: not what :meth:`to_dict` writes.
+        """
+        try:
+            adapters = tuple(MergedAdapter(str(one["name"]), str(one["sha256"])) for one in stored["adapters"])
+            base = stored["base_model"]
+            return cls(None if base is None else str(base), adapters)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{source}: origin is {stored!r}, not what bivec writes ({error!r})") from None
+
+    def with_adapter(self, folder: str | Path, sha256: str) -> Origin:
+        """With one adapter more.
+
+        Raises:
+            CheckpointError: it is in the weights already.
+        """
+        for one in self.adapters:
+            if one.sha256 == sha256:
+                raise CheckpointError(
+                    f"{folder}: this adapter is in the weights already: {one.name} was merged into them (same "
+                    "matrices); leave it out of the adapters, or give the model as it was before it"
+                )
+        return replace(self, adapters=(*self.adapters, MergedAdapter(Path(folder).name, sha256)))
+
+
+def adapter_fingerprint(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what an adapter adds: its matrices in fp32 by trunk name, and the scaling; no name of a file."""
+    digest = hashlib.sha256(f"{config.scaling:.8g}".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def loaded_fingerprint(adapter: Adapter) -> str:
+    """:func:`adapter_fingerprint` of one that is in a model, not sharded."""
+    return adapter_fingerprint(adapter.config, adapter.named_parameters())
+
+
+def check_same_base(folder: str | Path, recorded: str | None, names: Collection[str]) -> None:
+    """Two decoders of one shape (Mistral-7B and Llama-3-8B are) take each other's adapters without a word.
+
+    Only hub ids are compared, since a folder may be called anything.
+
+    Args:
+        folder: of the adapter.
+        recorded: the base model that its adapter_config.json names.
+        names: those under which the model is known.
+
+    Raises:
+        CheckpointError: the adapter names another hub id than the model's.
+    """
+    known = sorted({name for name in names if is_hub_id(name)})
+    if recorded and is_hub_id(recorded) and known and recorded not in names:
+        raise CheckpointError(
+            f"{folder}: its adapter_config.json says that it was trained on {recorded}, the model is {known[0]}; give "
+            "the adapter's own base model (from a local folder no name is compared)"
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is ``owner/name`` and no local path."""
+    return bool(HUB_ID.fullmatch(name)) and not name.startswith(".") and not Path(name).exists()

@@ -1,0 +1,106 @@
+"""The model card: what it says, that its code runs, and that nobody else's README.md is lost."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import yaml
+
+from bivec import Encoder
+from bivec.engine.encoder_config import EncoderConfig
+from bivec.engine.errors import RunError
+from bivec.engine.export import rewrite_card
+from bivec.engine.model_card import ModelCard, card_of_run, is_ours
+from bivec.engine.origin import Origin
+
+TEXTS = ["A man plays the guitar.", "Someone makes music."]
+LIBRARIES = ["bivec", "sentence_transformers", "transformers"]
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def front_matter(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def save(encoder, folder, **options):
+    encoder.save_pretrained(folder, **options)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"pool_bos": False}, {"pooling": "weighted_mean"}, {"pooling": "last_token"}, {"pooling": "eos_token"}],
+)
+def test_its_code_runs_and_gives_our_vectors(settings, tiny_llama_dir, tmp_path, monkeypatch):
+    encoder = Encoder.from_pretrained(tiny_llama_dir, **settings)
+    blocks = BLOCK.findall(save(encoder, tmp_path / "my-encoder"))
+    monkeypatch.chdir(tmp_path)
+    done = []
+    for block in blocks:
+        if "vllm" in block:  # needs a GPU
+            compile(block, "README.md", "exec")
+            continue
+        names = {}
+        exec(block, names)
+        np.testing.assert_allclose(np.asarray(names["vectors"]), encoder.encode(TEXTS), rtol=0, atol=1e-4)
+        done.append(
+            next(name for name in ("bivec", "sentence_transformers", "transformers") if f"from {name} " in block)
+        )
+    assert done == ["bivec", "sentence_transformers", "transformers"]
+
+
+def test_what_it_says_of_an_encoder(tiny_llama_dir, tmp_path):
+    base = Encoder.from_pretrained(tiny_llama_dir)
+    origin = Origin("mistralai/Mistral-7B-Instruct-v0.2")
+    config = EncoderConfig(max_length=77, pooling="last_token")
+    text = save(Encoder(base.model, base.tokenizer, config, origin=origin), tmp_path / "m")
+    fields = front_matter(text)
+    assert fields["library_name"] == "sentence-transformers" and fields["pipeline_tag"] == "sentence-similarity"
+    assert fields["base_model"] == "mistralai/Mistral-7B-Instruct-v0.2" and fields["license"] == "apache-2.0"
+    assert {"sentence-transformers", "feature-extraction", "bivec"} <= set(fields["tags"])
+    for row in ("| attention | bidirectional |", "| pooling | last_token |", "| longest text | 77 tokens |"):
+        assert row in text
+    for command in (
+        'LLM(model="m", runner="pooling")',
+        "text-embeddings-router --model-id m --pooling last-token",
+        "llama-embedding -m m.gguf --pooling last --attention non-causal",
+    ):
+        assert command in text
+    causal = Encoder(base.model, base.tokenizer, EncoderConfig(causal=True, pooling="weighted_mean"))
+    text = save(causal, tmp_path / "c")
+    assert "| attention | causal |" in text and "non-causal" not in text
+    assert "llama-embedding" not in text and "text-embeddings-router" not in text  # they have no such pooling
+    fields = front_matter(text)
+    assert "license" not in fields and "base_model" not in fields and "see the base model" in text
+
+
+def test_a_local_base_is_named_without_its_path(tiny_llama_dir, tmp_path):
+    text = save(Encoder.from_pretrained(tiny_llama_dir), tmp_path / "m")
+    assert "| base model | llama |" in text and os.sep + "tmp" not in text and str(tmp_path) not in text
+    assert "base_model" not in front_matter(text)
+    text = save(Encoder.from_pretrained(tiny_llama_dir), tmp_path / "n", card=ModelCard(licence="mit", recipe="mine"))
+    assert front_matter(text)["license"] == "mit" and "# mine" in text
+
+
+def test_a_readme_of_somebody_else_stays(tiny_llama_dir, tmp_path):
+    encoder = Encoder.from_pretrained(tiny_llama_dir)
+    save(encoder, tmp_path / "m")
+    file = tmp_path / "m" / "README.md"
+    assert is_ours(file)
+    file.write_text(file.read_text(encoding="utf-8") + "edited\n", encoding="utf-8")
+    assert "edited" not in save(encoder, tmp_path / "m")  # ours may be written again
+    file.write_text("mine", encoding="utf-8")
+    assert save(encoder, tmp_path / "m") == "mine"
+    rewrite_card(tmp_path / "m", ModelCard(recipe="other"))
+    assert file.read_text(encoding="utf-8") == "mine"
+    file.unlink()
+    rewrite_card(tmp_path / "m", ModelCard(recipe="other"))
+    assert "# other" in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": {"stages": ["mntp"]}}'])
+def test_a_run_file_that_is_none(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunError, match=r"run\.json: not a file of a run"):
+        card_of_run(tmp_path)

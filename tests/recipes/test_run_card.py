@@ -1,0 +1,42 @@
+"""What a run leaves in merged/ beside the weights: a folder for other libraries, its card and its record."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from bivec import Encoder
+from bivec.engine.errors import CheckpointError
+
+TEXTS = ["A lobster is blue.", "The red colour only appears after cooking, which takes some time.", "x"]
+
+
+def test_merged(recipe, execute, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    run = tmp_path / "run"
+    execute(recipe, run, "--stages", "bi,mntp,simcse,supervised")
+    text = (run / "merged" / "README.md").read_text(encoding="utf-8")
+    fields = yaml.safe_load(text.split("---\n")[1])
+    assert fields["library_name"] == "sentence-transformers"
+    assert "# tiny\n" in text and "| base model | llama |" in text and str(tmp_path) not in text
+    assert "Data: mntp.txt (" in text and "Data: simcse.txt (" in text and "Data: triples.jsonl (" in text
+    assert "| optim.learning_rate | 0.01 |" in text and "| lora.rank | 4 |" in text and "save_every" not in text
+    stages = json.loads((run / "results.json").read_text())["stages"]
+    for stage in stages:
+        scores = f"{stage['sts_dev_spearman']:.1f} | {stage['sts_test_spearman']:.1f}"
+        assert f"| {stage['stage']} | {stage['pooling']} | {scores} |" in text
+    encoder = Encoder.from_pretrained(run)
+    assert encoder.config.pool_bos is False
+    model = SentenceTransformer(str(run / "merged"), device="cpu")
+    np.testing.assert_allclose(model.encode(TEXTS), encoder.encode(TEXTS), rtol=0, atol=1e-4)
+    assert [one.name for one in encoder.origin.adapters] == ["mntp", "simcse", "supervised"]
+    for name in ("mntp", "simcse", "supervised"):
+        with pytest.raises(CheckpointError, match=f"is in the weights already: {name} was merged"):
+            Encoder.from_pretrained(run, adapters=[run / name])
+    # the adapters on the decoder, in their order, are the same encoder
+    adapters = [run / name for name in ("mntp", "simcse", "supervised")]
+    again = Encoder.from_pretrained(recipe.model, adapters=adapters, pool_bos=False)
+    np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), rtol=0, atol=1e-4)
+    assert again.origin.adapters == encoder.origin.adapters
