@@ -228,9 +228,9 @@ def process_group(
 def _last_exchange() -> None:
     """Waits for all ranks, and for gloo's own threads to let go of what they exchanged.
 
-    They live as long as anything holds the group (a device mesh does, for ever). One that drops the last reference to a
-    tensor asks for the interpreter; where that is ending by then, the thread is ended within C++ that allows no unwinding,
-    and the process aborts: "terminate called without an active exception". On a busy machine that happens.
+    They live as long as anything holds the group (a device mesh does, for ever). One that drops the last reference to
+    a tensor asks for the interpreter; where that is ending by then, the thread is ended within C++ that allows no
+    unwinding, and the process aborts ("terminate called without an active exception"): seen on busy machines.
     """
     flag = torch.zeros(1)
     torch.distributed.all_reduce(flag)
