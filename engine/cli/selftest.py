@@ -23,8 +23,9 @@ from bivec.kernels import reference
 from bivec.kernels.attention import attention_dropout_mask
 from bivec.kernels.dropout import linear_keep_mask
 
-# relative to the largest exact value; fp32 is met with 2e-6 at most, half precision rounds its outputs at 4e-3
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+# Relative to the largest exact value. On a CPU, torch's backend and Triton's in the interpreter are off by 6e-7 at most
+# in fp32, 6e-3 in bf16 and 6e-4 in fp16; no GPU was at hand.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 OPS = (
     "flash_attention",
     "linear_cross_entropy",
