@@ -1,4 +1,4 @@
-"""What ``bivec doctor`` checks. A check never raises: what goes wrong is its result."""
+"""What ``bivec doctor`` checks. What goes wrong inside a check is its result."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _reason(kind: str) -> str:
     if asked:
         return f"the environment variable BIVEC_BACKEND={asked}"
     if kind == "cpu":
-        return "the default on a CPU"
+        return "the default on a CPU, where Triton runs in its interpreter only"
     return "the default on a GPU" if installed("triton") else "triton is not installed"
 
 
@@ -138,9 +138,7 @@ def aot(*, full: bool) -> list[Check]:
         try:
             rows = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return [
-                Check("aot", "kernels", FAILED, f"the compiler's process ended with {done.returncode}: {_last(done)}")
-            ]
+            return [Check("aot", "kernels", FAILED, f"the compiler's process ended: {_last(done)}")]
     families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         families.setdefault(row["family"], []).append(row)
@@ -164,7 +162,7 @@ def _family(name: str, rows: Sequence[dict[str, Any]]) -> Check:
             outcome = row["outcome"]
             place = f"{outcome['kernel']} ({row['label']}, {outcome['architecture']})"
             return Check("aot", name, FAILED, f"{place} {'; '.join(row['problems'])}")
-    return Check("aot", name, OK, f"{len(rows)} kernels for {where}")
+    return Check("aot", name, OK, f"{len(rows)} compiled for {where}")
 
 
 def _architecture() -> str:
@@ -197,7 +195,7 @@ def numerics(*, interpret: bool) -> list[Check]:
         try:
             outcomes = [selftest.Outcome(**one) for one in json.loads(done.stdout)]
         except ValueError:
-            detail = f"its process ended with {done.returncode}: {_last(done)}"
+            detail = f"its process ended: {_last(done)}"
             return [*found, Check("numerics", "interpreter", FAILED, detail)]
         found += _by_op(outcomes, "the interpreter")
     return found
@@ -227,7 +225,7 @@ def _python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str
 
 def _last(done: subprocess.CompletedProcess[str]) -> str:
     lines = (done.stderr or done.stdout).strip().splitlines()
-    return lines[-1] if lines else "no message"
+    return f"{lines[-1] if lines else 'no message'} (exit code {done.returncode})"
 
 
 def _first_line(error: BaseException) -> str:

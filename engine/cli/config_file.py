@@ -146,11 +146,12 @@ def _read_yaml(path: Path, text: str) -> Any:
         """Safe, and no key of a mapping twice: of two, YAML's would keep the last without a word."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-            keys = [key.value for key, _ in node.value]
+            met = set()
             for key, _ in node.value:
-                if keys.count(key.value) > 1:
+                if isinstance(key.value, str) and key.value in met:
                     line = key.start_mark.line + 1
                     raise ConfigError(f"{path}, line {line}: the key {key.value!r} is there twice")
+                met.add(str(key.value))
             return super().construct_mapping(node, deep)
 
     try:

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _section(name: str, given: argparse.Namespace) -> list[Check]:
+    """The checks of a section; one that breaks, for want of torch for instance, has failed and stops no other."""
     from bivec.engine.cli import checks
 
     made: dict[str, Callable[[], list[Check]]] = {
@@ -61,7 +62,10 @@ def _section(name: str, given: argparse.Namespace) -> list[Check]:
         "aot": lambda: checks.aot(full=given.full),
         "numerics": lambda: checks.numerics(interpret=given.interpret),
     }
-    return made[name]()
+    try:
+        return made[name]()
+    except Exception as error:
+        return [Check(name, "the check itself", FAILED, f"{type(error).__name__}: {error}")]
 
 
 def _text(name: str, checks: Sequence[Check]) -> str:
