@@ -74,14 +74,14 @@ def test_the_flags_of_a_vector(bivec, tiny_llama_dir, tmp_path):
 
 
 def test_a_prompt_by_its_name(bivec, encoder, tmp_path):
-    encoder.save_pretrained(tmp_path / "model", prompts={"query": "Find the answer:", "document": ""})
+    encoder.save_pretrained(tmp_path / "model", prompts={"query": "Find the answer:", "topic": "Name it:"})
     file = write(tmp_path, ".txt")
     bivec("encode", tmp_path / "model", file, "-o", tmp_path / "e.npy", "--prompt", "query")
     expected = encoder.encode(TEXTS, instruction="Find the answer:")
     np.testing.assert_allclose(np.load(tmp_path / "e.npy"), expected, rtol=0, atol=1e-5)
     start = ["encode", tmp_path / "model", file, "-o", tmp_path / "f.npy", "--prompt"]
     assert "--prompt passage: " in bivec(*start, "passage", code=1)[1]
-    assert "keeps query, document; give --instruction" in bivec(*start, "passage", code=1)[1]
+    assert "keeps query, topic; give --instruction" in bivec(*start, "passage", code=1)[1]
     assert "say the same thing" in bivec(*start, "query", "--instruction", "Find:", code=1)[1]
 
 

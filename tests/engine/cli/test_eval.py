@@ -56,9 +56,7 @@ def test_local_tasks_of_mteb(bivec_json, tiny_llama_dir, tmp_path, small, monkey
     command = ["eval", tiny_llama_dir, "--output-dir", tmp_path, "--tasks"]
     document = bivec_json(*command, "LocalSTS", "SICK-R", code=1)
     assert list(document["tasks"]) == ["LocalSTS"] and "sts" not in document
-    assert document["failed"] == {
-        "SICK-R": "needs the hub: its data is not in the local cache and could not be fetched"
-    }
+    assert list(document["failed"]) == ["SICK-R"] and document["failed"]["SICK-R"].startswith("needs the hub: ")
     (kept,) = tmp_path.glob("results/bivec__llama/*/LocalSTS.json")
     before = kept.stat().st_mtime_ns
     document = bivec_json(*command, "local")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from bivec.engine.encoder import Encoder
-from bivec.engine.lora import LoraConfig, add_adapter, save_adapter
+from bivec.engine.lora import LoraConfig, add_lora
 
 TEXTS = ["a choir sang", "the river runs north", "old kings"]
 
@@ -49,12 +49,12 @@ def test_adapters_are_merged_in_their_order(bivec, tiny_llama_dir, tmp_path):
     adapters = []
     for seed in (1, 2):
         encoder = Encoder.from_pretrained(tiny_llama_dir)
-        adapter = add_adapter(encoder.model, LoraConfig(rank=4, alpha=8, dropout=0.0), seed=seed)
+        adapter = add_lora(encoder.model, LoraConfig(rank=4, alpha=8, dropout=0.0), seed=seed)
         with torch.no_grad():
-            for parameter in adapter.parameters():
+            for parameter in adapter.named_parameters().values():
                 parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
         adapters.append(tmp_path / f"adapter{seed}")
-        save_adapter(adapter, adapters[-1], base_model=str(tiny_llama_dir))
+        adapter.save(adapters[-1], str(tiny_llama_dir))
     flags = [word for adapter in adapters for word in ("--adapter", adapter)]
     bivec("export", tiny_llama_dir, tmp_path / "out", *flags)
     expected = Encoder.from_pretrained(tiny_llama_dir, adapters=adapters).encode(TEXTS)
