@@ -15,7 +15,8 @@ def folder(tmp_path, monkeypatch):
     """Benchmarks of our own: a script, one that pytest runs, and a part of the script."""
     (tmp_path / "fast.py").write_text(
         '"""How fast is it? Very.\n\nMore.\n"""\n\nimport json\nimport sys\n\nimport part\n\n'
-        'if __name__ == "__main__":\n    print(json.dumps([part.NAME, *sys.argv[1:]]))\n    sys.exit(len(sys.argv) - 1)\n'
+        'if __name__ == "__main__":\n    print(json.dumps([part.NAME, *sys.argv[1:]]))\n'
+        "    sys.exit(len(sys.argv) - 1)\n"
     )
     (tmp_path / "part.py").write_text('"""A part."""\n\nNAME = "part"\n')
     (tmp_path / "tested.py").write_text(
