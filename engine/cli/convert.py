@@ -1,6 +1,7 @@
 """Turns a decoder into a text encoder: bidirectional attention, MNTP, SimCSE, supervised training.
 
-The settings are those of a preset, changed by a file (--config) and by flags, of which the flags count more:
+The settings are those of a preset (the paper's for its models, or those of the quick start), changed by the file of
+--config, changed by the flags here. A run that was stopped goes on with --resume.
 """
 
 from __future__ import annotations
@@ -139,6 +140,8 @@ def _preset(name: str | None, model: str | None) -> Recipe:
 
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser = recipe_parser(recipe, __doc__, prog="bivec convert", epilog=EPILOG, allow_abbrev=False)
+    if not recipe.model:
+        parser._option_string_actions["--model"].help = "decoder: a directory, a .gguf file or a hub id"
     add = parser.add_argument
     add("--preset", metavar="NAME", help=f"start from these settings: {', '.join(PRESETS)} (default: by the model)")
     add("--config", metavar="FILE", help="a .yaml or .json file of flags and hyper-parameters")
