@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -11,8 +12,9 @@ from typing import Any, TextIO
 
 
 def say(line: str) -> None:
-    """A line of ours on stderr."""
-    print(f"bivec: {line}", file=sys.stderr, flush=True)
+    """A line of ours on stderr; of several processes all but the first say who they are."""
+    rank = os.environ.get("RANK", "0")
+    print(f"bivec: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr, flush=True)
 
 
 def command_parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from bivec.kernels.attention import attention_dropout_mask
 from bivec.kernels.dropout import linear_keep_mask
 
 # Relative to the largest exact value. On a CPU, torch's backend and Triton's in the interpreter are off by 6e-7 at most
-# in fp32, 6e-3 in bf16 and 6e-4 in fp16; no GPU was at hand.
+# in fp32, 6e-3 in bf16 and 7e-4 in fp16; no GPU was at hand.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 OPS = (
     "flash_attention",
@@ -240,7 +240,8 @@ def _run(call: Call, leaves: dict[str, Tensor], fixed: dict[str, Tensor]) -> dic
     leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
     outputs = call(**leaves, **fixed)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    ways = [_normal(*y.shape, seed=i).to(y) for i, y in enumerate(outputs, start=50)]  # the gradients that arrive
+    # the gradients that arrive: eighths, which every dtype holds
+    ways = [(_normal(*y.shape, seed=i) * 8).round().div(8).to(y) for i, y in enumerate(outputs, start=50)]
     found = {f"output {i}": y for i, y in enumerate(outputs)}
     gradients = torch.autograd.grad(outputs, list(leaves.values()), ways)
     found |= {f"the gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}

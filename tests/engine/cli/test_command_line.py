@@ -76,6 +76,11 @@ def test_an_error_is_one_line_and_1(process, tiny_llama_dir, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
+def test_of_several_processes_each_says_who_it_is(bivec, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert bivec("bench", "slow", code=2)[1].startswith("bivec: rank 3: error: there is no benchmark 'slow'")
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a bug of ours")
