@@ -95,23 +95,22 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, RunOptions, bool]:
         BivecError: no preset or file of that name, no model, an unknown key or hyper-parameter, a bad value.
     """
     first = _first_look(arguments)
-    settings = {} if first.config is None else read_config(first.config)
-    for name in ("preset", "model", "stages"):  # a preset's model and stages decide what else may be given
-        if getattr(first, name) is not None:
-            settings[name] = getattr(first, name)
-    recipe = _preset(settings.pop("preset", None), settings.get("model"))
-    parser = _parser(recipe)
-    parser.exit_on_error = False
+    # these decide what else may be given, and with what default
+    told = {name: value for name, value in vars(first).items() if name != "config" and value is not None}
+    settings = ({} if first.config is None else read_config(first.config)) | told
     try:
-        given = parser.parse_args(as_flags(first.config or "bivec convert", settings, parser, recipe))
+        recipe = _preset(settings.pop("preset", None), settings.get("model"))
+        parser = _parser(recipe)
+        parser.exit_on_error = False
+        given = parser.parse_args(as_flags(first.config or "", settings, parser, recipe))
         recipe, _ = apply_arguments(recipe, given)
     except (BivecError, argparse.ArgumentError) as error:
-        if first.config is None or str(first.config) in str(error):
-            raise RunError(str(error)) from error
-        raise RunError(f"{first.config}: {error}") from error
+        text, flags = str(error), tuple(f"--{name}" for name in told)
+        of_the_file = first.config is not None and not text.startswith((first.config, *flags))
+        raise RunError(f"{first.config}: {text}" if of_the_file else text) from error
     last = _parser(recipe)
-    told = [name for name in OF_THE_RUN if getattr(given, name) != parser.get_default(name)]
-    last.set_defaults(**{name: getattr(given, name) for name in told})
+    changed = [name for name in OF_THE_RUN if getattr(given, name) != parser.get_default(name)]
+    last.set_defaults(**{name: getattr(given, name) for name in changed})
     given = last.parse_args(arguments)
     if not given.model:
         last.error("--model is needed, or a --preset that has one")
@@ -120,7 +119,7 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, RunOptions, bool]:
 
 def _first_look(arguments: Sequence[str]) -> argparse.Namespace:
     """The flags that decide what the others' defaults are."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser("bivec convert", add_help=False, allow_abbrev=False)
     for name in ("--config", "--preset", "--model", "--stages"):
         parser.add_argument(name)
     return parser.parse_known_args(arguments)[0]

@@ -113,6 +113,7 @@ def test_which_preset():
         ("mntp: {batch_size: many}", "mntp.batch_size=many: expected int"),
         ("mntp: {batch_size: 0}", "batch_size is 0"),
         ("stages: [bi, simcsee]", "unknown stage simcsee"),
+        ("preset: mistral", "--preset mistral: choose one of paper, mistral-7b"),
         ("seed: 2026-01-01", "seed is datetime.date"),
         ("seed: 1\nseed: 2", "line 2: the key 'seed' is there twice"),
         ("mntp: {save_every: 2}\nmntp.save_every: 3", "the key 'mntp.save_every' is there twice"),
@@ -126,6 +127,13 @@ def test_what_is_wrong_is_named_with_the_file(file, text, message):
     with pytest.raises(BivecError) as caught:
         parse(["--config", path, "--model", "m"])
     assert str(caught.value).startswith(path) and message in str(caught.value)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--stages", "bi,simcsee"), ("--preset", "mistral")])
+def test_what_is_wrong_with_a_flag_is_not_blamed_on_the_file(file, flag, value):
+    with pytest.raises(BivecError) as caught:
+        parse(["--config", file("stages: [bi]\nmodel: m"), flag, value])
+    assert str(caught.value).startswith(flag)
 
 
 @pytest.mark.parametrize(
