@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bivec import __version__
-from bivec.engine.cli.versions import OPTIONAL, REQUIRED, install_hint, installed, older
+from bivec.engine.cli.versions import OPTIONAL, PYTHON, REQUIRED, install_hint, installed, older
 
 OK, FAILED, MISSING, SKIPPED = "ok", "failed", "missing", "skipped"
 NO_TRITON = "triton is not installed: there are no kernels here, every operator takes torch"
@@ -35,7 +35,7 @@ class Check:
 def versions() -> list[Check]:
     """Python, this package, what it needs and what some commands need."""
     python = platform.python_version()
-    found = [_version("python", python, "3.10", ""), Check("versions", "bivec", OK, __version__)]
+    found = [_version("python", python, PYTHON, ""), Check("versions", "bivec", OK, __version__)]
     for package, oldest in REQUIRED.items():
         found.append(_version(package, installed(package), oldest, f"pip install '{package}>={oldest}'"))
     for package, (oldest, _) in OPTIONAL.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bivec.engine.cli.models import MODEL_HELP, add_model_flags, open_model
-from bivec.engine.cli.output import command_parser, results_only, say, write_document
+from bivec.engine.cli.output import command_parser, count, results_only, say, write_document
 
 if TYPE_CHECKING:
     from bivec.engine.encoder import Encoder
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", help=MODEL_HELP)
     add("--sts", nargs="+", metavar="FILE", help="CSV or TSV of sentence1, sentence2, score (default: STS-B)")
-    add("--pairs", type=int, metavar="N", help="only the first N of every file (default: all)")
+    add("--pairs", type=count, metavar="N", help="only the first N of every file (default: all)")
     add("--instruction", help="put before the sentences of STS pairs, with its final colon")
     add("--tasks", nargs="+", metavar="TASK", help="MTEB tasks: names of mteb's, local, subset15, full56")
     add("--no-instructions", action="store_true", help="of --tasks: leave out the paper's and the local tasks'")
@@ -126,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
         help="of --tasks: where mteb keeps results, which are not computed again (default: %(default)s)",
     )
     add("--words", nargs="*", choices=WORD_TASKS, metavar="TASK", help="chunking, ner, pos, on data that ships")
-    add("--sentences", type=int, metavar="N", help="of --words: the first N of every corpus (default: all)")
-    add("--tokens-per-batch", type=int, help="memory grows with it, scores do not change (default: 4096)")
+    add("--sentences", type=count, metavar="N", help="of --words: the first N of every corpus (default: all)")
+    add("--tokens-per-batch", type=count, help="memory grows with it, scores do not change (default: 4096)")
     add_model_flags(parser)
     add("--json", action="store_true", help="print the scores as JSON")
     return parser

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from bivec.engine.cli.output import count
+
 if TYPE_CHECKING:
     from bivec.engine.encoder import Encoder
 
@@ -17,7 +19,7 @@ def add_model_flags(parser: argparse.ArgumentParser, *, on_disk: bool = False) -
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="DIR", help="merge this PEFT adapter first (repeatable)")
     add("--pooling", help="mean, weighted_mean, last_token, eos_token or bos_token (default: as the model says)")
-    add("--max-length", type=int, metavar="N", help="tokens of a row, instruction too (default: as the model says)")
+    add("--max-length", type=count, metavar="N", help="tokens of a row, instruction too (default: as the model says)")
     add("--template", help="a chat template, its short name or none (default: as the model says)")
     if on_disk:
         return

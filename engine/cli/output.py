@@ -37,9 +37,20 @@ def results_only() -> Iterator[TextIO]:
     stdout.flush()
 
 
+def count(text: str) -> int:
+    """argparse's type of a number of things: at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return number
+
+
 def write_document(stdout: TextIO, document: Any) -> None:
     """One JSON document."""
-    stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    stdout.write(json.dumps(document, indent=2) + "\n")
 
 
 def explained(error: Exception) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
+PYTHON = "3.10"
 REQUIRED = {"torch": "2.11", "safetensors": "0.4.3", "numpy": "1.26"}  # with the oldest version that does
 OPTIONAL = {  # oldest version, and the extra that installs it
     "triton": ("3.6", "all"),

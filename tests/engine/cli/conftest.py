@@ -16,10 +16,11 @@ from bivec.engine.cli import main
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Tables that ``datasets`` converts, and reports of compiled kernels, go elsewhere than into the user's cache."""
+    """Tables that ``datasets`` converts go elsewhere than into the user's cache."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a name that is no path is not asked of the hub
 
 
 @pytest.fixture

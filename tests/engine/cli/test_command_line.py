@@ -56,6 +56,8 @@ def test_help_imports_nothing_heavy(words, tmp_path):
         (["encode", "m", "i", "-o", "o.npy", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["export", "m", "o", "--format", "onnx"], "invalid choice: 'onnx'"),
         (["doctor", "--only", "versions,gpus"], "--only 'gpus': choose of versions,devices"),
+        (["eval", "m", "--pairs", "0"], "argument --pairs: '0' is no number of at least 1"),
+        (["eval", "m", "--sentences", "all"], "argument --sentences: 'all' is no number of at least 1"),
         (["convert"], "--model is needed, or a --preset that has one"),
     ],
 )

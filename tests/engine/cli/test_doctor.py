@@ -242,6 +242,7 @@ def test_the_versions_are_those_of_setup(monkeypatch):
     given = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     runpy.run_path(str(ROOT / "setup.py"))
+    assert given["python_requires"] == f">={versions.PYTHON}"
     assert {tuple(line.split(">=")) for line in given["install_requires"]} == set(versions.REQUIRED.items())
     for package, (oldest, extra) in versions.OPTIONAL.items():
         assert f"{package}>={oldest}" in given["extras_require"][extra], package
