@@ -191,6 +191,7 @@ def process_group(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
             yield
+            _last_exchange()
         finally:
             dist.destroy_process_group()
         return
@@ -218,10 +219,24 @@ def process_group(
         ) from error
     else:
         pulse.stop(timeout_seconds)  # before rank 0, which holds the store, may be gone
-        world.barrier()  # it may have files to write
+        _last_exchange()  # rank 0 may have files to write
         dist.destroy_process_group()
     finally:
         pulse.stop()
+
+
+def _last_exchange() -> None:
+    """Waits for all ranks, and for gloo's own threads to let go of what they exchanged.
+
+    They live as long as anything holds the group (a device mesh does, for ever). One that drops the last reference to
+    a tensor asks for the interpreter; where that is ending by then, the thread is ended within C++ that allows no
+    unwinding, and the process aborts ("terminate called without an active exception"): seen on busy machines.
+    """
+    flag = torch.zeros(1)
+    torch.distributed.all_reduce(flag)
+    deadline = time.monotonic() + BEAT_SECONDS * MISSED_BEATS
+    while flag._use_count() > 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 class _Pulse:

@@ -22,9 +22,9 @@ from bivec.engine.encoder_inputs import as_list, one_ahead, progress_bar, split_
 from bivec.engine.errors import BivecError
 from bivec.engine.layouts import open_encoder
 from bivec.engine.lora import Adapter
-from bivec.engine.origin import Origin
+from bivec.engine.origin import Origin, loaded_fingerprint
 from bivec.engine.packing import token_budget_batches
-from bivec.engine.text_format import Row, SpanError, encoding_head
+from bivec.engine.text_format import Prompt, Row, SpanError, encoding_head
 from bivec.kernels import segment_pool
 from bivec.models import PackedBatch
 
@@ -58,7 +58,7 @@ class Encoder:
         self.model, self.tokenizer, self.backend = model, tokenizer, backend
         self.config = replace(config, max_length=min(config.max_length, positions))
         self.lm_head_weight = lm_head_weight
-        self.prompts, self.origin, self.adapter = dict(prompts or {}), origin or Origin(), adapter
+        self.prompts, self.adapter, self._origin = dict(prompts or {}), adapter, origin or Origin()
         self._text_format = text_format(self.config, tokenizer)
 
     @classmethod
@@ -86,8 +86,9 @@ class Encoder:
                 that holds an adapter alone (its base model is named inside), a ``.gguf`` file, or a hub id.
             adapters: PEFT adapters, directories or hub ids, merged into the weights in this order.
             merge: False leaves the last of ``adapters`` live, as ``encoder.adapter``: ``remove()`` takes it off again,
-                ``merge()`` is what a save needs.
-            tokenizer: directory, ``.gguf`` file or hub id of the tokenizer; None = the model's.
+                ``merge()`` puts it into the weights, which a save needs.
+            tokenizer: directory, ``.gguf`` file or hub id of the tokenizer; None = the model's. Where it puts no BOS in
+                front of a text, one is added for a mere decoder; an encoder, whoever made it, keeps it as it is.
             pooling: "mean", "weighted_mean", "last_token", "eos_token" or "bos_token"; None = what the directory says,
                 else "mean".
             pool_bos: pool special tokens in front too; None = what the directory says, else True (as other libraries).
@@ -127,6 +128,13 @@ class Encoder:
         )
 
     @property
+    def origin(self) -> Origin:
+        """Where the weights come from: the decoder, and the adapters that are in them."""
+        if self.adapter is None or not self.adapter.merged:
+            return self._origin
+        return self._origin.with_adapter(self.adapter.name, loaded_fingerprint(self.adapter))
+
+    @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
@@ -140,10 +148,12 @@ class Encoder:
         sentences: str | Sequence[str] | Sequence[Sequence[str]],
         *,
         instruction: str | None = None,
+        prompt: str | None = None,
+        prompt_name: str | None = None,
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         max_text_length: int | None = None,
-        normalize_embeddings: bool = False,
+        normalize_embeddings: bool | None = None,
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
     ) -> np.ndarray | Tensor:
@@ -153,11 +163,14 @@ class Encoder:
             sentences: a text, or a list of texts or of ``[instruction, text]`` pairs. Of a text longer than
                 ``max_length`` the last tokens are cut; instruction and template stay whole.
             instruction: put before every text of the list, not pooled (a final colon is the caller's).
+            prompt: put before every text of the list to the letter, in place of an instruction and of the template's
+                head, as sentence-transformers does; pooled or not as an instruction is.
+            prompt_name: one of ``self.prompts``.
             batch_size: at most this many texts a batch; None = bounded by tokens only.
             tokens_per_batch: tokens a batch, 4096 by default; memory grows with it, vectors do not change.
             max_text_length: tokens of a text alone, instruction and template not counted: a longer one loses its last
                 words (METHOD 7.1 evaluates with 400). None = only ``max_length`` counts.
-            normalize_embeddings: to unit length.
+            normalize_embeddings: to unit length; None = as ``config.normalize`` says.
             convert_to_tensor: return a torch tensor instead of a numpy array.
             show_progress_bar: None = only for more than 1,000 texts.
 
@@ -166,9 +179,10 @@ class Encoder:
             special tokens, instruction and template.
 
         Raises:
-            BivecError: an input that is neither a text nor a pair, or an instruction that leaves no room for its text.
+            BivecError: an input that is neither a text nor a pair, an instruction that leaves no room for its text, an
+                unknown prompt name, or more than one of instruction, prompt and prompt_name.
         """
-        single = isinstance(sentences, str)
+        single, instruction = isinstance(sentences, str), self._head(instruction, prompt, prompt_name)
         pairs = [split_pair(item, instruction, index) for index, item in enumerate(as_list(sentences))]
         starts = range(0, len(pairs), SLICE_TEXTS)
         embeddings = torch.empty(len(pairs), self.dimension, dtype=torch.float32)
@@ -192,7 +206,7 @@ class Encoder:
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         max_text_length: int | None = None,
-        normalize_embeddings: bool = False,
+        normalize_embeddings: bool | None = None,
         advance: Callable[[int], object] = lambda count: None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Embeds slices of texts that need not all be in memory; a thread reads and tokenises the next one meanwhile.
@@ -203,7 +217,7 @@ class Encoder:
             batch_size: see :meth:`encode`, as the following.
             tokens_per_batch: tokens a batch.
             max_text_length: tokens of a text alone.
-            normalize_embeddings: to unit length.
+            normalize_embeddings: see :meth:`encode`.
             advance: called with the number of texts of every batch.
 
         Yields:
@@ -213,6 +227,7 @@ class Encoder:
             BivecError: an instruction that leaves no room for its text; it is named by its position.
         """
         tokenised = ((first, self._tokenise(pairs, max_text_length, first)) for first, pairs in slices)
+        unit = self.config.normalize if normalize_embeddings is None else normalize_embeddings
         ahead = iter if length_hint(slices, 2) < 2 else one_ahead  # one slice needs no thread
         for first, rows in ahead(tokenised):
             # one copy a slice: a copy a batch would make a GPU wait for the host as often
@@ -226,7 +241,7 @@ class Encoder:
             for hidden, cu_seqlens, indices in states:
                 embeddings[self._index(indices)] = self._pooled(hidden, cu_seqlens, [rows[i] for i in indices])
                 advance(len(indices))
-            if normalize_embeddings:
+            if unit:
                 embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
             yield first, embeddings.cpu()
 
@@ -335,7 +350,7 @@ class Encoder:
         self,
         path: str | Path,
         *,
-        normalize: bool = False,
+        normalize: bool | None = None,
         prompts: Mapping[str, str] | None = None,
         card: ModelCard | None = None,
     ) -> None:
@@ -347,8 +362,9 @@ class Encoder:
 
         Args:
             path: the directory.
-            normalize: sentence-transformers is to give unit vectors.
-            prompts: named instructions, as ``encode`` takes them; None = ``self.prompts``.
+            normalize: the folder is to give unit vectors, here and in sentence-transformers; None = as
+                ``config.normalize`` says.
+            prompts: by name, to the letter (``encode(prompt_name=…)``); None = ``self.prompts``.
             card: what the model card says beside what the encoder knows of itself.
 
         Raises:
@@ -372,6 +388,17 @@ class Encoder:
         from bivec.engine.gguf_export import save_gguf
 
         save_gguf(self, path, dtype=dtype)
+
+    def _head(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str | None:
+        """What stands before the texts; a :class:`Prompt` is taken to the letter."""
+        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
+            raise BivecError("give one of instruction, prompt and prompt_name")
+        if prompt_name is not None:
+            if prompt_name not in self.prompts:
+                names = ", ".join(self.prompts) or "none"
+                raise BivecError(f"prompt_name {prompt_name!r} is unknown; the encoder has {names}")
+            prompt = self.prompts[prompt_name]
+        return instruction if prompt is None else Prompt(prompt)
 
     def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, rows: list[Row]) -> Tensor:
         """[B, D] float32 on the device: every row's span of the packed hidden states."""

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bivec.engine.foreign_settings import (
+    LENGTH_FILE,
+    MODULES_FILE,
+    POOLING_PATTERN,
+    PROMPTS_FILE,
+    WEIGHTS_PATTERN,
+    read_json,
+    read_llm2vec,
+    read_sentence_transformers,
+)
 from bivec.engine.origin import Origin
-from bivec.engine.text_format import SLOT, TextFormat, expand_template
+from bivec.engine.text_format import TextFormat, expand_template
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import ConfigError
 from bivec.models.gguf import read_header
@@ -18,17 +28,13 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "bivec_config.json"
 LLM2VEC_FILE = "llm2vec_config.json"
-MODULES_FILE = "modules.json"  # sentence-transformers, as the three that follow
-LENGTH_FILE, PROMPTS_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
-POOLING_PATTERN = "*_Pooling/config.json"
-# what a hub repository may hold of these, beside weights and tokenizer
-CONFIG_PATTERNS = (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE, LENGTH_FILE, PROMPTS_FILE, POOLING_PATTERN)
+# what a hub repository may hold of settings, beside weights and tokenizer
+CONFIG_PATTERNS = (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE, LENGTH_FILE, PROMPTS_FILE, POOLING_PATTERN, WEIGHTS_PATTERN)
 # what our own file says beside the fields of EncoderConfig
-ORIGIN, PROMPTS, DIFFERENCES = "origin", "prompts", "differences_elsewhere"
+ORIGIN, PROMPTS, DIFFERENCES, BOS = "origin", "prompts", "differences_elsewhere", "bos_token"
 GGUF_POOLINGS = {1: "mean", 2: "bos_token", 3: "last_token"}  # llama.cpp's pooling_type
 GGUF_KEY = "bivec.encoder"  # in the metadata: the fields of EncoderConfig as JSON
-GGUF_ORIGIN = "bivec.origin"
-UNLIMITED = 10**6  # transformers writes 1e30 as the length of a tokenizer that has none
+GGUF_ORIGIN, GGUF_PROMPTS = "bivec.origin", "bivec.prompts"
 # our and llm2vec's names -> mode of segment_pool
 POOLINGS = {
     "mean": "mean",
@@ -37,16 +43,7 @@ POOLINGS = {
     "eos_token": "last",
     "bos_token": "first",
 }
-# sentence-transformers' names, with "pooling_mode_" before them as flags or alone in one field -> ours
-SENTENCE_TRANSFORMERS_POOLINGS = {
-    "mean_tokens": "mean",
-    "mean": "mean",
-    "weightedmean_tokens": "weighted_mean",
-    "weightedmean": "weighted_mean",
-    "lasttoken": "last_token",
-    "cls_token": "bos_token",
-    "cls": "bos_token",
-}
+SIMILARITIES = ("cosine", "dot")
 
 
 @dataclass(frozen=True)
@@ -54,8 +51,8 @@ class EncoderConfig:
     """How texts become vectors; stored beside the weights as ``bivec_config.json``.
 
     Raises:
-        ConfigError: an unknown pooling, a length below 2, a template that is neither a known name nor has its one
-            ``{text}``.
+        ConfigError: an unknown pooling or similarity, a length below 2, a template that is neither a known name nor has
+            its one ``{text}``.
     """
 
     pooling: str = "mean"  # see POOLINGS; "eos_token" also puts an EOS behind every text
@@ -65,10 +62,14 @@ class EncoderConfig:
     template: str | None = None  # "[INST] {text} [/INST]"; a short name of TEMPLATES becomes what it stands for
     skip_instruction: bool = True  # False: instruction and template head are pooled too, as in sentence-transformers
     pool_tail: bool = True  # what follows {text} is pooled too (METHOD 5.4); False: the text only
+    normalize: bool = False  # to unit length, unless ``encode`` is asked for something else
+    similarity: str = "cosine"  # or "dot": by which the vectors are to be compared
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise ConfigError(f"pooling {self.pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
+        if self.similarity not in SIMILARITIES:
+            raise ConfigError(f"similarity {self.similarity!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length!r}, expected an integer of at least 2 tokens")
         if self.template is not None:
@@ -98,8 +99,8 @@ def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig 
         return _gguf_encoder_config(folder)
     for file, read in (
         (folder / CONFIG_FILE, _read_own),
-        (folder / LLM2VEC_FILE, _read_llm2vec),
-        (folder / MODULES_FILE, _read_sentence_transformers),
+        (folder / LLM2VEC_FILE, read_llm2vec),
+        (folder / MODULES_FILE, read_sentence_transformers),
     ):
         if file.is_file():
             settings = read(file)
@@ -112,60 +113,39 @@ def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig 
 
 
 def _read_own(file: Path) -> dict[str, Any]:
-    settings = _read_json(file, dict)
-    settings = {name: value for name, value in settings.items() if name not in (ORIGIN, PROMPTS, DIFFERENCES)}
+    settings = read_json(file, dict)
+    settings = {name: value for name, value in settings.items() if name not in (ORIGIN, PROMPTS, DIFFERENCES, BOS)}
     unknown = settings.keys() - {field.name for field in fields(EncoderConfig)}
     if unknown:
         raise ConfigError(f"{file}: unknown field {min(unknown)!r}")
     return settings
 
 
-def _read_llm2vec(file: Path) -> dict[str, Any]:
-    """Where LLM2Vec skips the instruction it skips BOS too; else its mean runs over the whole row (METHOD 5.4)."""
-    stored = _read_json(file, dict)
-    skip = bool(stored.get("skip_instruction", True))
-    settings = {"pool_bos": not skip, "skip_instruction": skip}
-    settings |= {"pooling": stored["pooling_mode"]} if "pooling_mode" in stored else {}
-    return settings | ({"max_length": stored["max_length"]} if "max_length" in stored else {})
+def write_settings(folder: Path, config: EncoderConfig, bos_token: str | None, origin: Origin | None = None) -> None:
+    """Writes what a folder without a tokenizer, an adapter's, has to say of how its vectors are made.
+
+    Args:
+        folder: exists.
+        config: the pooling rule.
+        bos_token: what the tokenizer puts in front of a text; None = nothing.
+        origin: of whole weights; None for an adapter.
+    """
+    settings = {**asdict(config), BOS: bos_token} | ({} if origin is None else {ORIGIN: origin.to_dict()})
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_sentence_transformers(file: Path) -> dict[str, Any]:
-    folder, modules = file.parent, _read_json(file, list)
-    try:
-        kinds = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in modules}
-    except (KeyError, TypeError):
-        raise ConfigError(f"{file}: every module needs a type and a path") from None
-    unknown = kinds.keys() - {"Transformer", "Pooling", "Normalize"}  # Normalize changes no cosine: the caller's choice
-    if unknown:
-        raise ConfigError(f"{file}: module {min(unknown)!r} is not supported; bivec has a decoder and a pooling")
-    settings: dict[str, Any] = {}
-    if "Pooling" in kinds:
-        pooling_file = folder / kinds["Pooling"] / "config.json"
-        pooling = _read_json(pooling_file, dict)
-        prefix = "pooling_mode_"
-        modes = [key.removeprefix(prefix) for key, value in pooling.items() if key.startswith(prefix) and value is True]
-        modes = modes or [str(pooling.get("pooling_mode"))]
-        if len(modes) != 1 or modes[0] not in SENTENCE_TRANSFORMERS_POOLINGS:
-            raise ConfigError(f"{pooling_file}: pooling {' + '.join(modes)} is not supported")
-        settings["pooling"] = SENTENCE_TRANSFORMERS_POOLINGS[modes[0]]
-        settings["skip_instruction"] = not pooling.get("include_prompt", True)
-    prompts = _read_json(folder / PROMPTS_FILE, dict) if (folder / PROMPTS_FILE).is_file() else {}
-    head = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
-    if head:  # sentence-transformers puts it before every text
-        settings["template"] = f"{head}{SLOT}"
-    return settings | _stored_length(folder / kinds.get("Transformer", ""))
+def stored_bos(folder: Path) -> tuple[bool, str | None]:
+    """Whether a folder of an adapter of ours says which BOS its training had in front, and which; None = none."""
+    file = folder / CONFIG_FILE
+    stored = read_json(file, dict) if file.is_file() else {}
+    return BOS in stored, stored.get(BOS)
 
 
-def _stored_length(folder: Path) -> dict[str, int]:
-    """``max_length``, if the folder says it: from version 6 on it is the tokenizer's."""
-    for file, name in (
-        (folder / LENGTH_FILE, "max_seq_length"),
-        (folder / "tokenizer_config.json", "model_max_length"),
-    ):
-        length = _read_json(file, dict).get(name) if file.is_file() else None
-        if length is not None and (name == "max_seq_length" or length < UNLIMITED):
-            return {"max_length": length}
-    return {}
+def is_encoder(folder: Path) -> bool:
+    """Whether a folder or GGUF file is an encoder's, whose tokenizer is taken as it is, and not a mere decoder's."""
+    if folder.is_file():
+        return _gguf_encoder_config(folder) is not None
+    return any((folder / name).is_file() for name in (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE))
 
 
 def _gguf_encoder_config(file: Path) -> EncoderConfig | None:
@@ -185,34 +165,39 @@ def _gguf_encoder_config(file: Path) -> EncoderConfig | None:
 
 
 def stored_prompts(folder: Path) -> dict[str, str]:
-    """The named prompts of a folder, ours or of sentence-transformers; those that are empty are left out."""
-    for name in (CONFIG_FILE, PROMPTS_FILE):
-        stored = _read_json(folder / name, dict).get(PROMPTS) if (folder / name).is_file() else None
-        if isinstance(stored, dict):
-            return {str(key): str(prompt) for key, prompt in stored.items() if prompt}
+    """The named prompts of a folder or GGUF file, ours or of sentence-transformers, to the letter."""
+    if folder.is_file():
+        stored = _gguf_json(folder, GGUF_PROMPTS)
+        return _checked_prompts(stored, folder) if stored is not None else {}
+    for file in (folder / CONFIG_FILE, folder / PROMPTS_FILE):
+        stored = read_json(file, dict).get(PROMPTS) if file.is_file() else None
+        if stored is not None:
+            return _checked_prompts(stored, file)
     return {}
+
+
+def _checked_prompts(stored: Any, file: Path) -> dict[str, str]:
+    if not isinstance(stored, dict) or not all(isinstance(prompt, str) for prompt in stored.values()):
+        raise ConfigError(f"{file}: prompts are {stored!r}, expected a string for every name")
+    return dict(stored)
 
 
 def stored_origin(folder: Path) -> Origin:
     """What our file, or a GGUF file of ours, says of where the weights come from; nothing where it says nothing."""
     if folder.is_file():
-        text = read_header(folder).metadata.get(GGUF_ORIGIN)
-        return Origin() if text is None else Origin.from_dict(json.loads(text), folder)
+        stored = _gguf_json(folder, GGUF_ORIGIN)
+        return Origin() if stored is None else Origin.from_dict(stored, folder)
     file = folder / CONFIG_FILE
-    stored = _read_json(file, dict).get(ORIGIN) if file.is_file() else None
+    stored = read_json(file, dict).get(ORIGIN) if file.is_file() else None
     return Origin() if stored is None else Origin.from_dict(stored, file)
 
 
-def _read_json(file: Path, kind: type) -> Any:
+def _gguf_json(file: Path, key: str) -> Any:
+    text = read_header(file).metadata.get(key)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file, though modules.json names it") from None
+        return None if text is None else json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(content, kind):
-        raise ConfigError(f"{file}: expected a JSON {kind.__name__}, found {type(content).__name__}")
-    return content
+        raise ConfigError(f"{file}: {key} in the metadata is not JSON ({error})") from error
 
 
 def text_format(config: EncoderConfig, tokenizer: PreTrainedTokenizerFast) -> TextFormat:

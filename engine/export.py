@@ -8,7 +8,7 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,11 @@ from bivec.engine.encoder_config import (
     read_encoder_config,
     stored_origin,
 )
-from bivec.engine.errors import CheckpointError
+from bivec.engine.errors import CheckpointError, ConfigError
+from bivec.engine.foreign_settings import read_json
 from bivec.engine.model_card import CARD_FILE, ModelCard, is_ours, render_card
 from bivec.engine.sentence_transformers_files import sentence_transformers_files
+from bivec.engine.tokenizer import prefix_length
 from bivec.models import DecoderConfig, save_pretrained
 from bivec.models.files import atomic_directory, write_text_atomic
 from bivec.models.weights import MODEL_PATTERNS
@@ -41,7 +43,7 @@ def save_encoder(
     encoder: Encoder,
     path: str | Path,
     *,
-    normalize: bool = False,
+    normalize: bool | None = None,
     prompts: Mapping[str, str] | None = None,
     card: ModelCard | None = None,
 ) -> None:
@@ -53,10 +55,13 @@ def save_encoder(
             "there; choose another directory"
         )
     prompts = dict(encoder.prompts if prompts is None else prompts)
-    files = sentence_transformers_files(encoder, normalize=normalize, prompts=prompts)
+    config = encoder.config if normalize is None else replace(encoder.config, normalize=normalize)
+    if not prefix_length(encoder.tokenizer):
+        config = replace(config, pool_bos=True)  # says the same, and other libraries' users need not leave a word out
+    files = sentence_transformers_files(encoder, normalize=config.normalize, prompts=prompts)
     differences = [*files.plain, *files.other]
     settings = {
-        **asdict(encoder.config),
+        **asdict(config),
         PROMPTS: prompts,
         ORIGIN: encoder.origin.to_dict(),
         DIFFERENCES: differences,
@@ -70,7 +75,7 @@ def save_encoder(
         if not readme.exists() or is_ours(readme):
             (temporary / CARD_FILE).write_text(
                 render_card(
-                    encoder.config,
+                    config,
                     encoder.model.config,
                     encoder.origin,
                     card or ModelCard(),
@@ -142,7 +147,9 @@ def rewrite_card(folder: str | Path, card: ModelCard) -> None:
     if (folder / CARD_FILE).exists() and not is_ours(folder / CARD_FILE):
         return
     shape = DecoderConfig.from_pretrained(folder)
-    stored = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    stored = read_json(folder / CONFIG_FILE, dict)
+    if DIFFERENCES not in stored:
+        raise ConfigError(f"{folder / CONFIG_FILE}: no {DIFFERENCES!r}: not an encoder that save_pretrained wrote")
     text = render_card(
         read_encoder_config(folder, shape),
         shape,

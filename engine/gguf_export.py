@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from bivec.engine.encoder_config import GGUF_KEY, GGUF_ORIGIN
+from bivec.engine.encoder_config import GGUF_KEY, GGUF_ORIGIN, GGUF_PROMPTS
 from bivec.engine.errors import CheckpointError, ConfigError
 from bivec.engine.tokenizer import GGUF_CONTROL, GGUF_USER_DEFINED, byte_level_splits, load_tokenizer, prefix_length
 from bivec.models import DecoderConfig
@@ -58,6 +58,7 @@ def save_gguf(encoder: Encoder, path: str | Path, *, dtype: str = "f16") -> None
         writer.add_causal_attention(config.causal)
         writer.add_string(GGUF_KEY, json.dumps(asdict(config)))
         writer.add_string(GGUF_ORIGIN, json.dumps(encoder.origin.to_dict()))
+        writer.add_string(GGUF_PROMPTS, json.dumps(encoder.prompts))
         writer.add_name(path.stem)
         writer.add_file_type(FILE_TYPES[dtype])
         _write_tokenizer(writer, encoder, path)
@@ -263,7 +264,7 @@ def _check_written(file: Path, encoder: Encoder, path: Path) -> None:
         other = getattr(found, name)
         if not (value == other or (isinstance(value, float) and math.isclose(value, other, rel_tol=1e-6))):
             raise ConfigError(f"{path}: GGUF cannot say {name} = {value!r} (it would be read as {other!r})")
-    again = load_tokenizer(file)
+    again = load_tokenizer(file, add_bos=False)
     texts = [PROBE, *PROBE.split(), "A man plays the guitar."]
     for text, row, ours_row in zip(texts, again(texts).input_ids, encoder.tokenizer(texts).input_ids, strict=True):
         if row != ours_row:

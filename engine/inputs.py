@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from bivec.engine.data import BlockDataset, SentenceDataset, STSPair, load_sts, load_texts, mntp_blocks, sentence_ids
-from bivec.engine.encoder_config import weights_directory
+from bivec.engine.encoder_config import is_encoder, weights_directory
 from bivec.engine.errors import BivecError, CheckpointError, ConfigError, DataError, RunError
 from bivec.engine.fingerprint import tokenizer_checksum
 from bivec.engine.hub import prefer_offline
@@ -133,7 +133,10 @@ def load_inputs(recipe: Recipe) -> Inputs:
     path = problems.attempt(MODEL_FLAG, lambda: resolve_model(recipe.model))
     if path is not None:
         config = problems.attempt(MODEL_FLAG, lambda: _checked_config(recipe, path))
-        tokenizer = problems.attempt(MODEL_FLAG, lambda: load_tokenizer(path, bos_token=recipe.bos_token))
+        add_bos = recipe.bos_token is not None or not is_encoder(path)  # an encoder keeps the tokenizer it has
+        tokenizer = problems.attempt(
+            MODEL_FLAG, lambda: load_tokenizer(path, bos_token=recipe.bos_token, add_bos=add_bos)
+        )
     if "mntp" in recipe.stages:
         if config is not None and tokenizer is not None:
             masking = problems.attempt("--set mntp.mask_token", lambda: _masking(recipe, config, tokenizer))

@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bivec.engine.encoder_config import (
-    CONFIG_FILE,
     CONFIG_PATTERNS,
-    MODULES_FILE,
     EncoderConfig,
+    is_encoder,
     read_encoder_config,
+    stored_bos,
     stored_encoder_config,
     stored_origin,
     stored_prompts,
     weights_directory,
 )
 from bivec.engine.errors import CheckpointError, ConfigError
-from bivec.engine.lora import Adapter, adapter_base, load_adapter
-from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint
+from bivec.engine.foreign_settings import MODULES_FILE, TRANSFORMER, module_folders
+from bivec.engine.lora import Adapter, adapter_base, load_adapter, read_adapter
+from bivec.engine.origin import Origin, adapter_fingerprint, check_same_base, loaded_fingerprint, shown_name
 from bivec.engine.recipe import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_PATTERNS = (ADAPTER_CONFIG, "adapter_model.safetensors")
-PATTERNS = (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS, *ADAPTER_PATTERNS)
+# early versions of sentence-transformers gave the decoder a folder
+NESTED_PATTERNS = tuple(f"0_Transformer/{name}" for name in (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS))
+PATTERNS = (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS, *ADAPTER_PATTERNS, *NESTED_PATTERNS)
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 RUN_FILE = "run.json"
@@ -65,7 +68,7 @@ class Opened:
     config: EncoderConfig
     tokenizer: PreTrainedTokenizerFast
     prompts: dict[str, str]
-    origin: Origin
+    origin: Origin  # of the weights: an adapter beside them is not in it
     adapter: Adapter | None  # the last one, where it was to stay out of the weights
 
 
@@ -106,25 +109,36 @@ def open_encoder(
     if length is not None and length > positions:
         raise ConfigError(f"max_length {length} exceeds the {positions} positions of {path}; give at most these")
     config, adapter = read_encoder_config(source.settings, checkpoint.config), None
-    for folder in (*source.adapters, *given):
+    folders, own = (*source.adapters, *given), len(source.adapters)
+    for number, folder in enumerate(folders):
+        _check_stages_before(folder, origin, source.weights)
         adapter = load_adapter(checkpoint.model, folder)
         recorded = adapter_base(folder)
-        try:
-            if folder in given:
-                check_same_base(folder, recorded, names)
-            origin = origin.with_adapter(folder, loaded_fingerprint(adapter))
-        except CheckpointError:
-            adapter.remove()
-            raise
-        if merge or not given or folder != given[-1]:
+        if number >= own:
+            check_same_base(folder, recorded, names)
+        with_it = origin.with_adapter(folder, loaded_fingerprint(adapter))
+        if merge or number < own or number + 1 < len(folders):
             adapter.merge()
-            adapter = None
+            adapter, origin = None, with_it
         names += [str(folder), *([recorded] if recorded else [])]
-        if folder in given:
+        if number >= own:
             config = stored_encoder_config(folder, checkpoint.config) or config
-    words = load_tokenizer(source.tokenizer if tokenizer is None else tokenizer)
-    origin = replace(origin, base_model=origin.base_model or source.names[0])
+    add_bos, token = _bos(source, folders)
+    words = load_tokenizer(source.tokenizer if tokenizer is None else tokenizer, bos_token=token, add_bos=add_bos)
+    origin = replace(origin, base_model=origin.base_model or shown_name(source.names[0]))
     return Opened(checkpoint, replace(config, **asked), words, stored_prompts(source.settings), origin, adapter)
+
+
+def _bos(source: Source, adapters: Sequence[Path]) -> tuple[bool, str | None]:
+    """Whether the tokenizer is made to put a BOS in front, and which; None = the decoder's.
+
+    A decoder's tokenizer is. Whoever made an encoder of it, or an adapter, used it as it was, or says what he did.
+    """
+    for folder in (*reversed(adapters), source.settings):
+        says, token = stored_bos(folder) if folder.is_dir() else (False, None)
+        if says:
+            return token is not None, token
+    return not adapters and not is_encoder(source.settings), None
 
 
 def find_source(path: str | Path) -> Source:
@@ -154,7 +168,7 @@ def _find(path: str | Path, met: tuple[Path, ...]) -> Source:
         return _adapter_source(path, folder, met)
     root = folder
     if not (folder / MODEL_CONFIG).is_file() and (folder / MODULES_FILE).is_file():
-        folder = _transformer_folder(folder)
+        folder = module_folders(folder / MODULES_FILE).get(TRANSFORMER, folder)
     if not (folder / MODEL_CONFIG).is_file():
         raise CheckpointError(_nothing_known(folder))
     return Source(folder, (), root, folder, _names(path, folder))
@@ -163,7 +177,7 @@ def _find(path: str | Path, met: tuple[Path, ...]) -> Source:
 def _adapter_source(path: str | Path, folder: Path, met: tuple[Path, ...]) -> Source:
     """LLM2Vec's ``-mntp`` repositories and everything that its training leaves: the base model is named inside."""
     _check_not_a_later_stage(folder)
-    base = adapter_base(folder)
+    base = _beside(folder, adapter_base(folder))
     if base is None:
         raise CheckpointError(
             f"{folder}: an adapter whose {ADAPTER_CONFIG} names no base_model_name_or_path; give the model: "
@@ -176,41 +190,76 @@ def _adapter_source(path: str | Path, folder: Path, met: tuple[Path, ...]) -> So
             f"{folder}: an adapter on {base}, which cannot be opened ({error}); give the model by its path: "
             f"Encoder.from_pretrained(model, adapters=[{str(folder)!r}])"
         ) from error
-    says = any((folder / name).is_file() for name in (CONFIG_FILE, "llm2vec_config.json", MODULES_FILE))
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZERS)
     names = dict.fromkeys((*found.names, base, *_names(path, folder)))
     return Source(
         found.weights,
         (*found.adapters, folder),
-        folder if says else found.settings,
+        folder if is_encoder(folder) else found.settings,
         folder if has_tokenizer else found.tokenizer,
         tuple(names),
     )
 
 
-def _check_not_a_later_stage(folder: Path) -> None:
-    """An adapter of a run's second stage was trained on the first one's result, and names the decoder all the same."""
+def _beside(folder: Path, base: str | None) -> str | None:
+    """A base model's name as an adapter has it; a relative path may be meant from the adapter."""
+    if base is None or Path(base).is_absolute() or Path(base).exists():
+        return base
+    near = next((place for place in (folder / base, folder.parent / base) if place.exists()), None)
+    return base if near is None else str(near)
+
+
+def _stages_before(folder: Path) -> tuple[str, list[str]]:
+    """The model of the run that an adapter is a stage of, and the folders of what was merged into it before."""
     try:
         recipe = json.loads((folder.parent / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
-        before = [*recipe["adapters"], *recipe["stages"][: recipe["stages"].index(folder.name)]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    before = [str(folder.parent / name) if name in recipe["stages"] else name for name in before if name != "bi"]
+        stages = recipe["stages"]
+        before = [str(folder.parent / name) for name in stages[: stages.index(folder.name)] if name != "bi"]
+        start = recipe.get(folder.name, {}).get("init_adapter")
+        if start in stages:  # it went on with that stage's adapter
+            before.remove(str(folder.parent / start))
+        return str(recipe["model"]), [*recipe["adapters"], *before]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "", []
+
+
+def _check_not_a_later_stage(folder: Path) -> None:
+    """An adapter of a run's second stage was trained on the first one's result, and names the decoder all the same."""
+    model, before = _stages_before(folder)
     if before:
-        raise CheckpointError(
-            f"{folder}: a stage of the run {folder.parent}, trained on what earlier ones had left; give the run, for "
-            f"its end, or Encoder.from_pretrained({recipe['model']!r}, adapters={[*before, str(folder)]!r}) (where "
-            "this stage went on with an earlier one's adapter, without that one)"
-        )
+        raise CheckpointError(_stage_error(folder, model, before))
 
 
-def _transformer_folder(folder: Path) -> Path:
-    """Where modules.json says that the decoder is; early versions of sentence-transformers gave it a folder."""
-    modules = _json(folder / MODULES_FILE)
-    for module in modules if isinstance(modules, list) else []:
-        if isinstance(module, dict) and str(module.get("type")).endswith("Transformer"):
-            return folder / str(module.get("path") or "")
-    return folder
+def _check_stages_before(folder: Path, origin: Origin, weights: Path) -> None:
+    """Whether what an adapter of a run was trained on is in the weights.
+
+    Args:
+        folder: of the adapter.
+        origin: of the weights as they are.
+        weights: the folder that they are from; a stage may have trained all of them.
+
+    Raises:
+        CheckpointError: not all of it, or not in this order.
+    """
+    model, before = _stages_before(folder)
+    there = list(origin.adapters)
+    for place in map(Path, before):
+        if (place / MODEL_CONFIG).is_file() and not (place / ADAPTER_CONFIG).is_file():  # it trained all weights
+            met = weights.resolve() == place.resolve()
+        else:
+            sha256 = adapter_fingerprint(*read_adapter(place)) if (place / ADAPTER_CONFIG).is_file() else None
+            same = [one.name == place.name if sha256 is None else one.sha256 == sha256 for one in there]
+            met = any(same)
+            there = there[same.index(True) + 1 :] if met else there
+        if not met:
+            raise CheckpointError(_stage_error(folder, model, before))
+
+
+def _stage_error(folder: Path, model: str, before: Sequence[str]) -> str:
+    return (
+        f"{folder}: a stage of the run {folder.parent}, trained on what earlier ones had left; give the run, for its "
+        f"end, or Encoder.from_pretrained({model!r}, adapters={[*before, str(folder)]!r})"
+    )
 
 
 def _names(path: str | Path, folder: Path) -> tuple[str, ...]:

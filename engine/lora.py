@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,23 @@ from bivec.models.files import atomic_directory
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
 # fields of adapter_config.json that change what the adapter computes, in ways that no tensor of the file shows
-UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "alora_invocation_tokens")
+UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "use_bdlora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# ways to begin that leave the base's weights alone; all others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, …) take from them
+# what the adapter begins with, and PEFT does so again when it loads
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,8 @@ class Adapter:
 
     def __init__(self, model: nn.Module, config: LoraConfig, layers: dict[str, LoraLinear], noise: DropoutNoise):
         self.model, self.config, self.layers, self.noise = model, config, layers, noise
+        self.name = "adapter"  # of its folder
+        self.live, self.merged = True, False
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable matrices under their PEFT names without the prefix."""
@@ -119,21 +137,50 @@ class Adapter:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds ``scaling · B A`` to every wrapped weight and puts the plain projections back into the model."""
+        """Adds ``scaling · B A`` to every wrapped weight and puts the plain projections back into the model.
+
+        Raises:
+            ConfigError: it is in the weights already, or was taken off.
+        """
+        self._check_live()
         for layer in self.layers.values():
             # added in fp32 and rounded once, whatever the dtype of the base
             layer.base.weight += (layer.lora_b @ layer.lora_a).mul_(self.config.scaling)
         self.remove()
+        self.merged = True
 
     def remove(self) -> None:
-        """Puts the plain projections back without adding the updates."""
+        """Puts the plain projections back without adding the updates.
+
+        Raises:
+            ConfigError: as :meth:`merge`.
+        """
+        self._check_live()
+        self.live = False
         for name, layer in self.layers.items():
             _set_submodule(self.model, name, layer.base)
 
-    def save(self, directory: str | Path, base_model_name: str, world: World = ALONE) -> None:
+    def _check_live(self) -> None:
+        if not self.live:
+            state = "is in the weights" if self.merged else "was taken off"
+            raise ConfigError(f"{self.name}: the adapter {state} already")
+
+    def save(
+        self,
+        directory: str | Path,
+        base_model_name: str,
+        world: World = ALONE,
+        write_more: Callable[[Path], object] = lambda folder: None,
+    ) -> None:
         """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT reads them.
 
         Of several ranks all must call it, since the adapter may be sharded; rank 0 writes.
+
+        Args:
+            directory: made if it is not there.
+            base_model_name: of the decoder.
+            world: the ranks.
+            write_more: called with the folder in which the files are made, to put others beside them.
 
         Raises:
             BivecError: the disk is full.
@@ -157,6 +204,7 @@ class Adapter:
             "inference_mode": True,
         }
         with atomic_directory(directory, last="adapter_config.json") as temporary:
+            write_more(temporary)
             save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
             (temporary / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -201,6 +249,8 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
         ConfigError: the model already carries an adapter.
     """
     directory = Path(directory)
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise ConfigError(f"{directory}: the model already carries a LoRA adapter; merge or remove it first")
     config, tensors = read_adapter(directory)
     file, base_model = directory / "adapter_model.safetensors", adapter_base(directory)
     told = f" (adapter_config.json names {base_model})" if base_model else ""
@@ -226,6 +276,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
                 f"the adapter belongs to another base model{told}"
             )
     adapter = add_lora(model, config)
+    adapter.name = directory.name
     for name, parameter in adapter.named_parameters().items():
         parameter.data.copy_(tensors[name])
     return adapter
@@ -266,6 +317,12 @@ def read_adapter_config(file: Path) -> LoraConfig:
     for field in UNSUPPORTED:
         if raw.get(field):
             raise CheckpointError(f"{file}: {field}={raw[field]!r} is not supported")
+    start = raw.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) not in PLAIN_STARTS:
+        raise CheckpointError(
+            f"{file}: init_lora_weights={start!r} changes the base model's weights too; convert it to a plain LoRA: "
+            "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias={raw['bias']!r} is not supported, expected 'none'")
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")

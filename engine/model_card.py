@@ -14,6 +14,7 @@ from typing import Any
 from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import RunError
 from bivec.engine.origin import Origin, is_hub_id
+from bivec.engine.text_format import SLOT
 from bivec.models import DecoderConfig
 
 CARD_FILE = "README.md"
@@ -142,8 +143,8 @@ def _front_matter(base: str | None, licence: str | None) -> str:
     tags = ("sentence-transformers", "feature-extraction", "sentence-similarity", "transformers", "bivec", "llm2vec")
     lines = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
     lines += ["tags:", *(f"- {tag}" for tag in tags)]
-    lines += [f"base_model: {base}"] if base and is_hub_id(base) else []
-    lines += [f"license: {licence}"] if licence else []
+    lines += [f"base_model: {json.dumps(base)}"] if base and is_hub_id(base) else []
+    lines += [f"license: {json.dumps(licence)}"] if licence else []
     return "\n".join([*lines, "---"])
 
 
@@ -157,9 +158,10 @@ def _what_it_is(config: EncoderConfig, shape: DecoderConfig, base: str | None) -
         ("dimensions", shape.hidden_size),
         ("longest text", f"{config.max_length} tokens"),
         ("template", "none" if config.template is None else f"`{json.dumps(config.template, ensure_ascii=False)}`"),
-        ("similarity", "cosine"),
+        ("vectors", "of length 1" if config.normalize else "of any length"),
+        ("similarity", config.similarity),
     ]
-    table = "\n".join(["|  |  |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    table = "\n".join(["|  |  |", "|---|---|", *(_row(name, value) for name, value in rows)])
     return (
         "A text encoder made of a decoder-only language model by the method of LLM2Vec (arXiv 2404.05961), with "
         f"{mask}.\n\n{table}"
@@ -200,22 +202,45 @@ def _usage(config: EncoderConfig, name: str) -> str:
 
 
 def _transformers_block(config: EncoderConfig, name: str) -> str:
-    pool = {
-        "mean": "vectors = (hidden * mask).sum(1) / mask.sum(1)",
-        "weighted_mean": "mask = mask * mask.cumsum(1)\nvectors = (hidden * mask).sum(1) / mask.sum(1)",
-        "bos_token": "vectors = hidden[:, 0]",
-    }.get(config.pooling, "vectors = hidden[torch.arange(len(hidden)), batch.attention_mask.sum(1) - 1]")
-    if config.pooling in ("mean", "weighted_mean") and not config.pool_bos:
-        pool = "mask[:, 0] = 0  # the BOS is not pooled\n" + pool
-    return (
-        "transformers (5.2 or later, which honours `is_causal`):\n\n```python\nimport torch\n"
-        "from transformers import AutoModel, AutoTokenizer\n\n"
-        f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")\n'
-        'batch = tokenizer(["A man plays the guitar.", "Someone makes music."], padding=True, return_tensors="pt")\n'
-        "with torch.no_grad():\n"
-        "    hidden = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state\n"
-        f"mask = batch.attention_mask.unsqueeze(-1)\n{pool}\n```"
-    )
+    head, _, tail = (config.template or SLOT).partition(SLOT)
+    of_span = config.pooling in ("mean", "weighted_mean")
+    lines = [
+        "import torch",
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")',
+        'texts = ["A man plays the guitar.", "Someone makes music."]',
+        *([] if config.template is None else [f"head, tail = {head!r}, {tail!r}  # the template"]),
+        f"batch = tokenizer({'texts' if config.template is None else '[head + text + tail for text in texts]'}, "
+        'padding=True, return_offsets_mapping=True, return_tensors="pt")',
+        "with torch.no_grad():",
+        "    hidden = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state",
+        *(_mask_lines(config, head) if of_span else []),
+        {
+            "mean": "vectors = (hidden * mask).sum(1) / mask.sum(1)",
+            "weighted_mean": "mask = mask * mask.cumsum(1)\nvectors = (hidden * mask).sum(1) / mask.sum(1)",
+            "bos_token": "vectors = hidden[:, 0]",
+        }.get(config.pooling, "vectors = hidden[torch.arange(len(hidden)), batch.attention_mask.sum(1) - 1]"),
+        *(["vectors = torch.nn.functional.normalize(vectors, dim=-1)"] if config.normalize else []),
+    ]
+    return "\n".join(["transformers (5.2 or later, which honours `is_causal`):", "", "```python", *lines, "```"])
+
+
+def _mask_lines(config: EncoderConfig, head: str) -> list[str]:
+    """Which tokens are pooled; offsets are of characters, those of special tokens are (0, 0)."""
+    lines = ["mask = batch.attention_mask.unsqueeze(-1)"]
+    if head and config.skip_instruction:
+        begun = "(batch.offset_mapping[..., 1] > len(head)).long().cumsum(1).clamp(max=1)"
+        lines.append(f"mask = mask * {begun}.unsqueeze(-1)  # the head is not pooled")
+    elif not config.pool_bos:
+        lines.append("mask[:, 0] = 0  # the BOS is not pooled")
+    if not config.pool_tail:
+        lines += [
+            f"ends = torch.tensor([[len({'head + text' if config.template else 'text'})] for text in texts])",
+            "before, end = batch.offset_mapping.unbind(-1)  # what follows the text is not pooled",
+            "mask = mask * ((before < ends) & ((end > 0) | (end.cumsum(1) == 0))).unsqueeze(-1)",
+        ]
+    return lines
 
 
 def _differences(differences: Sequence[str]) -> str:
@@ -243,7 +268,8 @@ def _training(origin: Origin, card: ModelCard) -> str:
 
 def _row(name: str, value: Any) -> str:
     shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    return f"| {name} | {'-' if shown in (None, '') else shown} |"
+    shown = "-" if shown in (None, "") else str(shown).replace("|", "\\|").replace("\n", " ")
+    return f"| {name} | {shown} |"
 
 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
@@ -253,5 +279,5 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     for result in results:
         scores = (result.get(f"sts_{split}_spearman") for split in ("dev", "test"))
         dev, test = ("" if score is None else f"{score:.1f}" for score in scores)
-        rows.append(f"| {result['stage']} | {result['pooling']} | {dev} | {test} |")
+        rows.append(_row(result["stage"], result["pooling"]) + f" {dev} | {test} |")
     return "\n".join(["## Results", "", "Spearman x 100, on the pairs that the run was given.", "", *rows])

@@ -19,6 +19,20 @@ from bivec.engine.lora import Adapter, LoraConfig
 from bivec.models.errors import CheckpointError, ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# who publishes the decoders that bivec knows, and LLM2Vec's adapters
+OWNERS = (
+    "meta-llama",
+    "mistralai",
+    "princeton-nlp",
+    "TinyLlama",
+    "HuggingFaceTB",
+    "Qwen",
+    "google",
+    "McGill-NLP",
+    "NousResearch",
+    "unsloth",
+    "huggyllama",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class MergedAdapter:
 class Origin:
     """The decoder of an encoder, and what was merged into its weights, in this order."""
 
-    base_model: str | None = None  # hub id, or the name of a folder or file
+    base_model: str | None = None  # hub id, or the name of a folder or file, without its path
     adapters: tuple[MergedAdapter, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,7 +101,7 @@ def loaded_fingerprint(adapter: Adapter) -> str:
 def check_same_base(folder: str | Path, recorded: str | None, names: Collection[str]) -> None:
     """Two decoders of one shape (Mistral-7B and Llama-3-8B are) take each other's adapters without a word.
 
-    Only hub ids are compared, since a folder may be called anything.
+    Only names that are surely the hub's are compared, since a folder may be called anything.
 
     Args:
         folder: of the adapter.
@@ -95,16 +109,27 @@ def check_same_base(folder: str | Path, recorded: str | None, names: Collection[
         names: those under which the model is known.
 
     Raises:
-        CheckpointError: the adapter names another hub id than the model's.
+        CheckpointError: the adapter names another model of the hub than this one.
     """
-    known = sorted({name for name in names if is_hub_id(name)})
-    if recorded and is_hub_id(recorded) and known and recorded not in names:
+    known = sorted({name for name in names if is_known_hub_id(name)})
+    if recorded and is_known_hub_id(recorded) and known and recorded not in names:
         raise CheckpointError(
             f"{folder}: its adapter_config.json says that it was trained on {recorded}, the model is {known[0]}; give "
-            "the adapter's own base model (from a local folder no name is compared)"
+            f"the adapter's own base model, or, if they are the same, write {known[0]!r} as base_model_name_or_path "
+            f"into {Path(folder) / 'adapter_config.json'}"
         )
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is ``owner/name`` and no local path."""
-    return bool(HUB_ID.fullmatch(name)) and not name.startswith(".") and not Path(name).exists()
+    """Whether a name can be ``owner/name`` of the hub; a folder in a folder can be called so too."""
+    return bool(HUB_ID.fullmatch(name)) and not name.startswith(".")
+
+
+def is_known_hub_id(name: str) -> bool:
+    """Whether a name is of the hub for sure: its owner publishes decoders there, or adapters for them."""
+    return is_hub_id(name) and name.partition("/")[0] in OWNERS
+
+
+def shown_name(name: str) -> str:
+    """What may be written down of a model's name: a hub id, or a path's last part."""
+    return name if is_hub_id(name) and not Path(name).exists() else Path(name).name

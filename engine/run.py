@@ -349,7 +349,7 @@ class Run:
             resume=self.options.resume,
             world=self.world,
         )
-        self.weights.keep(name, is_causal=getattr(stage, "causal", False))
+        self.weights.keep(name, self._encoder_config(name), self.inputs.tokenizer)
         self.state = self._state_after(name, stage)
 
     def _state_after(self, name: str, stage: Stage) -> str:

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from bivec.engine.distributed import World, data_parallel, is_sharded
-from bivec.engine.encoder_config import stored_origin
+from bivec.engine.encoder_config import EncoderConfig, stored_origin, write_settings
 from bivec.engine.errors import ConfigError
 from bivec.engine.lora import Adapter, add_lora, load_adapter, read_adapter
-from bivec.engine.origin import Origin, adapter_fingerprint
+from bivec.engine.origin import Origin, adapter_fingerprint, shown_name
 from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
 from bivec.engine.run_files import base_model
 from bivec.engine.sharding import HEAD, attach_head, detach_head, gathered, shard
+from bivec.engine.tokenizer import prefix_ids
 from bivec.models import Llama, load_pretrained, save_pretrained
+from bivec.models.files import atomic_directory
 from bivec.models.weights import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ADAPTER_FILE = "adapter_config.json"
 Stage = MntpStage | SimcseStage | SupervisedStage
@@ -92,7 +99,7 @@ class RunWeights:
     def origin(self) -> Origin:
         """What has been merged into the decoder's weights: by the model's folder, the recipe and the stages."""
         origin = stored_origin(self.model_path)
-        origin = replace(origin, base_model=origin.base_model or base_model(self.recipe.model))
+        origin = replace(origin, base_model=origin.base_model or shown_name(base_model(self.recipe.model)))
         for folder in (*self.recipe.adapters, *(self.directory / name for name in self.merged)):
             if (Path(folder) / ADAPTER_FILE).is_file():  # else the stage trained all weights
                 origin = origin.with_adapter(folder, adapter_fingerprint(*read_adapter(folder)))
@@ -157,22 +164,29 @@ class RunWeights:
         self.trained = Trainable(model if split else data_parallel(model, self.world), adapter, parameters, head)
         return self.trained
 
-    def keep(self, name: str, is_causal: bool) -> None:
-        """Writes what a stage trained to ``<output-dir>/<stage>/`` and has it in the weights.
+    def keep(self, name: str, config: EncoderConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Writes what a stage trained to ``<output-dir>/<stage>/``, and how it is to be used; has it in the weights.
 
         Args:
             name: of the stage.
-            is_causal: what the config.json of a whole trunk says.
+            config: the pooling rule that it was trained for.
+            tokenizer: that it was trained with; goes with a whole trunk.
         """
         names, adapter = [*self.merged, name], self.trained.adapter
+        bos_token = next(iter(tokenizer.convert_ids_to_tokens(prefix_ids(tokenizer))), None)
         for parameter in self.trained.parameters.values():
             parameter.grad = None
         self.trained = None
         detach_head(self.model)
         if adapter is not None:
-            adapter.save(self.directory / name, self.recipe.model, self.world)
+            write_more = partial(write_settings, config=config, bos_token=bos_token)
+            adapter.save(self.directory / name, self.recipe.model, self.world, write_more)
         elif (model := gathered(self.model, self.world)) is not None:
-            save_pretrained(model, self.directory / name, is_causal=is_causal)
+            folder = self.directory / name
+            with atomic_directory(folder) as temporary:  # before the config.json, which says that all is there
+                write_settings(temporary, config, bos_token, self.origin())
+                tokenizer.save_pretrained(temporary)
+            save_pretrained(model, folder, is_causal=config.causal)
             del model
         self.world.barrier()  # what rank 0 has written others may read from here on
         if adapter is not None and not is_sharded(self.model):

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from bivec.engine.encoder_config import LENGTH_FILE, MODULES_FILE, PROMPTS_FILE, EncoderConfig
-from bivec.engine.text_format import SLOT, encode_strings, encoding_head
-from bivec.engine.tokenizer import prefix_length
+from bivec.engine.encoder_config import EncoderConfig
+from bivec.engine.foreign_settings import LENGTH_FILE, MODULES_FILE, PROMPTS_FILE
+from bivec.engine.text_format import SLOT, encode_strings
+from bivec.engine.tokenizer import prefix_ids, prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,6 +50,7 @@ class SentenceTransformersFiles:
     default_prompt: str | None
     max_length: int
     normalize: bool
+    similarity: str
     weightless: list[int]  # ids of tokens that the mean leaves out
     vocabulary: list[str]
     plain: list[str] = field(default_factory=list)  # in what the vectors of plain texts differ from ours
@@ -75,7 +77,7 @@ class SentenceTransformersFiles:
             "model_type": "SentenceTransformer",
             "prompts": self.prompts,
             "default_prompt_name": self.default_prompt,
-            "similarity_fn_name": "cosine",
+            "similarity_fn_name": self.similarity,
         }
         _write(folder / PROMPTS_FILE, settings)
 
@@ -96,7 +98,7 @@ def sentence_transformers_files(
     Args:
         encoder: the encoder; its tokenizer as it is saved, but for what pooling "eos_token" adds.
         normalize: unit vectors.
-        prompts: named instructions.
+        prompts: by name, to the letter.
     """
     config, tokenizer = encoder.config, encoder.tokenizer
     head, _, tail = (config.template or SLOT).partition(SLOT)
@@ -109,15 +111,20 @@ def sentence_transformers_files(
             **{flag: name == pooling for name, flag in FLAGS.items()},
             "include_prompt": whole,
         },
-        prompts={name: head + encoding_head(text) for name, text in prompts.items()},
-        default_prompt=TEMPLATE_PROMPT if head and not tail else None,
+        prompts=dict(prompts),
+        default_prompt=None,
         max_length=config.max_length,
         normalize=normalize,
+        similarity=config.similarity,
         weightless=[],
         vocabulary=[],
     )
-    if found.default_prompt:
-        found.prompts[TEMPLATE_PROMPT] = head
+    if head and not tail:
+        found.default_prompt = next((name for name, text in prompts.items() if text == head), TEMPLATE_PROMPT)
+        found.prompts[found.default_prompt] = head
+        found.other.append(
+            "the template's head is a default prompt, which sentence-transformers alone puts before texts by itself"
+        )
     skipped_head = bool(head) and not whole
     if config.template is not None:
         _template_differences(found, config, tail, skipped_head, tokenizer, pooling)
@@ -148,7 +155,7 @@ def _template_differences(
         )
     elif skipped and pooling == "weighted_mean":
         found.plain.append("weights count from the text's first token here, from the row's there")
-    elif skipped and not _measured_alike(found.prompts[TEMPLATE_PROMPT], tokenizer):
+    elif skipped and not _measured_alike(found.prompts[found.default_prompt], tokenizer):
         found.plain.append("the template's head takes other tokens alone than before a text: the text's first is lost")
 
 
@@ -158,8 +165,7 @@ def _leave_out_prefix(
     if pooling == "weighted_mean":
         found.plain.append("the BOS is pooled with weight 1 there and left out here, so all weights are shifted by one")
         return
-    (encoding,) = encode_strings(tokenizer, ["a"])
-    found.weightless = sorted(set(encoding.ids[: prefix_length(tokenizer)]))
+    found.weightless = sorted(set(prefix_ids(tokenizer)))
     words = tokenizer.convert_ids_to_tokens(range(max(rows, len(tokenizer))))
     found.vocabulary = [word or "" for word in words]
     found.other += [
@@ -178,7 +184,7 @@ def _instruction_differences(
             "behind an instruction the vectors have another length there, since its tokens count in the mean's "
             "divisor; their direction is the same"
         )
-    own = [prompt for name, prompt in found.prompts.items() if name != TEMPLATE_PROMPT]
+    own = [prompt for name, prompt in found.prompts.items() if prompt and name != found.default_prompt]
     if all(_measured_alike(prompt, tokenizer) for prompt in own or ["Find: "]):
         return
     lost = (

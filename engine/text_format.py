@@ -99,9 +99,20 @@ def training_head(instruction: str) -> str:
 
 
 def encoding_head(instruction: str) -> str:
-    """What ``encode`` puts in front of a text: the instruction and one space (METHOD 7.1)."""
+    """What ``encode`` puts in front of a text: an instruction and one space (METHOD 7.1), a :class:`Prompt` as is."""
+    if isinstance(instruction, Prompt):
+        return instruction
     instruction = instruction.strip()
     return f"{instruction} " if instruction else ""
+
+
+class Prompt(str):
+    """What stands before a text to the letter, in place of an instruction and of the template's head.
+
+    So sentence-transformers has it, where a named prompt replaces the default one.
+    """
+
+    __slots__ = ()
 
 
 class SpanError(BivecError):
@@ -150,7 +161,7 @@ class TextFormat:
 
     tokenizer: PreTrainedTokenizerFast
     max_length: int  # tokens of a row, special ones included
-    template: str | None = None  # with {text}; a text is stripped before it goes in
+    template: str | None = None  # with {text}; a text is stripped before it goes into one with a tail
     pool_tail: bool = True  # the span ends with the row (template tail, appended special tokens); False: with the text
     skip_head: bool = True  # False: instruction and template head are pooled too
     pool_bos: bool = True  # where no head is skipped: special tokens in front are pooled too
@@ -185,7 +196,8 @@ class TextFormat:
         text's and the tail's: it is pooled and never cut.
 
         Args:
-            heads: what stands before each text, separator included (``training_head``, ``encoding_head``); may be "".
+            heads: what stands before each text, separator included (``training_head``, ``encoding_head``); may be "". A
+                :class:`Prompt` stands in place of the template's head too.
             texts: as many.
             allow_empty: a text without tokens, or of white space only, gets the whole row as its span.
             max_text_length: tokens of a row that are the text's: a longer text loses its last words, as few as will
@@ -204,9 +216,9 @@ class TextFormat:
         if max_text_length is not None and max_text_length < 1:
             raise ConfigError(f"max_text_length is {max_text_length}, expected at least 1 token; None = no limit")
         before, after = self._parts
-        if self.template is not None:
+        if after:
             texts = [text.strip() for text in texts]
-        fronts = [before + head for head in heads]
+        fronts = [head if isinstance(head, Prompt) else before + head for head in heads]
         strings = [front + text + after for front, text in zip(fronts, texts, strict=True)]
         rows: list[Row] = []
         for start in range(0, len(strings), SLICE):  # what the tokenizer returns is many times larger than the rows

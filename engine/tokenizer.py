@@ -1,8 +1,9 @@
-"""Fast tokenizers from every kind of checkpoint, all of which put a BOS in front of a text.
+"""Fast tokenizers from every kind of checkpoint. A decoder's puts a BOS in front of a text.
 
 A small decoder parks its attention on the first token. Where a checkpoint's tokenizer adds no BOS (SmolLM2), the first
 word would have to serve, so ours adds one through the post-processor: it is part of ``tokenizer.json`` and the exported
-tokenizer adds it by itself in plain transformers.
+tokenizer adds it by itself in plain transformers. An encoder that somebody else made keeps the tokenizer it was
+trained with.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ LLAMA3_SPLIT = (
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digit by digit
 
 
-def load_tokenizer(path: str | Path, *, bos_token: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path, *, bos_token: str | None = None, add_bos: bool = True) -> PreTrainedTokenizerFast:
     """Loads the tokenizer of a checkpoint as a fast tokenizer that prepends a BOS.
 
     Args:
         path: a directory with tokenizer.json or else a SentencePiece tokenizer.model; a .gguf file; or a hub id.
         bos_token: the token to put in front where the checkpoint's tokenizer puts none; by default ``<|endoftext|>`` if
             the vocabulary has it, else the tokenizer's own BOS, else its EOS.
+        add_bos: False = none is put in front where the checkpoint's tokenizer puts none: an encoder trained that way.
 
     Returns:
         A ``PreTrainedTokenizerFast`` with a pad token (the EOS where the checkpoint names none). Saved with
@@ -61,14 +63,20 @@ def load_tokenizer(path: str | Path, *, bos_token: str | None = None) -> PreTrai
         others = [name for name in ("tekken.json", "vocab.json") if (path / name).is_file()]
         hint = f"; {others[0]} is not supported, convert it to tokenizer.json" if others else ""
         raise CheckpointError(f"{path}: neither tokenizer.json nor tokenizer.model is there{hint}")
-    settings["bos_token"] = _ensure_bos(backend, settings, bos_token, path)
-    settings["pad_token"] = settings.get("pad_token") or settings.get("eos_token") or settings["bos_token"]
+    if add_bos:
+        settings["bos_token"] = _ensure_bos(backend, settings, bos_token, path)
+    settings["pad_token"] = settings.get("pad_token") or settings.get("eos_token") or settings.get("bos_token")
     return _wrap(backend, settings)
 
 
 def prefix_length(tokenizer: PreTrainedTokenizerFast) -> int:
     """The number of special tokens that the tokenizer puts in front of a text."""
-    return len(_prefix(tokenizer.backend_tokenizer))
+    return len(prefix_ids(tokenizer))
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids of the special tokens that the tokenizer puts in front of a text."""
+    return _prefix(tokenizer.backend_tokenizer)
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerFast, kind: str = "blank") -> int:

@@ -134,7 +134,9 @@ def _ours(forward: Callable) -> Callable:
 
 @_ours
 def _norm_forward(self, hidden_states: Tensor) -> Tensor:
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+    # transformers multiplies by the weight last: an fp32 one widens the result (norms kept in fp32, autocast)
+    wide = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+    return rms_norm(hidden_states.to(wide), self.weight, self.variance_epsilon)
 
 
 @_ours

@@ -77,7 +77,7 @@ def test_metadata(pooling, number, causal, tiny_llama_dir, tmp_path):
     """What llama.cpp reads, by the gguf package's own reader; and what we read of a file that others wrote."""
     settings = {"pooling": pooling, "causal": causal, "max_length": 99, "skip_instruction": False}
     base = Encoder.from_pretrained(tiny_llama_dir)
-    encoder = Encoder(base.model, base.tokenizer, EncoderConfig(**settings), origin=Origin("x/y"))
+    encoder = Encoder(base.model, base.tokenizer, EncoderConfig(**settings), origin=Origin("x/y"), prompts={"q": "Q:"})
     encoder.save_gguf(tmp_path / "m.gguf", dtype="f32")
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -88,7 +88,7 @@ def test_metadata(pooling, number, causal, tiny_llama_dir, tmp_path):
     assert fields["tokenizer.ggml.bos_token_id"] == 0 and fields["tokenizer.ggml.eos_token_id"] == 1
     assert len(fields["tokenizer.ggml.tokens"]) == fields["llama.vocab_size"] == 1000
     again = Encoder.from_pretrained(tmp_path / "m.gguf")
-    assert again.config == encoder.config and again.origin == Origin("x/y")
+    assert again.config == encoder.config and again.origin == Origin("x/y") and again.prompts == {"q": "Q:"}
     close(again.encode(TEXTS), encoder.encode(TEXTS))
     # of the same file without our own key
     content = (tmp_path / "m.gguf").read_bytes()

@@ -144,7 +144,7 @@ def test_local_folders_without_a_config(released, tmp_path):
     for encoder in (Encoder.from_pretrained(simcse), Encoder.from_pretrained(mntp, adapters=[simcse])):
         assert encoder.config == expected
         assert [one.name for one in encoder.origin.adapters] == ["mntp", "simcse"]
-        assert encoder.origin.base_model == str(root / "base")
+        assert encoder.origin.base_model == "base"
         whole = bidirectional(root / "base")
         for name in (mntp, simcse):
             import peft
@@ -194,20 +194,26 @@ def test_an_adapter_of_another_base(released, tiny_dir, tmp_path):
     root, _ = released
     adapter = tmp_path / "adapter"
     shutil.copytree(root / "mntp-unsup-simcse", adapter)
-    edit(adapter / "adapter_config.json", base_model_name_or_path="somebody/other-model")
+    other = "mistralai/Mistral-7B-v0.1"
+    edit(adapter / "adapter_config.json", base_model_name_or_path=other)
     # by shape: the tensor, both shapes and the base that it names
-    message = r"q_proj\.lora_B\.weight has shape \[64, 4\], expected \[128, 4\]; .* names somebody/other-model"
+    message = r"q_proj\.lora_B\.weight has shape \[64, 4\], expected \[128, 4\]; .* names mistralai/Mistral"
     with pytest.raises(CheckpointError, match=message):
         Encoder.from_pretrained(tiny_dir("qwen3"), adapters=[adapter])
     # by name: Mistral-7B and Llama-3-8B have the same shapes
     named = tmp_path / "named"
     shutil.copytree(root / "base", named)
     edit(named / "config.json", _name_or_path=BASE)
-    with pytest.raises(CheckpointError, match=f"trained on somebody/other-model, the model is {BASE}"):
+    with pytest.raises(CheckpointError, match=f"trained on {other}, the model is {BASE}") as error:
         Encoder.from_pretrained(named, adapters=[adapter])
+    assert f"write {BASE!r} as base_model_name_or_path into {adapter / 'adapter_config.json'}" in str(error.value)
     edit(adapter / "adapter_config.json", base_model_name_or_path=BASE)
     Encoder.from_pretrained(named, adapters=[adapter])
     edit(adapter / "adapter_config.json", base_model_name_or_path="/a/folder/of/any/name")
+    Encoder.from_pretrained(named, adapters=[adapter])
+    # what may be a folder in a folder is no name of the hub, whatever lies in the working directory
+    edit(named / "config.json", _name_or_path="checkpoints/llama")
+    edit(adapter / "adapter_config.json", base_model_name_or_path=BASE)
     Encoder.from_pretrained(named, adapters=[adapter])
 
 
@@ -246,19 +252,87 @@ def test_folders_of_no_known_layout(released, tiny_llama_dir, tmp_path):
     assert "adapters stored as .bin are pickles" in told(tmp_path / "binary")
 
 
-def test_a_later_stage_of_a_run_is_not_taken_for_the_whole(tiny_llama_dir, tmp_path):
-    """Its adapter names the decoder, but was trained on the stage before."""
+@pytest.fixture
+def stages(tiny_llama_dir, tmp_path):
+    """A run of two stages, whose adapters name the decoder both."""
     model = load_pretrained(tiny_llama_dir).model
     for seed, name in enumerate(("mntp", "simcse")):
         adapter = add_lora(model, LoraConfig(rank=2), seed)
+        for parameter in adapter.named_parameters().values():
+            parameter.data.normal_(std=0.05)
         adapter.save(tmp_path / name, str(tiny_llama_dir))
         adapter.merge()
-    recipe = {"model": str(tiny_llama_dir), "adapters": [], "stages": ["bi", "mntp", "simcse"]}
+    recipe = {"model": str(tiny_llama_dir), "adapters": [], "stages": ["bi", "mntp", "simcse"], "simcse": {}}
     (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe}))
-    assert Encoder.from_pretrained(tmp_path / "mntp").origin.adapters[0].name == "mntp"
-    with pytest.raises(CheckpointError, match="a stage of the run") as error:
-        Encoder.from_pretrained(tmp_path / "simcse")
-    assert f"adapters=['{tmp_path / 'mntp'}', '{tmp_path / 'simcse'}']" in str(error.value)
+    return tmp_path
+
+
+def test_a_later_stage_of_a_run_is_not_taken_for_the_whole(stages, tiny_llama_dir):
+    """It was trained on the stage before, which must be in the weights, and before it."""
+    mntp, simcse = stages / "mntp", stages / "simcse"
+    assert Encoder.from_pretrained(mntp).origin.adapters[0].name == "mntp"
+    for path, adapters in ((simcse, []), (tiny_llama_dir, [simcse]), (tiny_llama_dir, [simcse, mntp])):
+        with pytest.raises(CheckpointError, match="a stage of the run") as error:
+            Encoder.from_pretrained(path, adapters=adapters)
+        assert f"adapters=['{mntp}', '{simcse}']" in str(error.value)
+    both = Encoder.from_pretrained(tiny_llama_dir, adapters=[mntp, simcse])
+    assert [one.name for one in both.origin.adapters] == ["mntp", "simcse"]
+    Encoder.from_pretrained(mntp).save_pretrained(stages / "half")
+    close(Encoder.from_pretrained(stages / "half", adapters=[simcse]).encode(TEXTS), both.encode(TEXTS))
+
+
+def test_a_stage_that_went_on_with_an_adapter(stages, tiny_llama_dir):
+    recipe = {"model": "x", "adapters": [], "stages": ["bi", "simcse", "mntp"], "mntp": {"init_adapter": "simcse"}}
+    (stages / "run.json").write_text(json.dumps({"recipe": recipe}))
+    Encoder.from_pretrained(tiny_llama_dir, adapters=[stages / "mntp"])  # holds the other one
+
+
+def test_a_live_adapter(stages, tiny_llama_dir, tmp_path):
+    """It is on record when it is in the weights, and only then."""
+    mntp, simcse = stages / "mntp", stages / "simcse"
+    live = Encoder.from_pretrained(tiny_llama_dir, adapters=[mntp, simcse], merge=False)
+    assert [one.name for one in live.origin.adapters] == ["mntp"]
+    live.adapter.remove()
+    live.save_pretrained(tmp_path / "without")
+    assert "in this order: mntp." in (tmp_path / "without" / "README.md").read_text(encoding="utf-8")
+    whole = Encoder.from_pretrained(tmp_path / "without", adapters=[simcse])
+    other = Encoder.from_pretrained(tiny_llama_dir, adapters=[mntp, simcse], merge=False)
+    vectors = other.encode(TEXTS)
+    other.adapter.merge()
+    assert other.origin.adapters == whole.origin.adapters
+    for again in (other.adapter.merge, other.adapter.remove):
+        with pytest.raises(ConfigError, match="simcse: the adapter is in the weights already"):
+            again()
+    with pytest.raises(ConfigError, match="simcse: the adapter was taken off already"):
+        live.adapter.merge()
+    close(other.encode(TEXTS), vectors)
+    close(whole.encode(TEXTS), vectors)
+    with pytest.raises(CheckpointError, match="is in the weights already: mntp was merged"):
+        Encoder.from_pretrained(tiny_llama_dir, adapters=[mntp, mntp], merge=False)
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_adapters_that_changed_the_base_are_refused(start, tiny_llama_dir, tmp_path):
+    """PEFT takes from the base's weights what such an adapter begins with, and again when it loads it."""
+    import peft
+    from transformers import AutoModel
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=start)
+    peft.get_peft_model(AutoModel.from_pretrained(tiny_llama_dir), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: init_lora_weights='{start}' changes the base"):
+        Encoder.from_pretrained(tiny_llama_dir, adapters=[tmp_path / "a"])
+
+
+def test_a_base_beside_the_adapter(released, tmp_path):
+    """A relative path may be meant from where the adapter lies."""
+    root, vectors = released
+    shutil.copytree(root / "base", tmp_path / "base")
+    shutil.copytree(
+        root / "mntp", tmp_path / "mntp", ignore=shutil.ignore_patterns("*.py", "config.json", "tokenizer*")
+    )
+    for base in ("base", "../base"):
+        edit(tmp_path / "mntp" / "adapter_config.json", base_model_name_or_path=base)
+        close(Encoder.from_pretrained(tmp_path / "mntp").encode(TEXTS), vectors["mntp"])
 
 
 @pytest.mark.parametrize("causal", [False, None])
@@ -277,9 +351,9 @@ def test_folders_that_sentence_transformers_writes(mode, causal, tiny_llama_dir,
     model.save(str(tmp_path / "st"))
     encoder = Encoder.from_pretrained(tmp_path / "st")
     assert (encoder.config.causal, encoder.config.max_length) == (causal is None, 40)
-    assert encoder.prompts == {"p": "query: "}
+    assert encoder.prompts == model.prompts and encoder.prompts["p"] == "query: "
     texts = [*TEXTS, " ".join(TEXTS * 3)]
-    close(encoder.encode(texts, normalize_embeddings=True), model.encode(texts))
+    close(encoder.encode(texts), model.encode(texts))
 
 
 def test_the_decoder_in_a_folder_of_its_own(tiny_llama_dir, tmp_path):

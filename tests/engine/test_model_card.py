@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import yaml
 
 from bivec import Encoder
 from bivec.engine.encoder_config import EncoderConfig
-from bivec.engine.errors import RunError
+from bivec.engine.errors import BivecError, ConfigError, RunError
 from bivec.engine.export import rewrite_card
 from bivec.engine.model_card import ModelCard, card_of_run, is_ours
 from bivec.engine.origin import Origin
@@ -30,11 +32,33 @@ def save(encoder, folder, **options):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"pool_bos": False}, {"pooling": "weighted_mean"}, {"pooling": "last_token"}, {"pooling": "eos_token"}],
+    [
+        {},
+        {"pool_bos": False},
+        {"pooling": "weighted_mean"},
+        {"pooling": "last_token"},
+        {"pooling": "eos_token"},
+        {"template": "query:\n{text}"},
+        {"template": "query:\n{text}", "pool_bos": False, "normalize": True},
+        {"template": "query:\n{text}", "skip_instruction": False},
+        {"template": "query:\n{text}", "pooling": "last_token"},
+        {"template": "[INST] {text} [/INST]"},
+        {"template": "[INST] {text} [/INST]", "pool_tail": False},
+        {"template": "[INST] {text} [/INST]", "pooling": "weighted_mean"},
+    ],
+    ids=str,
 )
 def test_its_code_runs_and_gives_our_vectors(settings, tiny_llama_dir, tmp_path, monkeypatch):
-    encoder = Encoder.from_pretrained(tiny_llama_dir, **settings)
-    blocks = BLOCK.findall(save(encoder, tmp_path / "my-encoder"))
+    base = Encoder.from_pretrained(tiny_llama_dir)
+    encoder = Encoder(base.model, base.tokenizer, EncoderConfig(**settings))
+    said = settings.get("template", "{text}").endswith("{text}")  # what sentence-transformers can say
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if said else "ignore")
+        card = save(encoder, tmp_path / "my-encoder")
+    assert ("is a default prompt, which sentence-transformers alone puts before texts" in card) == (
+        said and "template" in settings
+    )
+    blocks = BLOCK.findall(card)
     monkeypatch.chdir(tmp_path)
     done = []
     for block in blocks:
@@ -43,11 +67,11 @@ def test_its_code_runs_and_gives_our_vectors(settings, tiny_llama_dir, tmp_path,
             continue
         names = {}
         exec(block, names)
+        if "from sentence_transformers " in block and not said:
+            continue
         np.testing.assert_allclose(np.asarray(names["vectors"]), encoder.encode(TEXTS), rtol=0, atol=1e-4)
-        done.append(
-            next(name for name in ("bivec", "sentence_transformers", "transformers") if f"from {name} " in block)
-        )
-    assert done == ["bivec", "sentence_transformers", "transformers"]
+        done.append(next(name for name in LIBRARIES if f"from {name} " in block))
+    assert done == [name for name in LIBRARIES if said or name != "sentence_transformers"]
 
 
 def test_what_it_says_of_an_encoder(tiny_llama_dir, tmp_path):
@@ -97,6 +121,26 @@ def test_a_readme_of_somebody_else_stays(tiny_llama_dir, tmp_path):
     file.unlink()
     rewrite_card(tmp_path / "m", ModelCard(recipe="other"))
     assert "# other" in file.read_text(encoding="utf-8")
+
+
+def test_a_card_of_a_folder_that_is_not_ours(tiny_llama_dir, tmp_path):
+    for content, message in (("", "no such file"), ("{", "not a JSON file"), ("{}", "not an encoder that")):
+        shutil.copytree(tiny_llama_dir, tmp_path / "m", dirs_exist_ok=True)
+        if content:
+            (tmp_path / "m" / "bivec_config.json").write_text(content)
+        with pytest.raises(ConfigError, match=rf"bivec_config\.json: .*{message}"):
+            rewrite_card(tmp_path / "m", ModelCard())
+    with pytest.raises(BivecError, match="nowhere"):
+        rewrite_card(tmp_path / "nowhere", ModelCard())
+
+
+def test_what_would_break_a_table(tiny_llama_dir, tmp_path):
+    base = Encoder.from_pretrained(tiny_llama_dir)
+    encoder = Encoder(base.model, base.tokenizer, EncoderConfig(template="a|b {text}"))
+    card = ModelCard(licence="other: mine", hyperparameters={"mntp": {"x": "p|q"}})
+    text = save(encoder, tmp_path / "m", card=card)
+    assert r'| template | `"a\|b {text}"` |' in text and r"| x | p\|q |" in text
+    assert front_matter(text)["license"] == "other: mine"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": {"stages": ["mntp"]}}'])

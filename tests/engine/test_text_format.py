@@ -92,7 +92,7 @@ every_template = pytest.mark.parametrize("template", [None, *TEMPLATES.values(),
 def parts(template, instruction, text):
     """(head, text, tail) of the string that is tokenised."""
     before, after = (template or "{text}").split("{text}")
-    return before + encoding_head(instruction), text if template is None else text.strip(), after
+    return before + encoding_head(instruction), text.strip() if after else text, after
 
 
 def assert_span(tokenizer, row, head, text, tail):

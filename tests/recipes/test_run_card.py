@@ -37,6 +37,7 @@ def test_merged(recipe, execute, tmp_path):
             Encoder.from_pretrained(run, adapters=[run / name])
     # the adapters on the decoder, in their order, are the same encoder
     adapters = [run / name for name in ("mntp", "simcse", "supervised")]
-    again = Encoder.from_pretrained(recipe.model, adapters=adapters, pool_bos=False)
+    again = Encoder.from_pretrained(recipe.model, adapters=adapters)
+    assert again.config == encoder.config
     np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), rtol=0, atol=1e-4)
     assert again.origin.adapters == encoder.origin.adapters

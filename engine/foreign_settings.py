@@ -1,0 +1,170 @@
+"""What LLM2Vec's and sentence-transformers' folders say of how texts become vectors, in our terms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from bivec.engine.text_format import SLOT
+from bivec.models.errors import ConfigError
+
+MODULES_FILE = "modules.json"
+LENGTH_FILE, PROMPTS_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
+POOLING_PATTERN = "*_Pooling/config.json"
+WEIGHTS_PATTERN = "*_WordWeights/*"
+UNLIMITED = 10**6  # transformers writes 1e30 as the length of a tokenizer that has none
+# their names, with "pooling_mode_" before them as flags or alone in one field -> ours
+POOLINGS = {
+    "mean_tokens": "mean",
+    "mean": "mean",
+    "weightedmean_tokens": "weighted_mean",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last_token",
+    "cls_token": "bos_token",
+    "cls": "bos_token",
+}
+SIMILARITIES = {"cosine": "cosine", "dot": "dot", "dot_product": "dot"}
+# the modules that we can stand for, in their only order
+TRANSFORMER, WEIGHTS, POOLING, NORMALIZE = "Transformer", "WordWeights", "Pooling", "Normalize"
+ORDER = (TRANSFORMER, WEIGHTS, POOLING, NORMALIZE)
+
+
+def read_llm2vec(file: Path) -> dict[str, Any]:
+    """Fields of EncoderConfig by an llm2vec_config.json.
+
+    Where LLM2Vec skips the instruction it skips BOS too; else its mean runs over the whole row (METHOD 5.4).
+    """
+    stored = read_json(file, dict)
+    skip = bool(stored.get("skip_instruction", True))
+    settings = {"pool_bos": not skip, "skip_instruction": skip}
+    settings |= {"pooling": stored["pooling_mode"]} if "pooling_mode" in stored else {}
+    return settings | ({"max_length": stored["max_length"]} if "max_length" in stored else {})
+
+
+def read_sentence_transformers(file: Path) -> dict[str, Any]:
+    """Fields of EncoderConfig by a modules.json and the files that it names.
+
+    Raises:
+        ConfigError: modules that are not sentence-transformers' own, or that we have nothing for; damaged files.
+    """
+    modules = module_folders(file)
+    settings: dict[str, Any] = {"normalize": NORMALIZE in modules}
+    if POOLING in modules:
+        settings |= _pooling(modules[POOLING] / "config.json")
+    if WEIGHTS in modules:
+        settings["pool_bos"] = _prefix_counts(modules[WEIGHTS], modules.get(TRANSFORMER, file.parent))
+    prompts_file = file.parent / PROMPTS_FILE
+    prompts = read_json(prompts_file, dict) if prompts_file.is_file() else {}
+    head = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
+    if head:  # put before every text
+        settings["template"] = f"{head}{SLOT}"
+    similarity = prompts.get("similarity_fn_name") or "cosine"
+    if similarity in SIMILARITIES:  # others are no matter of the vectors
+        settings["similarity"] = SIMILARITIES[similarity]
+    return settings | _stored_length(modules.get(TRANSFORMER, file.parent))
+
+
+def module_folders(file: Path) -> dict[str, Path]:
+    """The modules that a modules.json names, by kind, and their folders.
+
+    Raises:
+        ConfigError: a module of another library (code of the checkpoint, which is not run), one that is not supported,
+            an order that is not ours, or a folder outside the checkpoint.
+    """
+    kinds: dict[str, Path] = {}
+    for module in read_json(file, list):
+        try:
+            path, kind = str(module["path"]), str(module["type"])
+        except (KeyError, TypeError):
+            raise ConfigError(f"{file}: every module needs a type and a path") from None
+        library, _, _ = kind.partition(".")
+        name = kind.rpartition(".")[2]
+        if library != "sentence_transformers":
+            raise ConfigError(
+                f"{file}: module {kind!r} is code of the checkpoint, which bivec never runs; the vectors would differ"
+            )
+        if name not in ORDER or name in kinds or any(ORDER.index(name) < ORDER.index(other) for other in kinds):
+            raise ConfigError(
+                f"{file}: module {name!r} is not supported there; bivec has a decoder, a pooling and unit vectors: "
+                f"{', '.join(ORDER)}, each at most once and in this order"
+            )
+        kinds[name] = _inside(file, path)
+    return kinds
+
+
+def _inside(file: Path, path: str) -> Path:
+    folder = file.parent / path
+    if not folder.resolve().is_relative_to(file.parent.resolve()):
+        raise ConfigError(f"{file}: the path {path!r} leads out of {file.parent}; nothing there is read")
+    return folder
+
+
+def _pooling(file: Path) -> dict[str, Any]:
+    pooling, prefix = read_json(file, dict), "pooling_mode_"
+    modes = [key.removeprefix(prefix) for key, value in pooling.items() if key.startswith(prefix) and value is True]
+    modes = modes or [str(pooling.get("pooling_mode"))]
+    if len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ConfigError(f"{file}: pooling {' + '.join(modes)} is not supported")
+    return {"pooling": POOLINGS[modes[0]], "skip_instruction": not pooling.get("include_prompt", True)}
+
+
+def _prefix_counts(folder: Path, tokenizer: Path) -> bool:
+    """False: the weights leave out exactly the special tokens in front of a text, as our own export has it.
+
+    Raises:
+        ConfigError: any other weights.
+    """
+    from bivec.engine.tokenizer import load_tokenizer, prefix_ids
+
+    file = folder / "model.safetensors"
+    try:
+        weights = load_file(file)["emb_layer.weight"].flatten()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ConfigError(f"{file}: no weights of a {WEIGHTS} module ({error}); pickles are not read") from None
+    if bool((weights == 1).all()):
+        return True
+    zeros = set((weights == 0).nonzero().flatten().tolist())
+    others = int(((weights != 0) & (weights != 1)).sum())
+    prefix = set(prefix_ids(load_tokenizer(tokenizer, add_bos=False)))
+    if others or zeros != prefix:
+        raise ConfigError(
+            f"{file}: weighs {others or len(zeros)} tokens in a way that bivec has nothing for: only the special "
+            f"tokens in front of a text can be left out (ids {sorted(prefix)})"
+        )
+    return False
+
+
+def _stored_length(folder: Path) -> dict[str, int]:
+    """``max_length``, if the folder says it: from version 6 on it is the tokenizer's."""
+    own = read_json(folder / LENGTH_FILE, dict) if (folder / LENGTH_FILE).is_file() else {}
+    if own.get("do_lower_case"):
+        raise ConfigError(
+            f"{folder / LENGTH_FILE}: do_lower_case is true, which bivec does not do; set it to false there and lower "
+            "the case of the texts before you give them"
+        )
+    if own.get("max_seq_length") is not None:
+        return {"max_length": own["max_seq_length"]}
+    file = folder / "tokenizer_config.json"
+    length = read_json(file, dict).get("model_max_length") if file.is_file() else None
+    return {"max_length": length} if length is not None and length < UNLIMITED else {}
+
+
+def read_json(file: Path, kind: type) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ConfigError: no such file, no JSON, or another kind of value.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise ConfigError(f"{file}: not a JSON file ({error})") from error
+    if not isinstance(content, kind):
+        raise ConfigError(f"{file}: expected a JSON {kind.__name__}, found {type(content).__name__}")
+    return content
