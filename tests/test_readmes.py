@@ -33,7 +33,7 @@ DATA, BENCHMARKS = ROOT / "recipes" / "data", ROOT / "benchmarks"
 MODEL, RUN = "path/to/model", "runs/llm2vec-smollm2-135m"
 NAMES = {"HuggingFaceTB/SmolLM2-135M": MODEL}  # of the hub, in Python
 OPTIONAL = {"lightning"}  # without it the rest of its README is run, and the test then counts as skipped
-NOT_RUN = "text"  # output, a tree of files, a format
+TAGS = ("python", "bash", "yaml", "text")  # the last: output, a tree of files, a format; it is not run
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,12 @@ WAYS = {
     "benchmarks/tune.py": Way(parse_only=GPU),
     "benchmarks/word_trend.py": Way(parse_only=LONG),
     ".ci/api_reference.py": Way(),
+    "bivec doctor": Way("--only versions,devices,backends,numerics"),
+    "bivec convert": SMOKE,
+    "bivec encode": Way(),
+    "bivec eval": Way("--pairs 8"),
+    "bivec export": Way(),
+    "bivec bench": Way(),
     "bivec.kernels.aot": Way(parse_only="is run by .ci/run"),
 }
 # flags of a launcher that is not Python's; torchrun's are read by its own parser
@@ -128,8 +134,8 @@ def blocks_of(file: str, content: str) -> list[Block]:
         if not fence and re.match(r"\s*(```|~~~)", line):
             raise ValueError(f"{file}:{number}: {line!r}: a fence stands alone in its line, with at most a tag")
         if fence and opened is None:
-            if fence[1] not in ("python", "bash", NOT_RUN):
-                raise ValueError(f"{file}:{number}: the tag {fence[1]!r} is none of python, bash, {NOT_RUN}")
+            if fence[1] not in TAGS:
+                raise ValueError(f"{file}:{number}: the tag {fence[1]!r} is none of {', '.join(TAGS)}")
             opened = (number, fence[1], [])
         elif fence:
             found.append(Block(file, opened[0], heading, opened[1], "\n".join([*opened[2], ""])))
@@ -237,7 +243,9 @@ def run(command: str, patch: pytest.MonkeyPatch) -> None:
     if words[0] == "pytest":
         run_pytest(words[1:])
     elif words[0] == "bivec":
-        run_main(console_script(), words, Way(parse_only="tested in tests/engine"), patch)
+        name = " ".join(words[:2])
+        assert name in WAYS, f"no way to run this block: {command}"
+        run_main(lambda: sys.exit(console_script()()), words, WAYS[name], patch)
     elif words[:2] == ["python", "-m"]:
         module = importlib.import_module(words[2])
         run_main(lambda: sys.exit(module.main()), words[2:], WAYS[words[2]], patch)
@@ -306,7 +314,7 @@ def test_every_folder_has_a_readme():
 def test_no_way_is_left_over():
     """A script that no README shows needs no way to be run; nor does one that is gone."""
     shown = "\n".join(block.text for block in BLOCKS if block.tag == "bash")
-    rest = {name for name in WAYS if name not in shown and not name.startswith("recipes/llm2vec_")}
+    rest = {name for name in WAYS if name not in shown and not name.startswith(("recipes/llm2vec_", "bivec "))}
     assert rest == set()
     assert all((ROOT / name).is_file() for name in WAYS if name.endswith(".py"))
     assert {(block.file, block.heading) for block in BLOCKS if block.tag == "python"} >= set(CHECKS)
@@ -315,6 +323,13 @@ def test_no_way_is_left_over():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, place, monkeypatch):
     run(command, monkeypatch)
+
+
+@pytest.mark.parametrize("block", [pytest.param(b, id=f"{b.file}:{b.line}") for b in BLOCKS if b.tag == "yaml"])
+def test_settings(block, place, monkeypatch):
+    """A file of settings is one for ``bivec convert``."""
+    (place / "settings.yaml").write_text(block.text, encoding="utf-8")
+    run("bivec convert --config settings.yaml", monkeypatch)
 
 
 @pytest.mark.parametrize("file", sorted({block.file for block in BLOCKS if block.tag == "python"}))
@@ -360,7 +375,7 @@ def test_what_cannot_be_run_fails(command, message, place, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", ["```\nls\n```", "```yaml\na: 1\n```", "  ```bash\nls\n  ```", "```bash\nls", "~~~"]
+    "content", ["```\nls\n```", "```toml\na = 1\n```", "  ```bash\nls\n  ```", "```bash\nls", "~~~"]
 )
 def test_a_block_without_a_known_tag_is_refused(content):
     with pytest.raises(ValueError, match="README"):
