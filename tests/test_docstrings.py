@@ -36,7 +36,8 @@ def modules() -> Iterator[str]:
     for package in (bivec.kernels, bivec.models, bivec.engine):
         yield package.__name__
         for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            yield found.name
+            if not found.name.endswith("__main__"):
+                yield found.name
 
 
 def docstrings(module: str) -> Iterator[tuple[str, str]]:
@@ -50,7 +51,7 @@ def docstrings(module: str) -> Iterator[tuple[str, str]]:
         if inspect.isclass(member):
             for inner, method in list(vars(member).items()):
                 method = getattr(method, "__func__", method)
-                if inspect.isfunction(method):
+                if inspect.isfunction(method) and method.__module__ == module:
                     yield f"{module}.{name}.{inner}", method.__doc__ or ""
 
 
