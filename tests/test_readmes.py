@@ -118,8 +118,10 @@ CHECKS: dict[tuple[str, str], Callable[[dict[str, Any]], bool]] = {
 
 
 def readmes() -> list[str]:
-    listed = subprocess.run(["git", "ls-files", "*README.md"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return listed.stdout.splitlines()
+    """All of the repository, which has no other folders; what lies beside them is a run's or an environment's."""
+    folders = ("kernels", "models", "engine", "recipes", "benchmarks", "tests")
+    found = [file for folder in folders for file in sorted((ROOT / folder).rglob("README.md"))]
+    return ["README.md", *(file.relative_to(ROOT).as_posix() for file in found)]
 
 
 def blocks_of(file: str, content: str) -> list[Block]:
@@ -318,6 +320,22 @@ def test_no_way_is_left_over():
     assert rest == set()
     assert all((ROOT / name).is_file() for name in WAYS if name.endswith(".py"))
     assert {(block.file, block.heading) for block in BLOCKS if block.tag == "python"} >= set(CHECKS)
+
+
+def anchors(content: str) -> set[str]:
+    """Those of GitHub for the headings."""
+    headings = re.findall(r"^#+ (.+)$", content, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", readmes())
+def test_links_lead_somewhere(file):
+    content = (ROOT / file).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", content):
+        path, _, anchor = target.partition("#")
+        place = (ROOT / file).parent / path if path else ROOT / file
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place.read_text(encoding="utf-8")), target
 
 
 @pytest.mark.parametrize("command", COMMANDS)
