@@ -2,8 +2,7 @@
 
 The files that the READMEs name (path/to/model, runs/llm2vec-smollm2-135m, articles.txt …) lie in the working directory
 of each test. What is changed beside that stands in three tables: ``NAMES``, ``WAYS`` and ``LAUNCHERS``. A command that
-none of them knows fails, and so does a flag that its script does not have. Only blocks with the tag ``text`` are left
-out.
+none of them knows fails, and so does a flag that its script does not have. Blocks with the tag ``text`` are left out.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Way:
     parse_only: str = ""  # why it stops as soon as its arguments are parsed
 
 
-GPU, LONG, HUB = "needs a GPU", "takes minutes", "needs the hub"
+GPU, LONG = "needs a GPU", "takes minutes"
 FRESH = {"--model": MODEL, "--output-dir": "runs/fresh"}
 SMOKE, DRY = Way("--smoke", FRESH), Way("--dry-run")
 WAYS = {
@@ -208,9 +207,11 @@ def place(world, tmp_path, monkeypatch) -> Path:
     """A copy of it, as the working directory."""
     shutil.copytree(world, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
-    threads = torch.get_num_threads()
+    threads, environment = torch.get_num_threads(), dict(os.environ)
     yield tmp_path / "work"
     torch.set_num_threads(threads)
+    os.environ.clear()  # of HF_HUB_OFFLINE, where the hub did not answer
+    os.environ.update(environment)
     for name, module in list(sys.modules.items()):  # the scripts' own modules have names that others may want
         if Path(getattr(module, "__file__", None) or "/").parent == BENCHMARKS:
             del sys.modules[name]
@@ -269,7 +270,7 @@ def run_main(main: Callable[[], object], words: list[str], way: Way, patch: pyte
         flags += shlex.split(way.add)
     patch.setattr(sys, "argv", [words[0], *flags])
     if way.parse_only:
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop(argparse.ArgumentParser))
+        stop_after_parsing(patch)
     status = 0
     try:
         main()
@@ -281,16 +282,16 @@ def run_main(main: Callable[[], object], words: list[str], way: Way, patch: pyte
     assert status in (0, None), f"{shlex.join([words[0], *flags])} ended with {status}"
 
 
-def parse_and_stop(parser: type[argparse.ArgumentParser]) -> Callable[..., object]:
-    """``parse_known_args``, which ``parse_args`` calls too, that knows no unknown flags and ends the script."""
-    parse = parser.parse_known_args
+def stop_after_parsing(patch: pytest.MonkeyPatch) -> None:
+    """``parse_known_args``, which ``parse_args`` calls too, knows no unknown flags and ends the script."""
+    known = argparse.ArgumentParser.parse_known_args
 
-    def parsed(self: argparse.ArgumentParser, args=None, namespace=None):
-        _, rest = parse(self, args, namespace)
+    def parse(self: argparse.ArgumentParser, args=None, namespace=None):
+        _, rest = known(self, args, namespace)
         assert not rest, f"unknown flags: {rest}"
         raise Parsed
 
-    return parsed
+    patch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
 
 
 def console_script() -> Callable[[], object]:
