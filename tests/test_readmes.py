@@ -379,7 +379,6 @@ def test_python(file, place, monkeypatch):
     ("command", "message"),
     [
         ("python recipes/nothing.py", "no way to run"),
-        ("make docs", "no way to run"),
         ("python benchmarks/roofline.py --gpus 1", "ended with 2"),
         ("python benchmarks/attention.py --gpus 1", "unknown flags"),
         ("python benchmarks/quick_start.py --gpus 1", "unknown flags"),
