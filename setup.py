@@ -16,6 +16,7 @@ QUICKSTART = [
     "scipy>=1.11",
     "tqdm>=4.66",
     "matplotlib>=3.8",
+    "pyyaml>=6",
 ]
 HUB = [*QUICKSTART, "huggingface_hub>=1.0"]
 EVAL = [
@@ -53,11 +54,17 @@ setup(
         "bivec.kernels",
         "bivec.models",
         "bivec.engine",
+        "bivec.engine.cli",
         "bivec.engine.evaluation",
         "bivec.engine.integrations",
     ],
     package_dir={"bivec": "."},
-    package_data={"bivec.kernels": ["tuning/*.json"], "bivec.engine.evaluation": ["data/*.json"]},
+    package_data={
+        "bivec": ["recipes/data/*.gz", "recipes/data/*.jsonl", "recipes/data/README.md"],
+        "bivec.kernels": ["tuning/*.json"],
+        "bivec.engine.evaluation": ["data/*.json"],
+    },
+    entry_points={"console_scripts": ["bivec = bivec.engine.cli:main"]},
     install_requires=["torch>=2.11", "safetensors>=0.4.3", "numpy>=1.26"],
     extras_require={
         "quickstart": QUICKSTART,

@@ -21,10 +21,8 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import logging
 import sys
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,11 +30,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from bivec import Encoder
-from bivec.engine.errors import BivecError, RunError
+from bivec.engine.errors import BivecError
 from bivec.engine.evaluation.auto_encoder import AutoEncoder
 from bivec.engine.evaluation.echo import ECHO_TEMPLATE, EchoEncoder
 from bivec.engine.evaluation.local_tasks import LOCAL_INSTRUCTIONS, local_tasks
 from bivec.engine.evaluation.mteb_encoder import MTEBEncoder, paper_instructions
+from bivec.engine.evaluation.mteb_run import Outcome, named_tasks, run_tasks
 from bivec.engine.evaluation.mteb_table import PAPER_MODELS, compare, comparison_table
 from bivec.engine.evaluation.paper import paper_tasks
 from bivec.engine.evaluation.variants import named_variants, run_variants
@@ -47,17 +46,6 @@ if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
-BENCHMARK = "MTEB(eng, v1)"  # mteb's name for the 56 tasks of the paper, with their splits and languages
-HUB_PACKAGES = ("huggingface_hub", "datasets", "requests", "httpx", "urllib3")
-
-
-@dataclass
-class Outcome:
-    """What became of the tasks so far, by name."""
-
-    scores: dict[str, float] = field(default_factory=dict)  # main scores x 100
-    failed: dict[str, str] = field(default_factory=dict)  # why there is none
-    instructions: dict[str, str] = field(default_factory=dict)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -105,27 +93,8 @@ def list_tasks() -> None:
 
 
 def find_tasks(names: list[str]) -> list[AbsTask]:
-    """The tasks of these names, each once.
-
-    Raises:
-        RunError: mteb has no task of a name.
-    """
-    import mteb
-
-    groups = {
-        "full56": [task.name for task in paper_tasks()],
-        "subset15": [task.name for task in paper_tasks(subset_only=True)],
-    }
-    local = {task.metadata.name: task for task in local_tasks(DATA)}
-    groups["local"] = list(local)
-    english = {task.metadata.name: task for task in mteb.get_benchmark(BENCHMARK).tasks}
-    found = {}
-    for name in (member for given in names for member in groups.get(given, [given])):
-        try:
-            found[name] = local.get(name) or english.get(name) or mteb.get_task(name)
-        except KeyError as error:
-            raise RunError(f"{error.args[0]} (--list prints those of the paper)") from None
-    return list(found.values())
+    """The tasks of these names, each once; see :func:`bivec.engine.evaluation.mteb_run.named_tasks`."""
+    return named_tasks(names, local_tasks(DATA))
 
 
 def load_model(given: argparse.Namespace) -> MTEBEncoder:
@@ -149,67 +118,6 @@ def load_model(given: argparse.Namespace) -> MTEBEncoder:
         name=given.name or "-".join(part for part in parts if part),
         tokens_per_batch=given.tokens_per_batch,
     )
-
-
-def drop_broken_results(folder: Path) -> None:
-    """A killed mteb can leave half a file, which it could not read again."""
-    for file in folder.rglob("*.json"):
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            print(f"{file}: not whole, its task runs again", flush=True)
-            file.unlink()
-
-
-def needs_hub(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is that data could not be fetched."""
-    while error is not None:
-        if isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in HUB_PACKAGES:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def take_cache_only() -> None:
-    """After one failure the others find their data in the local cache or fail at once: a try takes 23 s."""
-    import datasets
-    import huggingface_hub
-
-    datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-def evaluate(model: MTEBEncoder, tasks: list[AbsTask], given: argparse.Namespace) -> Outcome:
-    """Runs the tasks that have no result yet; the tables are written after every task."""
-    import mteb
-    from mteb.cache import ResultCache
-
-    cache = ResultCache(given.output_dir)
-    outcome = Outcome()
-    for task in tasks:
-        name, start = task.metadata.name, time.monotonic()
-        outcome.instructions[name] = model.instruction_for(task.metadata)
-        try:
-            result = mteb.evaluate(
-                model,
-                task,
-                cache=cache,
-                co2_tracker=False,
-                show_progress_bar=False,
-                encode_kwargs={"show_progress_bar": sys.stderr.isatty()},
-            )
-            if result.exceptions:
-                raise RunError(str(result.exceptions[0].exception))
-            outcome.scores[name] = 100 * float(result.task_results[0].get_score())
-            print(f"{name}: {outcome.scores[name]:.2f} ({time.monotonic() - start:.0f} s)", flush=True)
-        except Exception as error:  # a task of mteb's may fail in any way; the others go on
-            if needs_hub(error):
-                take_cache_only()
-                outcome.failed[name] = "needs the hub: its data is not in the local cache and could not be fetched"
-            else:
-                outcome.failed[name] = f"{type(error).__name__}: {error}"
-            print(f"{name}: {outcome.failed[name]}", flush=True)
-        write_tables(model, outcome, given)
-    return outcome
 
 
 def write_tables(model: MTEBEncoder, outcome: Outcome, given: argparse.Namespace) -> None:
@@ -248,16 +156,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.list:
         list_tasks()
         return 0
-    logging.getLogger("mteb").setLevel(logging.ERROR)
     try:
         tasks = find_tasks(given.tasks)
         model = load_model(given)
     except (BivecError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    given.output_dir.mkdir(parents=True, exist_ok=True)
-    drop_broken_results(given.output_dir / "results")
-    outcome = evaluate(model, tasks, given)
+    outcome = run_tasks(model, tasks, given.output_dir, after=lambda outcome: write_tables(model, outcome, given))
     print((given.output_dir / f"{model.mteb_model_meta.model_name_as_path()}.md").read_text(encoding="utf-8"))
     return 1 if outcome.failed else 0
 

@@ -81,7 +81,20 @@ def parse_arguments(
     Raises:
         RunError: an unknown stage or hyper-parameter, or a value of the wrong kind or out of range.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return apply_arguments(recipe, recipe_parser(recipe, description).parse_args(arguments))
+
+
+def recipe_parser(recipe: Recipe, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    """A flag for everything that a recipe and its run can be told; the defaults are the recipe's.
+
+    Args:
+        recipe: the defaults.
+        description: for ``--help``.
+        options: further arguments of ``ArgumentParser``.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+    )
     add = parser.add_argument
     add("--model", default=recipe.model, help="decoder: a directory, a .gguf file or a hub id (default: %(default)s)")
     add(
@@ -179,16 +192,28 @@ def parse_arguments(
         metavar="KEY=VALUE",
         help="any other hyper-parameter, e.g. mntp.optim.steps=500 or simcse.batch_size=64 (repeatable)",
     )
-    given = parser.parse_args(arguments)
+    return parser
 
+
+def apply_arguments(recipe: Recipe, given: argparse.Namespace) -> tuple[Recipe, RunOptions]:
+    """What the flags make of a recipe.
+
+    Args:
+        recipe: the one whose parser has read them.
+        given: the flags.
+
+    Raises:
+        RunError: see :func:`parse_arguments`.
+    """
     before = recipe
-    given.stages = _stages(given.stages)
-    given.adapters = tuple(name.strip() for name in given.adapters.split(",") if name.strip())
+    stages = _stages(given.stages)
+    adapters = tuple(name.strip() for name in given.adapters.split(",") if name.strip())
     if given.memory is not None:
         parse_memory(given.memory)
     if given.model != recipe.model:  # what the recipe knows of its own model says nothing about another
         recipe = replace(recipe, shape=None, bos_token=None)
-    recipe = replace(recipe, **{name: getattr(given, name) for name in OWN_FLAGS})
+    flags = {name: getattr(given, name) for name in OWN_FLAGS}
+    recipe = replace(recipe, **flags | {"stages": stages, "adapters": adapters})
     recipe = replace(recipe, supervised=replace(recipe.supervised, on_bad_line=given.on_bad_line))
     if "supervised" not in recipe.stages and given.supervised_data != before.supervised_data:
         stages = ",".join([*recipe.stages, "supervised"])

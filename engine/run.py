@@ -120,12 +120,8 @@ def start(
                 print(describe(recipe, model_config(recipe)))
             sys.exit(0)
         directory = options.output_dir
-        with ExitStack() as stack:
-            if not world.is_main:
-                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
-            of_one = options.shard or recipe.trains_all_weights()
-            stack.enter_context(process_group(world, device_type(options), options.timeout, of_one=of_one))
-            yield Run(recipe, options, world)
+        with opened_run(recipe, options, world) as run:
+            yield run
     except (BivecError, BackendError, OSError) as error:
         print(f"{who}error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -141,6 +137,21 @@ def start(
         if world.is_main:
             print(f"stopped; to go on: {command}" if begun else "stopped before anything was written", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def opened_run(recipe: Recipe, options: RunOptions, world: World) -> Iterator[Run]:
+    """The run of a recipe, with its processes joined; of several, only rank 0 prints.
+
+    Raises:
+        BivecError: bad input, or what stops a step.
+    """
+    with ExitStack() as stack:
+        if not world.is_main:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        of_one = options.shard or recipe.trains_all_weights()
+        stack.enter_context(process_group(world, device_type(options), options.timeout, of_one=of_one))
+        yield Run(recipe, options, world)
 
 
 class Run:

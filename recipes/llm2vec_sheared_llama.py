@@ -7,59 +7,12 @@
 SimCSE runs with batch 32 as the paper has it; the repository's configuration says 128 (METHOD 13), which is
 --set simcse.batch_size=128. If the hub holds the weights as pytorch_model.bin only, convert them once to safetensors.
 
-Sources: METHOD 3.6 and 4.5 (train_configs/mntp and simcse of the LLM2Vec repository; paper, appendix D.1).
+The settings are in engine/presets.py. Sources: METHOD 3.6 and 4.5 (train_configs/mntp and simcse of the LLM2Vec
+repository; paper, appendix D.1).
 """
 
-from pathlib import Path
-
-from bivec.engine.optim import OptimConfig
-from bivec.engine.recipe import MntpStage, Recipe, SimcseStage
+from bivec.engine.presets import SHEARED_LLAMA_1B as RECIPE
 from bivec.engine.run import start
-from bivec.models import DecoderConfig
-
-DATA = Path(__file__).resolve().parent / "data"
-
-RECIPE = Recipe(
-    name="llm2vec-sheared-llama-1.3b",
-    model="princeton-nlp/Sheared-LLaMA-1.3B",
-    mntp_data="Salesforce/wikitext:wikitext-103-raw-v1",
-    simcse_data="princeton-nlp/datasets-for-simcse:wiki1m_for_simcse.txt",
-    sts_dev=str(DATA / "stsb_dev.csv.gz"),
-    sts_test=str(DATA / "stsb_test.csv.gz"),
-    pool_bos=False,  # text tokens only; the repository pools every position in SimCSE training (METHOD 4.3)
-    mntp=MntpStage(
-        optim=OptimConfig(learning_rate=5e-5, steps=1000),
-        decay_epochs=3,
-        batch_size=32,
-        sequence_length=512,
-        mask_probability=0.2,
-        mask_style="bert",
-    ),
-    simcse=SimcseStage(
-        optim=OptimConfig(learning_rate=3e-5, steps=1000),
-        decay_epochs=3,
-        batch_size=32,
-        max_length=128,
-        attention_dropout=0.3,
-        scale=20.0,
-    ),
-    shape=DecoderConfig(
-        model_type="llama",
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_layers=24,
-        num_heads=16,
-        num_kv_heads=16,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=4096,
-        rope_theta=1e4,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype="bfloat16",
-    ),
-)
 
 
 def main() -> None:

@@ -14,26 +14,12 @@ the E5 mix (``echo-data``), or your own triples (engine/triples.py says the form
 some of SICK, SNLI or MultiNLI). The chat template is the one of the model's folder, else that of the decoder that the
 run was made of, known by its exact name; supervised.template says another. The run prints which it is.
 
-Source: METHOD 5.7 (train_configs/supervised of the LLM2Vec repository; paper, appendix D.2).
+The settings are in engine/presets.py and, the stage's, in engine/recipe.py. Source: METHOD 5.7
+(train_configs/supervised of the LLM2Vec repository; paper, appendix D.2).
 """
 
-from pathlib import Path
-
-from bivec.engine.recipe import Recipe
+from bivec.engine.presets import SUPERVISED as RECIPE
 from bivec.engine.run import start
-
-DATA = Path(__file__).resolve().parent / "data"
-
-RECIPE = Recipe(
-    name="supervised",
-    model="runs/llm2vec-mistral-7b",
-    mntp_data="",
-    simcse_data="",
-    sts_dev=str(DATA / "stsb_dev.csv.gz"),
-    sts_test=str(DATA / "stsb_test.csv.gz"),
-    stages=("bi", "supervised"),
-    pool_bos=None,  # as the model's folder says
-)
 
 
 def main() -> None:

@@ -317,7 +317,7 @@ def test_every_folder_has_a_readme():
 def test_no_way_is_left_over():
     """A script that no README shows needs no way to be run; nor does one that is gone."""
     shown = "\n".join(block.text for block in BLOCKS if block.tag == "bash")
-    rest = {name for name in WAYS if name not in shown and not name.startswith(("recipes/llm2vec_", "bivec "))}
+    rest = {name for name in WAYS if name not in shown and not name.startswith("recipes/llm2vec_")}
     assert rest == set()
     assert all((ROOT / name).is_file() for name in WAYS if name.endswith(".py"))
     assert {(block.file, block.heading) for block in BLOCKS if block.tag == "python"} >= set(CHECKS)

@@ -1,6 +1,8 @@
 """What a run leaves in merged/ beside the weights: a folder for other libraries, its card and its record."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,3 +43,38 @@ def test_merged(recipe, execute, tmp_path):
     assert again.config == encoder.config
     np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), rtol=0, atol=1e-4)
     assert again.origin.adapters == encoder.origin.adapters
+
+
+def test_a_stage_that_trained_all_weights(recipe, execute, tmp_path):
+    """Its folder is an encoder of its own, and the next stage's adapter goes onto it."""
+    run = tmp_path / "run"
+    execute(recipe, run, "--stages", "bi,mntp,simcse", "--set", "mntp.tuning=full")
+    whole, mntp = Encoder.from_pretrained(run), Encoder.from_pretrained(run / "mntp")
+    assert mntp.config == whole.config and mntp.config.pool_bos is False and mntp.origin.base_model == "llama"
+    both = Encoder.from_pretrained(run / "mntp", adapters=[run / "simcse"])
+    assert both.config == whole.config
+    np.testing.assert_allclose(both.encode(TEXTS), whole.encode(TEXTS), rtol=0, atol=1e-4)
+    with pytest.raises(CheckpointError, match="a stage of the run"):
+        Encoder.from_pretrained(recipe.model, adapters=[run / "simcse"])
+
+
+def test_the_bos_of_training_goes_with_an_adapter(recipe, execute, tmp_path):
+    """A decoder whose tokenizer adds none gets one here; who opens the adapter has it too."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    decoder, run = tmp_path / "decoder", tmp_path / "run"
+    shutil.copytree(recipe.model, decoder)
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(decoder)
+    execute(replace(recipe, model=str(decoder)), run, "--stages", "bi,simcse")
+    whole = Encoder.from_pretrained(run)
+    assert whole.tokenizer("x").input_ids[0] == 0
+    for encoder in (
+        Encoder.from_pretrained(run / "simcse"),
+        Encoder.from_pretrained(decoder, adapters=[run / "simcse"]),
+    ):
+        assert encoder.tokenizer(TEXTS).input_ids == whole.tokenizer(TEXTS).input_ids
+        assert encoder.config == whole.config
+        np.testing.assert_allclose(encoder.encode(TEXTS), whole.encode(TEXTS), rtol=0, atol=1e-4)

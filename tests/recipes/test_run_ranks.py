@@ -101,9 +101,9 @@ import os, runpy, sys, time
 from bivec.engine.lora import Adapter
 
 save = Adapter.save
-def slow(self, directory, base, world):
+def slow(self, directory, base, world, *more):
     time.sleep(3 if world.is_main else 0)
-    save(self, directory, base, world)
+    save(self, directory, base, world, *more)
 
 Adapter.save = slow
 runpy.run_path(sys.argv[0])["main"]()

@@ -87,6 +87,52 @@ def test_states_and_gradients(tiny_dir, calls, family, attention, record_propert
     assert calls == before
 
 
+@pytest.mark.parametrize("norms", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision(tiny_dir, calls, family, norms):
+    """A bf16 model, with its norms in fp32 or not: the dtypes of all layers' outputs are transformers' own."""
+    model = AutoModel.from_pretrained(tiny_dir(family), attn_implementation="eager", dtype=torch.bfloat16).eval()
+    if norms == "fp32":
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.float()
+    compare_half(model, calls, autocast=norms == "fp32")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast(tiny_dir, calls, family):
+    """The weights stay in fp32, and with them the norms."""
+    compare_half(AutoModel.from_pretrained(tiny_dir(family), attn_implementation="eager").eval(), calls, autocast=True)
+
+
+def compare_half(model, calls, *, autocast):
+    exact = copy.deepcopy(model).float()
+    kinds: list[list[tuple[str, torch.dtype]]] = [[], []]
+
+    def states(one, kind):
+        def note(module, inputs, output):
+            # an activation of its own is part of our gated MLP
+            if isinstance(output, torch.Tensor) and not any(x in type(module).__name__ for x in ("SiLU", "GELU")):
+                kind.append((type(module).__name__, output.dtype))
+
+        hooks = [module.register_forward_hook(note) for module in one.modules()]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            hidden = one(**batch()).last_hidden_state
+        for hook in hooks:
+            hook.remove()
+        return hidden
+
+    theirs = states(model, kinds[0])
+    apply_kernels(model)
+    ours = states(model, kinds[1])
+    assert kinds[0] == kinds[1] and ours.dtype == theirs.dtype
+    assert calls["rms_norm"] > 0 and calls["apply_rotary"] > 0
+    with torch.no_grad():
+        truth = exact(**batch()).last_hidden_state
+    scale = truth.std()
+    assert (ours - truth).std() / scale <= 1.2 * (theirs - truth).std() / scale + 1e-3  # no farther from the truth
+
+
 def test_other_models_and_classes_are_left_alone(tiny_llama_dir, calls):
     module = transformers.models.llama.modeling_llama
     names = {name: getattr(module, name) for name in dir(module)}

@@ -1,0 +1,232 @@
+"""What ``bivec doctor`` checks. What goes wrong inside a check is its result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bivec import __version__
+from bivec.engine.cli.versions import OPTIONAL, PYTHON, REQUIRED, install_hint, installed, older
+
+OK, FAILED, MISSING, SKIPPED = "ok", "failed", "missing", "skipped"
+NO_TRITON = "triton is not installed: there are no kernels here, every operator takes torch"
+DEFAULT_ARCHITECTURE = "sm_90"
+INTERPRETER = "TRITON_INTERPRET"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    section: str
+    name: str
+    status: str  # "ok" | "failed" | "missing" (optional, not installed) | "skipped"
+    detail: str
+
+
+def versions() -> list[Check]:
+    """Python, this package, what it needs and what some commands need."""
+    python = platform.python_version()
+    found = [_version("python", python, PYTHON, ""), Check("versions", "bivec", OK, __version__)]
+    for package, oldest in REQUIRED.items():
+        found.append(_version(package, installed(package), oldest, f"pip install '{package}>={oldest}'"))
+    for package, (oldest, _) in OPTIONAL.items():
+        version = installed(package)
+        if version is None:
+            found.append(Check("versions", package, MISSING, install_hint(package)))
+        else:
+            found.append(_version(package, version, oldest, f"pip install '{package}>={oldest}'"))
+    return found
+
+
+def _version(package: str, version: str | None, oldest: str, remedy: str) -> Check:
+    if version is None:
+        return Check("versions", package, FAILED, f"is not installed: {remedy}")
+    if older(version, oldest):
+        return Check("versions", package, FAILED, f"{version} is older than {oldest}: {remedy}".rstrip(": "))
+    return Check("versions", package, OK, version)
+
+
+def devices() -> list[Check]:
+    """The CPU and the GPUs."""
+    import torch
+
+    memory = ""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{memory}"
+    found = [Check("devices", "cpu", OK, cpu)]
+    for number in range(torch.cuda.device_count()):
+        found.append(_gpu(number))
+    if len(found) == 1:
+        built = torch.version.cuda or torch.version.hip
+        why = "torch sees none" if built else "this torch is built for CPUs only"
+        found.append(Check("devices", "gpu", SKIPPED, why))
+    return found
+
+
+def _gpu(number: int) -> Check:
+    import torch
+
+    from bivec.kernels.launch import architecture
+
+    name = f"cuda:{number}"
+    try:
+        device = torch.device(name)
+        properties = torch.cuda.get_device_properties(device)
+        torch.ones(8, device=device).sum().item()
+        memory = properties.total_memory / 2**30
+        return Check("devices", name, OK, f"{properties.name}, {architecture(device)}, {memory:.0f} GiB")
+    except Exception as error:  # a driver can fail in any way
+        return Check("devices", name, FAILED, _first_line(error))
+
+
+def backends() -> list[Check]:
+    """For every operator and kind of device: the backend that a call without ``backend=`` takes."""
+    import torch
+
+    from bivec.engine.cli.selftest import OPS
+    from bivec.kernels.backend import resolve
+
+    found = []
+    for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        for op in OPS:
+            try:
+                choice = resolve(None, op, torch.device(kind))
+                check = Check("backends", f"{op} on {kind}", OK, f"{choice}: {_reason(kind)}")
+            except (RuntimeError, ValueError) as error:  # the environment asks for what is not here
+                check = Check("backends", f"{op} on {kind}", FAILED, _first_line(error))
+            found.append(check)
+    return found
+
+
+def _reason(kind: str) -> str:
+    """Why ``bivec.kernels.backend.resolve`` chooses what it does."""
+    asked = os.environ.get("BIVEC_BACKEND")
+    if asked:
+        return f"the environment variable BIVEC_BACKEND={asked}"
+    if kind == "cpu":
+        return "the default on a CPU, where Triton runs in its interpreter only"
+    return "the default on a GPU" if installed("triton") else "triton is not installed"
+
+
+def aot(*, full: bool) -> list[Check]:
+    """Compiles kernels ahead of time, in another process: here Triton's interpreter may be on.
+
+    Args:
+        full: all of them for every architecture, not one case of each family for one.
+    """
+    from bivec.kernels.backend import TRITON_INSTALLED
+
+    if not TRITON_INSTALLED:
+        return [Check("aot", "kernels", SKIPPED, NO_TRITON)]
+    try:
+        chosen = [] if full else ["--arch", _architecture(), "--cases", "bivec.engine.cli.checks:few_cases"]
+    except RuntimeError as error:  # a GPU that is too old for the kernels
+        return [Check("aot", "kernels", FAILED, _first_line(error))]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        done = _python("-m", "bivec.kernels.aot", "--check", "--json", str(file), *chosen, interpret=False)
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return [Check("aot", "kernels", FAILED, f"the compiler's process ended: {_last(done)}")]
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        families.setdefault(row["family"], []).append(row)
+    return [_family(name, members) for name, members in families.items()]
+
+
+def few_cases() -> list[Any]:
+    """The first case of every family of kernels."""
+    from bivec.kernels.aot_cases import cases
+
+    first: dict[str, Any] = {}
+    for case in cases():
+        first.setdefault(case.family, case)
+    return list(first.values())
+
+
+def _family(name: str, rows: Sequence[dict[str, Any]]) -> Check:
+    where = ", ".join(sorted({row["outcome"]["architecture"] for row in rows}))
+    for row in rows:
+        if row["problems"]:
+            outcome = row["outcome"]
+            place = f"{outcome['kernel']} ({row['label']}, {outcome['architecture']})"
+            return Check("aot", name, FAILED, f"{place} {'; '.join(row['problems'])}")
+    return Check("aot", name, OK, f"{len(rows)} compiled for {where}")
+
+
+def _architecture() -> str:
+    """That of the GPU here, as the tables have it; where there is none, a common one."""
+    import torch
+
+    from bivec.kernels.launch import architecture
+    from bivec.kernels.tuning import table_architecture
+
+    return table_architecture(architecture(torch.device("cuda"))) if torch.cuda.is_available() else DEFAULT_ARCHITECTURE
+
+
+def numerics(*, interpret: bool) -> list[Check]:
+    """Every operator against float64: torch's on the CPU, on a GPU both, and Triton's in the interpreter if asked."""
+    import torch
+
+    from bivec.engine.cli import selftest
+    from bivec.kernels.backend import TRITON_INSTALLED
+
+    outcomes = selftest.run("torch", "cpu")
+    if torch.cuda.is_available():
+        dtypes = (torch.float32, torch.bfloat16)
+        outcomes += selftest.run("torch", "cuda", dtypes)
+        outcomes += selftest.run("triton", "cuda", dtypes) if TRITON_INSTALLED else []
+    found = _by_op(outcomes)
+    if interpret and not TRITON_INSTALLED:
+        return [*found, Check("numerics", "interpreter", SKIPPED, NO_TRITON)]
+    if interpret:
+        done = _python("-m", "bivec.engine.cli.selftest", "--backend", "triton", interpret=True)
+        try:
+            outcomes = [selftest.Outcome(**one) for one in json.loads(done.stdout)]
+        except ValueError:
+            detail = f"its process ended: {_last(done)}"
+            return [*found, Check("numerics", "interpreter", FAILED, detail)]
+        found += _by_op(outcomes, "the interpreter")
+    return found
+
+
+def _by_op(outcomes: Sequence[Any], place: str | None = None) -> list[Check]:
+    """One check for every operator, backend, device and dtype."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for one in outcomes:
+        name = f"{one.op}, {one.backend} on {place or one.device}, {one.dtype}"
+        groups.setdefault((name, one.op), []).append(one)
+    found = []
+    for (name, _), members in groups.items():
+        bad = [f"{one.label or 'forward and backward'}: {one.problem}" for one in members if not one.ok]
+        worst = max((one.error for one in members if one.error is not None), default=0.0)
+        detail = "; ".join(bad) or f"{100 * worst:.2g} % of the tolerance"
+        found.append(Check("numerics", name, FAILED if bad else OK, detail))
+    return found
+
+
+def _python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str]:
+    """Another Python with Triton's interpreter on or off, which it must know before it imports anything."""
+    environment = {name: value for name, value in os.environ.items() if name != INTERPRETER}
+    environment |= {INTERPRETER: "1"} if interpret else {}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def _last(done: subprocess.CompletedProcess[str]) -> str:
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return f"{lines[-1] if lines else 'no message'} (exit code {done.returncode})"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
