@@ -82,6 +82,7 @@ WAYS = {
     "benchmarks/mteb_eval.py": Way("--tasks LocalSTS"),
     "benchmarks/quick_start.py": Way(parse_only=LONG),
     "benchmarks/roofline.py": Way(),
+    "benchmarks/round_trips.py": Way(parse_only="is run whole by tests/benchmarks/test_round_trips.py"),
     "benchmarks/sts.py": Way("--pairs 8"),
     "benchmarks/supervised_sick.py": Way(parse_only=LONG),
     "benchmarks/train_step.py": Way(parse_only=LONG),
