@@ -398,7 +398,10 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     marks = encoded["special_tokens_mask"]
     prefix = encoded["input_ids"][: marks.index(0)]
     if not prefix:
-        raise DataError(f"the tokenizer {tokenizer.name_or_path!r} puts no BOS in front of a text: name one for it")
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} puts no BOS in front of a text; give one, --set bos_token=…, or "
+            "--set mntp.bos_in_every_block=false"
+        )
     return prefix
 
 

@@ -32,6 +32,8 @@ LLM2VEC_FILE = "llm2vec_config.json"
 CONFIG_PATTERNS = (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE, LENGTH_FILE, PROMPTS_FILE, POOLING_PATTERN, WEIGHTS_PATTERN)
 # what our own file says beside the fields of EncoderConfig
 ORIGIN, PROMPTS, DIFFERENCES, BOS = "origin", "prompts", "differences_elsewhere", "bos_token"
+TRAINED_ON = "trained_on"
+OTHERS = (ORIGIN, PROMPTS, DIFFERENCES, BOS, TRAINED_ON)
 GGUF_POOLINGS = {1: "mean", 2: "bos_token", 3: "last_token"}  # llama.cpp's pooling_type
 GGUF_KEY = "bivec.encoder"  # in the metadata: the fields of EncoderConfig as JSON
 GGUF_ORIGIN, GGUF_PROMPTS = "bivec.origin", "bivec.prompts"
@@ -114,23 +116,33 @@ def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig 
 
 def _read_own(file: Path) -> dict[str, Any]:
     settings = read_json(file, dict)
-    settings = {name: value for name, value in settings.items() if name not in (ORIGIN, PROMPTS, DIFFERENCES, BOS)}
+    settings = {name: value for name, value in settings.items() if name not in OTHERS}
     unknown = settings.keys() - {field.name for field in fields(EncoderConfig)}
     if unknown:
         raise ConfigError(f"{file}: unknown field {min(unknown)!r}")
     return settings
 
 
-def write_settings(folder: Path, config: EncoderConfig, bos_token: str | None, origin: Origin | None = None) -> None:
-    """Writes what a folder without a tokenizer, an adapter's, has to say of how its vectors are made.
+def write_settings(
+    folder: Path,
+    config: EncoderConfig,
+    bos_token: str | None,
+    *,
+    origin: Origin | None = None,
+    trained_on: Origin | None = None,
+) -> None:
+    """Writes how the result of a stage is to be used.
 
     Args:
         folder: exists.
         config: the pooling rule.
         bos_token: what the tokenizer puts in front of a text; None = nothing.
         origin: of whole weights; None for an adapter.
+        trained_on: of the weights that an adapter was trained on.
     """
-    settings = {**asdict(config), BOS: bos_token} | ({} if origin is None else {ORIGIN: origin.to_dict()})
+    settings = {**asdict(config), BOS: bos_token}
+    settings |= {} if origin is None else {ORIGIN: origin.to_dict()}
+    settings |= {} if trained_on is None else {TRAINED_ON: trained_on.to_dict()}
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -139,6 +151,13 @@ def stored_bos(folder: Path) -> tuple[bool, str | None]:
     file = folder / CONFIG_FILE
     stored = read_json(file, dict) if file.is_file() else {}
     return BOS in stored, stored.get(BOS)
+
+
+def stored_trained_on(folder: Path) -> Origin | None:
+    """The weights that an adapter of ours was trained on; None where its folder does not say."""
+    file = folder / CONFIG_FILE
+    stored = read_json(file, dict).get(TRAINED_ON) if file.is_file() else None
+    return None if stored is None else Origin.from_dict(stored, file)
 
 
 def is_encoder(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from bivec.engine.errors import CheckpointError, ConfigError
 from bivec.engine.foreign_settings import read_json
 from bivec.engine.model_card import CARD_FILE, ModelCard, is_ours, render_card
 from bivec.engine.sentence_transformers_files import sentence_transformers_files
-from bivec.engine.tokenizer import prefix_length
+from bivec.engine.tokenizer import append_eos, prefix_length
 from bivec.models import DecoderConfig, save_pretrained
 from bivec.models.files import atomic_directory, write_text_atomic
 from bivec.models.weights import MODEL_PATTERNS
@@ -104,37 +104,8 @@ def exported_tokenizer(encoder: Encoder) -> PreTrainedTokenizerFast:
     backend.no_padding()
     tokenizer.chat_template, tokenizer.padding_side = None, "right"
     if encoder.config.pooling == "eos_token":
-        _append_eos(tokenizer)
+        append_eos(tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id)
     return tokenizer
-
-
-def _append_eos(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Makes the tokenizer put an EOS behind a text, unless it does already.
-
-    The template that puts the BOS in front gets one element more: of two templates in a row the second takes what the
-    first has made for a pair of texts.
-    """
-    from tokenizers import Tokenizer
-
-    backend, eos, number = tokenizer.backend_tokenizer, tokenizer.eos_token, tokenizer.eos_token_id
-    if backend.encode("a").ids[-1] == number:
-        return
-    rules = json.loads(backend.to_str())
-    own = rules["post_processor"]
-    steps = [] if own is None else own["processors"] if own["type"] == "Sequence" else [own]
-    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
-    if template is None:
-        template = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
-        template["single"] = [{"Sequence": {"id": "A", "type_id": 0}}]
-        template["pair"] = [{"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1))]
-        steps.append(template)
-    for name in ("single", "pair"):
-        last = template[name][-1]
-        kind = next(iter(last.values()))["type_id"]
-        template[name].append({"SpecialToken": {"id": eos, "type_id": kind}})
-    template["special_tokens"][eos] = {"id": eos, "ids": [number], "tokens": [eos]}
-    rules["post_processor"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
-    backend.post_processor = Tokenizer.from_str(json.dumps(rules)).post_processor
 
 
 def rewrite_card(folder: str | Path, card: ModelCard) -> None:

@@ -56,10 +56,22 @@ def read_sentence_transformers(file: Path) -> dict[str, Any]:
     if POOLING in modules:
         settings |= _pooling(modules[POOLING] / "config.json")
     if WEIGHTS in modules:
+        if settings.get("pooling", "mean") != "mean":
+            raise ConfigError(f"{file}: {WEIGHTS} is supported before a mean only, not before {settings['pooling']!r}")
         settings["pool_bos"] = _prefix_counts(modules[WEIGHTS], modules.get(TRANSFORMER, file.parent))
     prompts_file = file.parent / PROMPTS_FILE
     prompts = read_json(prompts_file, dict) if prompts_file.is_file() else {}
-    head = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name"))
+    named = prompts.get("prompts") or {}
+    head = named.get(prompts.get("default_prompt_name"))
+    if (
+        settings.get("skip_instruction")
+        and settings["pooling"] in ("weighted_mean", "bos_token")
+        and any(named.values())
+    ):
+        raise ConfigError(
+            f"{prompts_file}: has prompts that the pooling {settings['pooling']!r} leaves out (include_prompt is "
+            "false), from where on sentence-transformers counts differently; remove the prompts there"
+        )
     if head:  # put before every text
         settings["template"] = f"{head}{SLOT}"
     similarity = prompts.get("similarity_fn_name") or "cosine"
@@ -146,10 +158,16 @@ def _stored_length(folder: Path) -> dict[str, int]:
             f"{folder / LENGTH_FILE}: do_lower_case is true, which bivec does not do; set it to false there and lower "
             "the case of the texts before you give them"
         )
+    file = folder / "tokenizer_config.json"
+    tokenizer = read_json(file, dict) if file.is_file() else {}
+    if tokenizer.get("truncation_side") == "left":
+        raise ConfigError(
+            f"{file}: truncation_side is 'left': a long text would lose its beginning, in bivec it loses its end; "
+            "write 'right' there if no text is longer than the model takes"
+        )
+    length = tokenizer.get("model_max_length")
     if own.get("max_seq_length") is not None:
         return {"max_length": own["max_seq_length"]}
-    file = folder / "tokenizer_config.json"
-    length = read_json(file, dict).get("model_max_length") if file.is_file() else None
     return {"max_length": length} if length is not None and length < UNLIMITED else {}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bivec.engine.encoder_config import GGUF_KEY, GGUF_ORIGIN, GGUF_PROMPTS
 from bivec.engine.errors import CheckpointError, ConfigError
+from bivec.engine.export import exported_tokenizer
 from bivec.engine.tokenizer import GGUF_CONTROL, GGUF_USER_DEFINED, byte_level_splits, load_tokenizer, prefix_length
 from bivec.models import DecoderConfig
 from bivec.models.files import atomic_file
@@ -176,7 +177,7 @@ def _permuted(name: str, values: Tensor, shape: DecoderConfig) -> Tensor:
 
 def _write_tokenizer(writer: Any, encoder: Encoder, path: Path) -> None:
     """The vocabulary, the merges or scores, and which token is what."""
-    tokenizer, rows = encoder.tokenizer, encoder.model.config.vocab_size
+    tokenizer, rows = exported_tokenizer(encoder), encoder.model.config.vocab_size
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     if rules["model"].get("type") != "BPE":
         raise ConfigError(f"{path}: a tokenizer of kind {rules['model'].get('type')!r}; GGUF export knows BPE")
@@ -213,7 +214,7 @@ def _write_tokenizer(writer: Any, encoder: Encoder, path: Path) -> None:
         if number is not None:
             add(number)
     writer.add_add_bos_token(prefix_length(tokenizer) > 0)
-    writer.add_add_eos_token(encoder.config.pooling == "eos_token")
+    writer.add_add_eos_token(tokenizer("a").input_ids[-1] == tokenizer.eos_token_id)
 
 
 def _scores(words: list[str], merges: list) -> list[float]:
@@ -265,10 +266,12 @@ def _check_written(file: Path, encoder: Encoder, path: Path) -> None:
         if not (value == other or (isinstance(value, float) and math.isclose(value, other, rel_tol=1e-6))):
             raise ConfigError(f"{path}: GGUF cannot say {name} = {value!r} (it would be read as {other!r})")
     again = load_tokenizer(file, add_bos=False)
-    texts = [PROBE, *PROBE.split(), "A man plays the guitar."]
-    for text, row, ours_row in zip(texts, again(texts).input_ids, encoder.tokenizer(texts).input_ids, strict=True):
+    texts, ours = [PROBE, *PROBE.split(), "A man plays the guitar."], exported_tokenizer(encoder)
+    for text, row, ours_row in zip(texts, again(texts).input_ids, ours(texts).input_ids, strict=True):
         if row != ours_row:
+            at = next((i for i, (one, other) in enumerate(zip(row, ours_row, strict=False)) if one != other), -1)
+            part = slice(max(at - 3, 0), at + 5) if at >= 0 else slice(-8, None)
             raise ConfigError(
-                f"{path}: the tokenizer cannot be said in GGUF: {text!r} would become {row[:8]}…, here it is "
-                f"{ours_row[:8]}…; use llama.cpp's convert_hf_to_gguf.py on what save_pretrained writes"
+                f"{path}: the tokenizer cannot be said in GGUF: {text!r} would become … {row[part]} …, here it is … "
+                f"{ours_row[part]} …; use llama.cpp's convert_hf_to_gguf.py on what save_pretrained writes"
             )

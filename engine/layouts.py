@@ -23,12 +23,13 @@ from bivec.engine.encoder_config import (
     stored_encoder_config,
     stored_origin,
     stored_prompts,
+    stored_trained_on,
     weights_directory,
 )
 from bivec.engine.errors import CheckpointError, ConfigError
 from bivec.engine.foreign_settings import MODULES_FILE, TRANSFORMER, module_folders
-from bivec.engine.lora import Adapter, adapter_base, load_adapter, read_adapter
-from bivec.engine.origin import Origin, adapter_fingerprint, check_same_base, loaded_fingerprint, shown_name
+from bivec.engine.lora import Adapter, adapter_base, load_adapter
+from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint, shown_name
 from bivec.engine.recipe import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
@@ -111,12 +112,12 @@ def open_encoder(
     config, adapter = read_encoder_config(source.settings, checkpoint.config), None
     folders, own = (*source.adapters, *given), len(source.adapters)
     for number, folder in enumerate(folders):
-        _check_stages_before(folder, origin, source.weights)
         adapter = load_adapter(checkpoint.model, folder)
         recorded = adapter_base(folder)
         if number >= own:
             check_same_base(folder, recorded, names)
         with_it = origin.with_adapter(folder, loaded_fingerprint(adapter))
+        origin.check_trained_on(folder, stored_trained_on(folder))
         if merge or number < own or number + 1 < len(folders):
             adapter.merge()
             adapter, origin = None, with_it
@@ -176,7 +177,6 @@ def _find(path: str | Path, met: tuple[Path, ...]) -> Source:
 
 def _adapter_source(path: str | Path, folder: Path, met: tuple[Path, ...]) -> Source:
     """LLM2Vec's ``-mntp`` repositories and everything that its training leaves: the base model is named inside."""
-    _check_not_a_later_stage(folder)
     base = _beside(folder, adapter_base(folder))
     if base is None:
         raise CheckpointError(
@@ -207,59 +207,6 @@ def _beside(folder: Path, base: str | None) -> str | None:
         return base
     near = next((place for place in (folder / base, folder.parent / base) if place.exists()), None)
     return base if near is None else str(near)
-
-
-def _stages_before(folder: Path) -> tuple[str, list[str]]:
-    """The model of the run that an adapter is a stage of, and the folders of what was merged into it before."""
-    try:
-        recipe = json.loads((folder.parent / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
-        stages = recipe["stages"]
-        before = [str(folder.parent / name) for name in stages[: stages.index(folder.name)] if name != "bi"]
-        start = recipe.get(folder.name, {}).get("init_adapter")
-        if start in stages:  # it went on with that stage's adapter
-            before.remove(str(folder.parent / start))
-        return str(recipe["model"]), [*recipe["adapters"], *before]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "", []
-
-
-def _check_not_a_later_stage(folder: Path) -> None:
-    """An adapter of a run's second stage was trained on the first one's result, and names the decoder all the same."""
-    model, before = _stages_before(folder)
-    if before:
-        raise CheckpointError(_stage_error(folder, model, before))
-
-
-def _check_stages_before(folder: Path, origin: Origin, weights: Path) -> None:
-    """Whether what an adapter of a run was trained on is in the weights.
-
-    Args:
-        folder: of the adapter.
-        origin: of the weights as they are.
-        weights: the folder that they are from; a stage may have trained all of them.
-
-    Raises:
-        CheckpointError: not all of it, or not in this order.
-    """
-    model, before = _stages_before(folder)
-    there = list(origin.adapters)
-    for place in map(Path, before):
-        if (place / MODEL_CONFIG).is_file() and not (place / ADAPTER_CONFIG).is_file():  # it trained all weights
-            met = weights.resolve() == place.resolve()
-        else:
-            sha256 = adapter_fingerprint(*read_adapter(place)) if (place / ADAPTER_CONFIG).is_file() else None
-            same = [one.name == place.name if sha256 is None else one.sha256 == sha256 for one in there]
-            met = any(same)
-            there = there[same.index(True) + 1 :] if met else there
-        if not met:
-            raise CheckpointError(_stage_error(folder, model, before))
-
-
-def _stage_error(folder: Path, model: str, before: Sequence[str]) -> str:
-    return (
-        f"{folder}: a stage of the run {folder.parent}, trained on what earlier ones had left; give the run, for its "
-        f"end, or Encoder.from_pretrained({model!r}, adapters={[*before, str(folder)]!r})"
-    )
 
 
 def _names(path: str | Path, folder: Path) -> tuple[str, ...]:

@@ -276,7 +276,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
                 f"the adapter belongs to another base model{told}"
             )
     adapter = add_lora(model, config)
-    adapter.name = directory.name
+    adapter.name = directory.resolve().name
     for name, parameter in adapter.named_parameters().items():
         parameter.data.copy_(tensors[name])
     return adapter

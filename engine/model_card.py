@@ -259,8 +259,8 @@ def _training(origin: Origin, card: ModelCard) -> str:
             rows.append("\n".join(["| setting | value |", "|---|---|", *(_row(*item) for item in values.items())]))
         parts.append("\n\n".join(rows))
     if origin.adapters:
-        names = ", ".join(adapter.name for adapter in origin.adapters)
-        parts.append(f"Adapters merged into the weights, in this order: {names}.")
+        names = ", ".join(one.name + (" (all weights)" if one.whole else "") for one in origin.adapters)
+        parts.append(f"In the weights, in this order: {names}.")
     if card.versions:
         parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in card.versions.items()) + ".")
     return "\n\n".join(["## Training", *parts]) if parts else ""

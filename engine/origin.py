@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bivec.engine.lora import Adapter, LoraConfig
 from bivec.models.errors import CheckpointError, ConfigError
@@ -37,10 +37,11 @@ OWNERS = (
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """One adapter in the weights."""
+    """One adapter in the weights, or a stage that trained all of them."""
 
     name: str  # of its folder
-    sha256: str  # see :func:`adapter_fingerprint`
+    sha256: str  # see :func:`adapter_fingerprint`, or :func:`weights_fingerprint`
+    whole: bool = False  # all weights were trained
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ class Origin:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        adapters = [{"name": one.name, "sha256": one.sha256} for one in self.adapters]
+        adapters = [
+            {"name": one.name, "sha256": one.sha256} | ({"whole": True} if one.whole else {}) for one in self.adapters
+        ]
         return {"base_model": self.base_model, "adapters": adapters}
 
     @classmethod
@@ -63,14 +66,17 @@ class Origin:
             ConfigError: not what :meth:`to_dict` writes.
         """
         try:
-            adapters = tuple(MergedAdapter(str(one["name"]), str(one["sha256"])) for one in stored["adapters"])
+            adapters = tuple(
+                MergedAdapter(str(one["name"]), str(one["sha256"]), one.get("whole") is True)
+                for one in stored["adapters"]
+            )
             base = stored["base_model"]
             return cls(None if base is None else str(base), adapters)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{source}: origin is {stored!r}, not what bivec writes ({error!r})") from None
 
-    def with_adapter(self, folder: str | Path, sha256: str) -> Origin:
-        """With one adapter more.
+    def with_adapter(self, folder: str | Path, sha256: str, *, whole: bool = False) -> Origin:
+        """With one adapter more, or one stage that trained all weights.
 
         Raises:
             CheckpointError: it is in the weights already.
@@ -81,7 +87,51 @@ class Origin:
                     f"{folder}: this adapter is in the weights already: {one.name} was merged into them (same "
                     "matrices); leave it out of the adapters, or give the model as it was before it"
                 )
-        return replace(self, adapters=(*self.adapters, MergedAdapter(Path(folder).name, sha256)))
+        return replace(self, adapters=(*self.adapters, MergedAdapter(folder_name(folder), sha256, whole)))
+
+    def check_trained_on(self, folder: str | Path, trained_on: Origin | None) -> None:
+        """Whether these are the weights that an adapter was trained on; anywhere else it makes no sense.
+
+        Args:
+            folder: of the adapter.
+            trained_on: what its folder says; None = nothing, as others' adapters.
+
+        Raises:
+            CheckpointError: something is missing in the weights, is there besides, or in another order.
+        """
+        if trained_on is None or [x.sha256 for x in self.adapters] == [x.sha256 for x in trained_on.adapters]:
+            return
+        wanted, there = (", ".join(one.name for one in x.adapters) or "nothing" for x in (trained_on, self))
+        raise CheckpointError(
+            f"{folder}: was trained on weights that hold {wanted} (by its bivec_config.json), these hold {there}. Give "
+            f"what is missing before it, in this order: {_advice(Path(folder), trained_on)}; or, if these are the "
+            "right weights all the same, take the field trained_on out of that file"
+        )
+
+
+def _advice(folder: Path, trained_on: Origin) -> str:
+    """The call that opens an adapter, as far as the stages before it lie beside it."""
+    places = [str(folder.parent / x.name) if (folder.parent / x.name).is_dir() else x.name for x in trained_on.adapters]
+    first = max((number for number, one in enumerate(trained_on.adapters) if one.whole), default=-1)
+    model = trained_on.base_model if first < 0 else places[first]
+    return f"Encoder.from_pretrained({model!r}, adapters={[*places[first + 1 :], str(folder)]!r})"
+
+
+def folder_name(folder: str | Path) -> str:
+    """A name for a folder: its own, or, in the hub's cache, that of the repository."""
+    place = Path(folder).resolve()
+    if place.parent.name == "snapshots":
+        return place.parent.parent.name.rpartition("--")[2]
+    return place.name
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a few of a decoder's own weights, in fp32: enough to tell one training's end from another's."""
+    digest = hashlib.sha256()
+    for name in ("norm.weight", "layers.0.input_layernorm.weight", "layers.0.self_attn.q_proj.weight"):
+        digest.update(name.encode())
+        digest.update(model.get_parameter(name).detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def adapter_fingerprint(config: LoraConfig, tensors: Mapping[str, Tensor]) -> str:

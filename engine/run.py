@@ -26,7 +26,7 @@ from bivec.engine.checkpoint import list_checkpoints
 from bivec.engine.cuts import as_cut, named_dtype, plan_cuts
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.encoder import Encoder, EncoderConfig
-from bivec.engine.encoder_config import POOLINGS, stored_encoder_config, text_format
+from bivec.engine.encoder_config import POOLINGS, stored_encoder_config, stored_prompts, text_format
 from bivec.engine.errors import RunError
 from bivec.engine.evaluation import sts_spearman
 from bivec.engine.export import rewrite_card
@@ -62,6 +62,7 @@ from bivec.models.files import remove_abandoned, write_text_atomic
 
 MNTP_SEED, SIMCSE_SEED, LORA_SEED, SUPERVISED_SEED = 1, 2, 3, 4  # folded into the run's seed
 ORDER = 5  # into the supervised one
+KEPT = ("normalize", "similarity", "max_length", "skip_instruction")  # settings of an encoder that is trained further
 SHOWN = (
     "A man is playing the guitar on stage.",
     "Someone performs music for an audience.",
@@ -83,7 +84,7 @@ class Run:
         self.inputs = load_inputs(recipe)
         check_same_data(earlier, self.inputs, self.directory)
         self.results, self._earlier_seconds, self._earlier_peak = read_results(self.directory, options.resume)
-        stored = stored_encoder_config(self.inputs.model_path, self.inputs.config)
+        self.stored = stored = stored_encoder_config(self.inputs.model_path, self.inputs.config)
         # METHOD 2.5: the BOS is no part of a text
         self.pool_bos = bool(stored and stored.pool_bos) if recipe.pool_bos is None else recipe.pool_bos
         for name in TRAINED:
@@ -106,6 +107,7 @@ class Run:
             world=world,
             sharded=options.shard,
         )
+        self.weights.origin()  # an adapter that is there twice is told of before anything is trained
         # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
         self.state = start_state(recipe.model, recipe.adapters)
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
@@ -336,7 +338,13 @@ class Run:
         self.weights.merge(self.weights.merged)  # whole, where it was sharded
         config = self._encoder_config(self.state.rpartition("+")[2])
         if self.world.is_main:
-            encoder = Encoder(self.weights.model, self.inputs.tokenizer, config, origin=self.weights.origin())
+            encoder = Encoder(
+                self.weights.model,
+                self.inputs.tokenizer,
+                config,
+                prompts=stored_prompts(self.inputs.model_path),
+                origin=self.weights.origin(),
+            )
             encoder.save_pretrained(self.directory / "merged", card=card_of_run(self.directory))
         return self._encoder(config).encode(list(SHOWN), normalize_embeddings=True)
 
@@ -357,6 +365,8 @@ class Run:
     def _encoder_config(self, stage: str, causal: bool | None = None, pooling: str | None = None) -> EncoderConfig:
         """How a stage has trained the model to be used; ``causal`` and ``pooling`` count where they are given."""
         rules = {"pooling": "mean", "pool_bos": self.pool_bos, "causal": False}
+        if self.stored is not None:  # what no recipe says stays as the model's folder has it
+            rules |= {name: getattr(self.stored, name) for name in KEPT}
         if stage in ("simcse", "supervised"):
             trained = getattr(self.recipe, stage)
             rules |= {"pooling": trained.pooling, "causal": trained.causal}

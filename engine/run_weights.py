@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from bivec.engine.distributed import World, data_parallel, is_sharded
-from bivec.engine.encoder_config import EncoderConfig, stored_origin, write_settings
+from bivec.engine.encoder_config import EncoderConfig, stored_origin, stored_trained_on, write_settings
 from bivec.engine.errors import ConfigError
 from bivec.engine.lora import Adapter, add_lora, load_adapter, read_adapter
-from bivec.engine.origin import Origin, adapter_fingerprint, shown_name
+from bivec.engine.origin import Origin, adapter_fingerprint, shown_name, weights_fingerprint
 from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
 from bivec.engine.run_files import base_model
 from bivec.engine.sharding import HEAD, attach_head, detach_head, gathered, shard
@@ -97,12 +97,22 @@ class RunWeights:
         self.merged = list(names)
 
     def origin(self) -> Origin:
-        """What has been merged into the decoder's weights: by the model's folder, the recipe and the stages."""
+        """What has been merged into the decoder's weights: by the model's folder, the recipe and the stages.
+
+        Raises:
+            CheckpointError: an adapter of the recipe is in the weights already, or was trained on other ones.
+        """
         origin = stored_origin(self.model_path)
         origin = replace(origin, base_model=origin.base_model or shown_name(base_model(self.recipe.model)))
-        for folder in (*self.recipe.adapters, *(self.directory / name for name in self.merged)):
-            if (Path(folder) / ADAPTER_FILE).is_file():  # else the stage trained all weights
+        for folder in map(Path, self.recipe.adapters):
+            with_it = origin.with_adapter(folder, adapter_fingerprint(*read_adapter(folder)))
+            origin.check_trained_on(folder, stored_trained_on(folder))
+            origin = with_it
+        for folder in (self.directory / name for name in self.merged):
+            if (folder / ADAPTER_FILE).is_file():
                 origin = origin.with_adapter(folder, adapter_fingerprint(*read_adapter(folder)))
+            else:
+                origin = stored_origin(folder)  # with what was there before
         return origin
 
     def merge(self, names: Sequence[str]) -> None:
@@ -172,19 +182,20 @@ class RunWeights:
             config: the pooling rule that it was trained for.
             tokenizer: that it was trained with; goes with a whole trunk.
         """
-        names, adapter = [*self.merged, name], self.trained.adapter
+        before, names, adapter = self.origin(), [*self.merged, name], self.trained.adapter
         bos_token = next(iter(tokenizer.convert_ids_to_tokens(prefix_ids(tokenizer))), None)
         for parameter in self.trained.parameters.values():
             parameter.grad = None
         self.trained = None
         detach_head(self.model)
         if adapter is not None:
-            write_more = partial(write_settings, config=config, bos_token=bos_token)
+            write_more = partial(write_settings, config=config, bos_token=bos_token, trained_on=before)
             adapter.save(self.directory / name, self.recipe.model, self.world, write_more)
         elif (model := gathered(self.model, self.world)) is not None:
             folder = self.directory / name
             with atomic_directory(folder) as temporary:  # before the config.json, which says that all is there
-                write_settings(temporary, config, bos_token, self.origin())
+                after = before.with_adapter(folder, weights_fingerprint(model), whole=True)
+                write_settings(temporary, config, bos_token, origin=after)
                 tokenizer.save_pretrained(temporary)
             save_pretrained(model, folder, is_causal=config.causal)
             del model

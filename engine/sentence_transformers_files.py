@@ -120,12 +120,17 @@ def sentence_transformers_files(
         vocabulary=[],
     )
     if head and not tail:
-        found.default_prompt = next((name for name, text in prompts.items() if text == head), TEMPLATE_PROMPT)
+        name = next((name for name, text in prompts.items() if text == head), TEMPLATE_PROMPT)
+        while prompts.get(name, head) != head:
+            name += "_"
+        found.default_prompt = name
         found.prompts[found.default_prompt] = head
         found.other.append(
             "the template's head is a default prompt, which sentence-transformers alone puts before texts by itself"
         )
     skipped_head = bool(head) and not whole
+    if skipped_head and not config.pool_bos and prefix_length(tokenizer) and "" in prompts.values():
+        found.other.append("with an empty prompt the BOS is pooled there, not here")
     if config.template is not None:
         _template_differences(found, config, tail, skipped_head, tokenizer, pooling)
     if not config.pool_bos and prefix_length(tokenizer) and of_span and not skipped_head:

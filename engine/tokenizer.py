@@ -103,6 +103,39 @@ def mask_token_id(tokenizer: PreTrainedTokenizerFast, kind: str = "blank") -> in
     return token_id
 
 
+def append_eos(backend: Tokenizer, eos: str, number: int) -> None:
+    """Makes a tokenizer put an EOS behind a text, unless it does already.
+
+    The template that puts the BOS in front gets one element more: of two templates in a row the second takes what the
+    first has made for a pair of texts.
+
+    Args:
+        backend: changed in place.
+        eos: the token.
+        number: its id.
+    """
+    from tokenizers import Tokenizer
+
+    if backend.encode("a").ids[-1] == number:
+        return
+    rules = json.loads(backend.to_str())
+    own = rules["post_processor"]
+    steps = [] if own is None else own["processors"] if own["type"] == "Sequence" else [own]
+    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
+    if template is None:
+        template = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+        template["single"] = [{"Sequence": {"id": "A", "type_id": 0}}]
+        template["pair"] = [{"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1))]
+        steps.append(template)
+    for name in ("single", "pair"):
+        last = template[name][-1]
+        kind = next(iter(last.values()))["type_id"]
+        template[name].append({"SpecialToken": {"id": eos, "type_id": kind}})
+    template["special_tokens"][eos] = {"id": eos, "ids": [number], "tokens": [eos]}
+    rules["post_processor"] = steps[0] if len(steps) == 1 else {"type": "Sequence", "processors": steps}
+    backend.post_processor = Tokenizer.from_str(json.dumps(rules)).post_processor
+
+
 def _prefix(backend: Tokenizer) -> list[int]:
     """The special ids in front of a text."""
     encoding = backend.encode("a")
@@ -214,6 +247,8 @@ def _from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     settings["model_max_length"] = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if adds_bos and settings.get("bos_token"):
         _ensure_bos(backend, settings, settings["bos_token"], path)
+    if field("add_eos_token", False) and settings.get("eos_token"):
+        append_eos(backend, settings["eos_token"], field("eos_token_id"))
     return backend, settings
 
 

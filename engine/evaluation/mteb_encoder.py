@@ -10,7 +10,7 @@ The protocol is the paper's (METHOD 7.1, 7.7):
 * The string is instruction, one space, text; the instructions of ``data/mteb_instructions.json`` end with a colon.
 * A document is its title, one space, its text: so mteb joins them.
 * A text has 400 tokens at most, see ``TextFormat.rows``; the row then as many as ``max_length`` says.
-* Vectors are not normalised, similarity is the cosine.
+* Similarity is the cosine, but for an encoder whose settings say "dot"; vectors have unit length where they say that.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class MTEBEncoder:
             kwargs: ``show_progress_bar``; mteb's ``batch_size`` is that of its loader: texts are packed by tokens here.
 
         Returns:
-            float32 [N, D] in the order of the loader, not normalised.
+            float32 [N, D] in the order of the loader.
 
         Raises:
             ConfigError: a task without texts, or a precision that is asked for.
@@ -161,16 +161,20 @@ class MTEBEncoder:
         return embeddings
 
     def similarity(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
-        """Cosines of all [N, D] with all [M, D], as mteb computes them; [N, M]."""
-        from mteb.similarity_functions import cos_sim
+        """Of all [N, D] with all [M, D], as mteb computes it; [N, M]."""
+        from mteb.similarity_functions import cos_sim, dot_score
 
-        return cos_sim(embeddings1, embeddings2)
+        return (dot_score if self._is_dot else cos_sim)(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
-        """Cosines of the rows of two [N, D], as mteb computes them; [N]."""
-        from mteb.similarity_functions import pairwise_cos_sim
+        """Of the rows of two [N, D], as mteb computes it; [N]."""
+        from mteb.similarity_functions import pairwise_cos_sim, pairwise_dot_score
 
-        return pairwise_cos_sim(embeddings1, embeddings2)
+        return (pairwise_dot_score if self._is_dot else pairwise_cos_sim)(embeddings1, embeddings2)
+
+    @property
+    def _is_dot(self) -> bool:
+        return getattr(self.encoder.config, "similarity", "cosine") == "dot"
 
     @cached_property
     def mteb_model_meta(self) -> ModelMeta:
@@ -193,7 +197,7 @@ class MTEBEncoder:
             public_training_code=None,
             public_training_data=None,
             framework=["PyTorch"],
-            similarity_fn_name=ScoringFunction.COSINE,
+            similarity_fn_name=ScoringFunction.DOT_PRODUCT if self._is_dot else ScoringFunction.COSINE,
             use_instructions=True,
             training_datasets=None,
         )

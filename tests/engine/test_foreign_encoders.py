@@ -234,3 +234,83 @@ def test_the_record_of_a_gguf_file_is_damaged(tiny_llama_dir, tmp_path):
     (tmp_path / "m.gguf").write_bytes(content[:at] + b"[" + content[at + 1 :])
     with pytest.raises(ConfigError, match=r"m\.gguf: bivec\.origin in the metadata is not JSON"):
         Encoder.from_pretrained(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("mode", ["weightedmean", "cls"])
+def test_what_sentence_transformers_counts_differently_is_refused(mode, tiny_llama_dir, tmp_path):
+    """Prompts outside of these poolings; weights of words before them."""
+    model = sentence_transformer(tiny_llama_dir, mode=mode, include_prompt=False, prompts={"q": "Q: "})
+    model.save(str(tmp_path / "st"))
+    with pytest.raises(ConfigError, match=r"config_sentence_transformers\.json: has prompts that the pooling"):
+        Encoder.from_pretrained(tmp_path / "st")
+    edit(tmp_path / "st" / "config_sentence_transformers.json", prompts={"q": ""})
+    close(Encoder.from_pretrained(tmp_path / "st").encode(TEXTS), model.encode(TEXTS))
+    Encoder.from_pretrained(tiny_llama_dir, pool_bos=False).save_pretrained(tmp_path / "ours")
+    reopened(tmp_path / "ours").save(str(tmp_path / "theirs"))
+    (file,) = (tmp_path / "theirs").glob("*Pooling/config.json")
+    content = json.loads(file.read_text())
+    flags = {name: False for name in content if name.startswith("pooling_mode_")}
+    edit(file, **flags, pooling_mode=mode)
+    with pytest.raises(ConfigError, match="WordWeights is supported before a mean only"):
+        Encoder.from_pretrained(tmp_path / "theirs")
+
+
+def test_truncation_from_the_left_is_refused(tiny_llama_dir, tmp_path):
+    sentence_transformer(tiny_llama_dir).save(str(tmp_path / "st"))
+    edit(tmp_path / "st" / "tokenizer_config.json", truncation_side="left")
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: truncation_side is 'left'"):
+        Encoder.from_pretrained(tmp_path / "st")
+
+
+def test_a_prompt_with_the_name_of_the_templates(tiny_llama_dir, tmp_path):
+    base = Encoder.from_pretrained(tiny_llama_dir)
+    config = EncoderConfig(template="doc: {text}", skip_instruction=False)
+    encoder = Encoder(base.model, base.tokenizer, config, prompts={"template": "T: "})
+    encoder.save_pretrained(tmp_path / "m")
+    model = reopened(tmp_path / "m")
+    close(model.encode(TEXTS), encoder.encode(TEXTS))
+    close(model.encode(TEXTS, prompt_name="template"), encoder.encode(TEXTS, prompt_name="template"))
+
+
+def test_a_gguf_file_of_others_that_appends_an_eos(tiny_llama_dir, tmp_path):
+    """Without our keys: llama.cpp's pooling of the last token, which its own flag makes the EOS."""
+    encoder = Encoder.from_pretrained(tiny_llama_dir, pooling="eos_token")
+    encoder.save_gguf(tmp_path / "m.gguf", dtype="f32")
+    content = (tmp_path / "m.gguf").read_bytes()
+    (tmp_path / "m.gguf").write_bytes(content.replace(b"bivec.", b"other."))
+    again = Encoder.from_pretrained(tmp_path / "m.gguf")
+    assert again.config.pooling == "last_token" and again.tokenizer("x").input_ids[-1] == 1
+    close(again.encode(TEXTS), encoder.encode(TEXTS), 1e-5)
+
+
+@pytest.mark.parametrize("without_bos", ["eos"], indirect=True)
+def test_an_encoder_that_appends_an_eos_as_gguf(without_bos, tmp_path):
+    sentence_transformer(without_bos, mode="lasttoken").save(str(tmp_path / "st"))
+    encoder = Encoder.from_pretrained(tmp_path / "st")
+    encoder.save_gguf(tmp_path / "m.gguf", dtype="f32")
+    again = Encoder.from_pretrained(tmp_path / "m.gguf")
+    assert again.tokenizer(TEXTS).input_ids == encoder.tokenizer(TEXTS).input_ids
+    close(again.encode(TEXTS), encoder.encode(TEXTS), 1e-5)
+
+
+def test_the_hub_is_asked_for_every_layout():
+    """Early versions of sentence-transformers gave the decoder a folder."""
+    from fnmatch import fnmatch
+
+    from bivec.engine.layouts import PATTERNS
+
+    for name in ("0_Transformer/config.json", "0_Transformer/model.safetensors", "0_Transformer/tokenizer.json"):
+        assert any(fnmatch(name, pattern) for pattern in PATTERNS), name
+    for name in ("0_WordWeights/model.safetensors", "1_Pooling/config.json", "modules.json", "bivec_config.json"):
+        assert any(fnmatch(name, pattern) for pattern in PATTERNS), name
+    assert not any(fnmatch("pytorch_model.bin", pattern) for pattern in PATTERNS)
+
+
+def test_dot_products_in_mteb(tiny_llama_dir):
+    base = Encoder.from_pretrained(tiny_llama_dir)
+    one, other = base.encode(TEXTS, convert_to_tensor=True), base.encode(TEXTS[::-1], convert_to_tensor=True)
+    wrapped = Encoder(base.model, base.tokenizer, EncoderConfig(similarity="dot")).as_mteb()
+    assert wrapped.mteb_model_meta.similarity_fn_name == "dot"
+    close(wrapped.similarity(one, other), one @ other.T)
+    close(wrapped.similarity_pairwise(one, other), (one * other).sum(1))
+    assert base.as_mteb().mteb_model_meta.similarity_fn_name == "cosine"

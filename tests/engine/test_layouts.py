@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bivec import Encoder
-from bivec.engine.encoder_config import EncoderConfig
+from bivec.engine.encoder_config import EncoderConfig, write_settings
 from bivec.engine.errors import BivecError, CheckpointError, ConfigError
 from bivec.engine.lora import PROJECTIONS, LoraConfig, add_lora
-from bivec.engine.origin import Origin
+from bivec.engine.origin import Origin, loaded_fingerprint
 from bivec.models import load_pretrained
 
 TEXTS = ["A lobster is blue.", "The red colour only appears after cooking, which takes some time.", "x"]
@@ -254,37 +255,53 @@ def test_folders_of_no_known_layout(released, tiny_llama_dir, tmp_path):
 
 @pytest.fixture
 def stages(tiny_llama_dir, tmp_path):
-    """A run of two stages, whose adapters name the decoder both."""
-    model = load_pretrained(tiny_llama_dir).model
+    """A run of two stages, whose adapters name the decoder both and say what they were trained on."""
+    model, origin = load_pretrained(tiny_llama_dir).model, Origin("llama")
     for seed, name in enumerate(("mntp", "simcse")):
         adapter = add_lora(model, LoraConfig(rank=2), seed)
         for parameter in adapter.named_parameters().values():
             parameter.data.normal_(std=0.05)
-        adapter.save(tmp_path / name, str(tiny_llama_dir))
+        write = partial(write_settings, config=EncoderConfig(pool_bos=False), bos_token="<s>", trained_on=origin)
+        adapter.save(tmp_path / name, str(tiny_llama_dir), write_more=write)
+        origin = origin.with_adapter(tmp_path / name, loaded_fingerprint(adapter))
         adapter.merge()
-    recipe = {"model": str(tiny_llama_dir), "adapters": [], "stages": ["bi", "mntp", "simcse"], "simcse": {}}
-    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe}))
     return tmp_path
 
 
-def test_a_later_stage_of_a_run_is_not_taken_for_the_whole(stages, tiny_llama_dir):
-    """It was trained on the stage before, which must be in the weights, and before it."""
+def test_an_adapter_is_put_on_what_it_was_trained_on(stages, tiny_llama_dir, tmp_path, monkeypatch):
+    """A later stage's needs the earlier ones in the weights, all of them, in their order, and nothing else."""
     mntp, simcse = stages / "mntp", stages / "simcse"
-    assert Encoder.from_pretrained(mntp).origin.adapters[0].name == "mntp"
-    for path, adapters in ((simcse, []), (tiny_llama_dir, [simcse]), (tiny_llama_dir, [simcse, mntp])):
-        with pytest.raises(CheckpointError, match="a stage of the run") as error:
+    assert Encoder.from_pretrained(mntp).config.pool_bos is False
+    shutil.copytree(simcse, tmp_path / "elsewhere" / "copy")
+    for path, adapters in (
+        (simcse, []),
+        (tiny_llama_dir, [simcse]),
+        (tiny_llama_dir, [simcse, mntp]),
+        (tmp_path / "elsewhere" / "copy", []),
+        (tiny_llama_dir, [tmp_path / "elsewhere" / "copy"]),
+    ):
+        with pytest.raises(CheckpointError, match=r"was trained on weights that hold mntp .*, these hold nothing"):
             Encoder.from_pretrained(path, adapters=adapters)
-        assert f"adapters=['{mntp}', '{simcse}']" in str(error.value)
+    monkeypatch.chdir(simcse)
+    with pytest.raises(CheckpointError, match="was trained on weights that hold mntp"):
+        Encoder.from_pretrained(".")
+    with pytest.raises(CheckpointError) as error:
+        Encoder.from_pretrained(simcse)
+    assert f"Encoder.from_pretrained('llama', adapters=['{mntp}', '{simcse}'])" in str(error.value)
     both = Encoder.from_pretrained(tiny_llama_dir, adapters=[mntp, simcse])
-    assert [one.name for one in both.origin.adapters] == ["mntp", "simcse"]
+    assert [one.name for one in both.origin.adapters] == ["mntp", "simcse"] and both.config.pool_bos is False
     Encoder.from_pretrained(mntp).save_pretrained(stages / "half")
     close(Encoder.from_pretrained(stages / "half", adapters=[simcse]).encode(TEXTS), both.encode(TEXTS))
+    # one that stands for a stage and those before it, as a supervised stage that went on with SimCSE's
+    edit(simcse / "bivec_config.json", trained_on=Origin("llama").to_dict())
+    with pytest.raises(CheckpointError, match=r"was trained on weights that hold nothing .*, these hold mntp"):
+        Encoder.from_pretrained(tiny_llama_dir, adapters=[mntp, simcse])
+    Encoder.from_pretrained(tiny_llama_dir, adapters=[simcse])
 
 
-def test_a_stage_that_went_on_with_an_adapter(stages, tiny_llama_dir):
-    recipe = {"model": "x", "adapters": [], "stages": ["bi", "simcse", "mntp"], "mntp": {"init_adapter": "simcse"}}
-    (stages / "run.json").write_text(json.dumps({"recipe": recipe}))
-    Encoder.from_pretrained(tiny_llama_dir, adapters=[stages / "mntp"])  # holds the other one
+def test_adapters_of_the_hub_are_named_by_their_repository(tmp_path):
+    place = tmp_path / "models--McGill-NLP--LLM2Vec-mntp" / "snapshots" / "0123abcd"
+    assert Origin().with_adapter(place, "x").adapters[0].name == "LLM2Vec-mntp"
 
 
 def test_a_live_adapter(stages, tiny_llama_dir, tmp_path):
@@ -294,7 +311,7 @@ def test_a_live_adapter(stages, tiny_llama_dir, tmp_path):
     assert [one.name for one in live.origin.adapters] == ["mntp"]
     live.adapter.remove()
     live.save_pretrained(tmp_path / "without")
-    assert "in this order: mntp." in (tmp_path / "without" / "README.md").read_text(encoding="utf-8")
+    assert "In the weights, in this order: mntp." in (tmp_path / "without" / "README.md").read_text(encoding="utf-8")
     whole = Encoder.from_pretrained(tmp_path / "without", adapters=[simcse])
     other = Encoder.from_pretrained(tiny_llama_dir, adapters=[mntp, simcse], merge=False)
     vectors = other.encode(TEXTS)

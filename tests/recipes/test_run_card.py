@@ -54,8 +54,15 @@ def test_a_stage_that_trained_all_weights(recipe, execute, tmp_path):
     both = Encoder.from_pretrained(run / "mntp", adapters=[run / "simcse"])
     assert both.config == whole.config
     np.testing.assert_allclose(both.encode(TEXTS), whole.encode(TEXTS), rtol=0, atol=1e-4)
-    with pytest.raises(CheckpointError, match="a stage of the run"):
-        Encoder.from_pretrained(recipe.model, adapters=[run / "simcse"])
+    assert [(one.name, one.whole) for one in whole.origin.adapters] == [("mntp", True), ("simcse", False)]
+    assert "In the weights, in this order: mntp (all weights), simcse." in (run / "merged" / "README.md").read_text()
+    for model, adapters in ((recipe.model, [run / "simcse"]), (run / "simcse", [])):
+        with pytest.raises(CheckpointError, match="trained on weights that hold mntp") as error:
+            Encoder.from_pretrained(model, adapters=adapters)
+        assert f"Encoder.from_pretrained('{run / 'mntp'}', adapters=['{run / 'simcse'}'])" in str(error.value)
+    shutil.copytree(run / "mntp", tmp_path / "copy")
+    copied = Encoder.from_pretrained(tmp_path / "copy", adapters=[run / "simcse"])
+    np.testing.assert_allclose(copied.encode(TEXTS), whole.encode(TEXTS), rtol=0, atol=1e-4)
 
 
 def test_the_bos_of_training_goes_with_an_adapter(recipe, execute, tmp_path):
@@ -78,3 +85,36 @@ def test_the_bos_of_training_goes_with_an_adapter(recipe, execute, tmp_path):
         assert encoder.tokenizer(TEXTS).input_ids == whole.tokenizer(TEXTS).input_ids
         assert encoder.config == whole.config
         np.testing.assert_allclose(encoder.encode(TEXTS), whole.encode(TEXTS), rtol=0, atol=1e-4)
+
+
+def test_training_on_keeps_what_no_recipe_says(recipe, execute, tmp_path):
+    """Somebody's encoder: its tokenizer without a BOS, unit vectors, prompts, length; and its adapter is its own."""
+    from tokenizers.processors import TemplateProcessing
+
+    from bivec.engine.encoder_config import EncoderConfig
+    from bivec.engine.tokenizer import load_tokenizer
+
+    base = Encoder.from_pretrained(recipe.model)
+    base.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    config = EncoderConfig(normalize=True, similarity="dot", max_length=77, skip_instruction=False)
+    given = Encoder(base.model, base.tokenizer, config, prompts={"q": "Q:"})
+    given.save_pretrained(tmp_path / "theirs")
+    run = tmp_path / "run"
+    execute(replace(recipe, model=str(tmp_path / "theirs")), run, "--stages", "bi,simcse")
+    trained = Encoder.from_pretrained(run)
+    assert trained.config == config and trained.prompts == {"q": "Q:"}
+    assert trained.tokenizer("x").input_ids == load_tokenizer(recipe.model)("x").input_ids[1:]
+    again = Encoder.from_pretrained(tmp_path / "theirs", adapters=[run / "simcse"])
+    assert replace(again.config, pool_bos=True) == config  # nothing is in front, pooled or not
+    np.testing.assert_allclose(again.encode(TEXTS), trained.encode(TEXTS), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_the_recipe_that_does_not_fit(recipe, execute, fails, tmp_path):
+    """One that is in the weights already, or belongs on others, is told of before anything is trained."""
+    run, target = tmp_path / "run", tmp_path / "other"
+    execute(recipe, run, "--stages", "bi,mntp,simcse")
+    flags = ("--stages", "bi,simcse", "--adapters")
+    error = fails(replace(recipe, model=str(run)), target, *flags, run / "mntp")
+    assert "is in the weights already: mntp was merged" in error
+    error = fails(recipe, target, *flags, run / "simcse")
+    assert "was trained on weights that hold mntp" in error and not target.exists()
