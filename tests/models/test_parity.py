@@ -115,6 +115,8 @@ def pair(name):
     family, settings = MODELS[name]
     settings = copy.deepcopy({**SIZES, **settings, **TOKENS})  # transformers adds to the dicts
     config_class = getattr(transformers, NAMES[family] + ("TextConfig" if family == "gemma3_text" else "Config"))
+    if family == "gemma2":
+        settings["attn_implementation"] = "eager"  # before transformers 5.21 "sdpa" leaves the cap out
     with torch.random.fork_rng():
         torch.manual_seed(1)
         theirs = getattr(transformers, f"{NAMES[family]}ForCausalLM")(config_class(**settings)).eval()
