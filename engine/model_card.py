@@ -178,7 +178,7 @@ def _usage(config: EncoderConfig, shape: DecoderConfig, name: str) -> str:
         "## How to load it",
         f'bivec:\n\n```python\nfrom bivec import Encoder\n\nencoder = Encoder.from_pretrained("{name}")\n'
         'vectors = encoder.encode(["A man plays the guitar.", "Someone makes music."])\n```',
-        "sentence-transformers (5.2 or later, over transformers 5.2 or later):\n\n```python\n"
+        "sentence-transformers (5.4 or later, over transformers 5.2 or later):\n\n```python\n"
         f'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("{name}")\n'
         'vectors = model.encode(["A man plays the guitar.", "Someone makes music."])\n```',
         _transformers_block(config, shape, name),

@@ -1,4 +1,4 @@
-"""The files by which sentence-transformers (5.2 and later) makes an encoder's vectors, and what it cannot make.
+"""The files by which sentence-transformers (5.4 and later) makes an encoder's vectors, and what it cannot make.
 
 Every token is pooled there, but for those of a prompt where ``include_prompt`` is false. What our rules ask for beyond
 that is expressed where its own modules can: a BOS that is not pooled is a ``WordWeights`` of 0 (the mean's sum and
@@ -81,12 +81,12 @@ class SentenceTransformersFiles:
         ]
         _write(folder / MODULES_FILE, entries)
         _write(folder / "1_Pooling" / "config.json", self.pooling)
-        settings = {"max_seq_length": self.max_length, "do_lower_case": False}
+        trunk: dict[str, Any] = {"max_seq_length": self.max_length, "do_lower_case": False}
         if self.attention:
-            settings["model_args"] = {"attn_implementation": self.attention}  # model_kwargs is read from 5.4 on only
-        _write(folder / LENGTH_FILE, settings)
+            trunk["model_args"] = {"attn_implementation": self.attention}  # read by 5 and 6
+        _write(folder / LENGTH_FILE, trunk)
         settings = {
-            "__version__": {"sentence_transformers": "5.2.0"},  # the oldest that goes with transformers 5
+            "__version__": {"sentence_transformers": "5.4.0"},  # older ones measure a prompt otherwise
             "model_type": "SentenceTransformer",
             "prompts": self.prompts,
             "default_prompt_name": self.default_prompt,

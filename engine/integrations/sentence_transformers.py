@@ -5,8 +5,7 @@
 embeddings to ``info_nce``: the similarity matrix is never held whole, logits are fp32 whatever the embeddings are, and
 nearly solved batches keep their gradient. What ``info_nce`` does not compute is refused at construction.
 
-Read in sentence-transformers 5.4, 5.7, 6.0.1 and 6.2; 5.4 is the oldest whose losses have these arguments and this
-place.
+Read in sentence-transformers 5.4, 5.7, 6.0.1 and 6.2; before 5.4 the losses had another place, or fewer arguments.
 """
 
 from __future__ import annotations
