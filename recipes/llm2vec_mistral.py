@@ -12,7 +12,7 @@ repository; paper, appendix D.1).
 """
 
 from bivec.engine.presets import MISTRAL_7B as RECIPE
-from bivec.engine.run import start
+from bivec.engine.run_start import start
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ chosen in engine/presets.py.
 """
 
 from bivec.engine.presets import SMOLLM2_135M as RECIPE
-from bivec.engine.run import start
+from bivec.engine.run_start import start
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ The settings are in engine/presets.py and, the stage's, in engine/recipe.py. Sou
 """
 
 from bivec.engine.presets import SUPERVISED as RECIPE
-from bivec.engine.run import start
+from bivec.engine.run_start import start
 
 
 def main() -> None:

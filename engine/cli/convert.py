@@ -22,8 +22,9 @@ from bivec.engine.inputs import model_config
 from bivec.engine.presets import PAPER, PRESETS
 from bivec.engine.recipe import Recipe
 from bivec.engine.recipe_arguments import RunOptions, apply_arguments, recipe_parser
-from bivec.engine.run import Run, opened_run
+from bivec.engine.run import Run
 from bivec.engine.run_files import RUN_FILE
+from bivec.engine.run_start import opened_run
 
 OF_THE_RUN = ("output_dir", "resume", "dry_run", "device", "backend", "memory", "shard", "timeout")  # no recipe's
 EPILOG = f"""the file of --config has the flags' names for keys, and what --set takes, nested or with dots:

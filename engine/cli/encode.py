@@ -77,9 +77,10 @@ def add_encode_flags(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train", help=f"of a hub data set {from_default}")
     add("--limit", type=int, help="only so many texts")
     add("--instruction", help="put before every text, with its final colon; it is not pooled")
-    add("--prompt", metavar="NAME", help="the instruction that the model keeps under this name")
+    add("--prompt", metavar="NAME", help="put before every text, to the letter, what the model keeps under this name")
     add("--max-text-length", type=int, help="tokens of a text alone (the paper's documents: 400)")
-    add("--normalize", action="store_true", help="embeddings of unit length")
+    unit = argparse.BooleanOptionalAction
+    add("--normalize", action=unit, help="embeddings of unit length (default: as the model says)")
     add("--output-dtype", choices=("float32", "float16"), default="float32", help=f"of an .npy file {from_default}")
     add("--tokens-per-batch", type=int, help="memory grows with it, vectors do not change (default: 4096)")
     add("--slice-texts", type=int, help="texts lost by a kill, at most (default: 16384)")
@@ -117,7 +118,8 @@ def encode(given: argparse.Namespace, world: World) -> Encoded:
             texts,
             given.output,
             ids=ids,
-            instruction=_instruction(given, encoder),
+            instruction=given.instruction,
+            prompt=_prompt(given, encoder),
             tokens_per_batch=given.tokens_per_batch,
             max_text_length=given.max_text_length,
             normalize_embeddings=given.normalize,
@@ -127,9 +129,8 @@ def encode(given: argparse.Namespace, world: World) -> Encoded:
             world=world,
         )
     seconds = time.monotonic() - begin
-    return Encoded(
-        str(given.output), len(texts), encoder.dimension, given.output_dtype, given.normalize, round(seconds, 2)
-    )
+    unit = encoder.config.normalize if given.normalize is None else given.normalize
+    return Encoded(str(given.output), len(texts), encoder.dimension, given.output_dtype, unit, round(seconds, 2))
 
 
 def read(given: argparse.Namespace, world: World) -> tuple[Sequence[str], Sequence[str] | None]:
@@ -165,12 +166,12 @@ def _lines(given: argparse.Namespace) -> list[str]:
     return texts[: given.limit]
 
 
-def _instruction(given: argparse.Namespace, encoder: Encoder) -> str | None:
-    """As it was given, else by the name under which the model keeps it; None = none."""
+def _prompt(given: argparse.Namespace, encoder: Encoder) -> str | None:
+    """By the name under which the model keeps it; None = none."""
     from bivec.engine.errors import ConfigError
 
     if given.prompt is None:
-        return given.instruction
+        return None
     if given.instruction is not None:
         raise ConfigError("--instruction and --prompt say the same thing; give one")
     if given.prompt not in encoder.prompts:

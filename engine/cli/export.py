@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add("model", help=MODEL_HELP)
     add("output", type=Path, help="the folder, or the .gguf file, to write")
     add("--format", choices=FORMATS, help="default: by the output's name")
-    add("--normalize", action="store_true", help="sentence-transformers is to give vectors of unit length")
+    unit = argparse.BooleanOptionalAction
+    add("--normalize", action=unit, help="the folder is to give vectors of unit length (default: as the model says)")
     add("--json", action="store_true", help="print what was written as JSON")
     add_model_flags(parser, on_disk=True)
     add(

@@ -53,13 +53,13 @@ def run_part(directory: str | Path, name: str, settings: Mapping[str, Any], make
     if kept is not None:
         return kept
     file, started = Path(directory) / f"{name}.json", time.monotonic()
+    file.parent.mkdir(parents=True, exist_ok=True)  # before the part draws its figure there
     data = make()
     seconds = round(time.monotonic() - started, 1)
     try:
         text = json.dumps({"settings": dict(settings), "seconds": seconds, "data": data}, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RunError(f"part {name}: its result is no JSON ({error})") from error
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(file, text + "\n")
     return Part(name, json.loads(text)["data"], seconds, reused=False)
 

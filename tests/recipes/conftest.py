@@ -13,7 +13,7 @@ import pytest
 from bivec.engine.lora import LoraConfig
 from bivec.engine.optim import OptimConfig
 from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
-from bivec.engine.run import start
+from bivec.engine.run_start import start
 
 DATA = Path(__file__).parents[2] / "recipes" / "data"
 STEPS = 4

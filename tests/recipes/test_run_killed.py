@@ -52,7 +52,7 @@ def serve() -> None:
     import torch._dynamo  # an optimiser imports it
     import transformers
 
-    from bivec.engine import run  # noqa: F401
+    from bivec.engine import run_start  # noqa: F401
 
     assert torch.get_num_threads() == 1 and transformers.PreTrainedTokenizerFast  # the attribute imports its module
     for line in sys.stdin:

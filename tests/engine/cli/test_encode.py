@@ -77,7 +77,7 @@ def test_a_prompt_by_its_name(bivec, encoder, tmp_path):
     encoder.save_pretrained(tmp_path / "model", prompts={"query": "Find the answer:", "topic": "Name it:"})
     file = write(tmp_path, ".txt")
     bivec("encode", tmp_path / "model", file, "-o", tmp_path / "e.npy", "--prompt", "query")
-    expected = encoder.encode(TEXTS, instruction="Find the answer:")
+    expected = encoder.encode(TEXTS, prompt="Find the answer:")
     np.testing.assert_allclose(np.load(tmp_path / "e.npy"), expected, rtol=0, atol=1e-5)
     start = ["encode", tmp_path / "model", file, "-o", tmp_path / "f.npy", "--prompt"]
     assert "--prompt passage: " in bivec(*start, "passage", code=1)[1]

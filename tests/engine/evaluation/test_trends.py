@@ -14,6 +14,7 @@ from bivec.engine.evaluation.trends import (
     prefix_trends,
     rising,
     sequence_trends,
+    small_loss,
     trends_table,
     word_trends,
 )
@@ -47,6 +48,15 @@ def test_highest():
     assert highest("claim", "", scores | {"weighted_mean": 20.0}, "mean").verdict == HOLDS
     assert highest("claim", "", scores, "max").verdict == highest("claim", "", {"mean": 1.0}, "mean").verdict == MISSING
     assert highest("claim", "", scores, "mean").ours == "mean 30.0, best of the others weighted_mean 29.5"
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"), [(88.8, HOLDS), (87.1, HOLDS), (86.9, FAILS), (89.9, CLOSE), (90.1, CLOSE), (91.0, FAILS)]
+)
+def test_small_loss(after, verdict):
+    trend = small_loss("claim", "paper", {"a": 90.0, "b": after}, "a", "b")
+    assert trend.verdict == verdict and trend.ours == f"a 90.0, b {after:.1f}"
+    assert small_loss("claim", "paper", {"a": 1.0}, "a", "b").verdict == MISSING
 
 
 def verdicts(trends):
