@@ -12,7 +12,7 @@ OPTIONAL = {  # oldest version, and the extra that installs it
     "transformers": ("5.2", "quickstart"),
     "datasets": ("3.0", "quickstart"),
     "sentencepiece": ("0.2", "quickstart"),
-    "gguf": ("0.17", "quickstart"),
+    "gguf": ("0.18", "quickstart"),
     "scipy": ("1.11", "quickstart"),
     "tqdm": ("4.66", "quickstart"),
     "matplotlib": ("3.8", "quickstart"),
