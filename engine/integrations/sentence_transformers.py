@@ -5,7 +5,7 @@
 embeddings to ``info_nce``: the similarity matrix is never held whole, logits are fp32 whatever the embeddings are, and
 nearly solved batches keep their gradient. What ``info_nce`` does not compute is refused at construction.
 
-Read in sentence-transformers 6.0.1 and 6.2.
+Read in sentence-transformers 5.4, 5.7, 6.0.1 and 6.2; before 5.4 the losses had another place, or fewer arguments.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score, get_rank
-from torch import Tensor
+from sentence_transformers.util import all_gather_with_grad, cos_sim, dot_score
+from torch import Tensor, distributed
 
 from bivec.engine.errors import ConfigError
 from bivec.kernels import info_nce
@@ -73,7 +73,8 @@ def _contrastive_loss(loss: MultipleNegativesRankingLoss, embeddings: list[Tenso
             hard_negatives=torch.cat(negatives) if negatives else None,  # of all queries
             include_query_query=directions == WITH_QUERIES,
         )
-    targets = torch.arange(len(queries), device=queries.device) + get_rank() * len(queries)
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    targets = torch.arange(len(queries), device=queries.device) + rank * len(queries)
     hard = torch.cat([all_gather_with_grad(column) for column in negatives]) if negatives else None
     value = info_nce(
         queries,

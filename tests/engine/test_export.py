@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer
 
 from bivec import Encoder
+from bivec.engine.cli.versions import older
 from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import CheckpointError
 from bivec.models.files import atomic_directory
@@ -38,13 +40,19 @@ def close(one, other, tolerance=1e-4):
     np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=0, atol=tolerance)
 
 
+def attention_of(folder):
+    """Options that AutoModel needs: for Gemma 2, before transformers 5.21, what its model card says."""
+    capped = json.loads((folder / "config.json").read_text())["model_type"] == "gemma2"
+    return {"attn_implementation": "eager"} if capped and older(transformers.__version__, "5.21") else {}
+
+
 def by_transformers(folder, texts, pooling):
     """Padded vectors by AutoModel and AutoTokenizer, pooled here."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(texts, padding=True, return_tensors="pt")
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32, **attention_of(folder)).eval()
     with torch.no_grad():
         hidden = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
     mask = batch.attention_mask.unsqueeze(-1)

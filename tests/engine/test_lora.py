@@ -50,7 +50,9 @@ def peft_hidden(model) -> torch.Tensor:
 def transformers_model(directory, auto_class="AutoModel"):
     import transformers
 
-    model = getattr(transformers, auto_class).from_pretrained(directory, dtype=torch.float32)
+    # before transformers 5.21 "sdpa" leaves out the cap on Gemma 2's attention scores
+    attention = {"attn_implementation": "eager"} if directory.name == "gemma2" else {}
+    model = getattr(transformers, auto_class).from_pretrained(directory, dtype=torch.float32, **attention)
     model.config.is_causal = False
     return model
 

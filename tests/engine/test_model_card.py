@@ -74,6 +74,18 @@ def test_its_code_runs_and_gives_our_vectors(settings, tiny_llama_dir, tmp_path,
     assert done == [name for name in LIBRARIES if said or name != "sentence_transformers"]
 
 
+def test_its_code_where_the_attention_scores_are_capped(tiny_dir, tmp_path, monkeypatch):
+    """transformers before 5.21 leaves the cap out under "sdpa", which it would take by itself."""
+    encoder = Encoder.from_pretrained(tiny_dir("gemma2"))
+    blocks = BLOCK.findall(save(encoder, tmp_path / "my-encoder"))
+    monkeypatch.chdir(tmp_path)
+    for library in LIBRARIES:
+        names = {}
+        exec(next(block for block in blocks if f"from {library} " in block), names)
+        np.testing.assert_allclose(np.asarray(names["vectors"]), encoder.encode(TEXTS), rtol=0, atol=1e-4)
+    assert names["model"].config._attn_implementation == "eager"  # of the last, transformers
+
+
 def test_what_it_says_of_an_encoder(tiny_llama_dir, tmp_path):
     base = Encoder.from_pretrained(tiny_llama_dir)
     origin = Origin("mistralai/Mistral-7B-Instruct-v0.2")
