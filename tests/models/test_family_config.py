@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from bivec.engine.cli.versions import older
 from bivec.models import ConfigError, DecoderConfig
 from bivec.models.classes import MODEL_CLASSES
 from bivec.models.config import FULL, SLIDING
@@ -126,6 +127,9 @@ def test_both_ways(name, tmp_path):
     family, fields = CONFIGS[name]
     theirs = config_of(family, **{**SIZES, **fields})
     ours = read(family, **fields)
+    if name == "gemma-first-release" and older(transformers.__version__, "5.18"):
+        assert theirs.hidden_act == "gelu"  # taken at its word, which the release did not mean
+        theirs.hidden_act = "gelu_pytorch_tanh"
     assert_same_meaning(ours, theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     assert DecoderConfig.from_pretrained(tmp_path / "theirs") == ours
