@@ -160,7 +160,8 @@ def recipe_parser(recipe: Recipe, description: str | None, **options: Any) -> ar
     )
     add(
         "--shard",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="spread the weights over the processes of torchrun or srun (FSDP2): for models that do not fit on one "
         "device (default: each has a copy; full-weight stages are always spread)",
     )
@@ -177,12 +178,28 @@ def recipe_parser(recipe: Recipe, description: str | None, **options: Any) -> ar
         default=recipe.supervised.on_bad_line,
         help="what to do with a line of --supervised-data that holds no triple (default: %(default)s)",
     )
-    add("--full-eval", action="store_true", help="evaluate on all STS pairs instead of the first 500")
-    add("--resume", action="store_true", help="go on with the run in --output-dir from its last checkpoint")
-    add("--smoke", action="store_true", help="a few steps of every stage on a little data: a test of the installation")
+    add(
+        "--full-eval",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="evaluate on all STS pairs instead of the first 500",
+    )
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="go on with the run in --output-dir from its last checkpoint",
+    )
+    add(
+        "--smoke",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="a few steps of every stage on a little data: a test of the installation",
+    )
     add(
         "--dry-run",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
+        default=False,
         help="print parameters, tokens and FLOPs a step and predicted memory, then stop",
     )
     add(

@@ -33,7 +33,12 @@ def checks_values(device: torch.device) -> bool:
 
 
 def resolve(backend: str | None, op: str, device: torch.device) -> str:
-    """Returns the backend that runs ``op``.
+    """Returns the backend that runs ``op``; arguments and errors as :func:`explain`."""
+    return explain(backend, op, device)[0]
+
+
+def explain(backend: str | None, op: str, device: torch.device) -> tuple[str, str]:
+    """The backend that runs ``op``, and why.
 
     Args:
         backend: the caller's ``backend=`` argument; None asks the environment, then the default.
@@ -47,7 +52,9 @@ def resolve(backend: str | None, op: str, device: torch.device) -> str:
     source = "backend=" if backend is not None else "the environment variable BIVEC_BACKEND="
     choice = backend if backend is not None else os.environ.get("BIVEC_BACKEND")
     if not choice and backend is None:
-        return "triton" if device.type == "cuda" and TRITON_INSTALLED else "torch"
+        if device.type != "cuda":
+            return "torch", "the default on a CPU, where Triton runs in its interpreter only"
+        return ("triton", "the default on a GPU") if TRITON_INSTALLED else ("torch", "triton is not installed")
     if choice not in BACKENDS:
         raise ValueError(f"{op}: {source}{choice!r} is not a backend; choose one of {', '.join(BACKENDS)}")
     if choice == "triton":
@@ -59,4 +66,4 @@ def resolve(backend: str | None, op: str, device: torch.device) -> str:
                 f"{asked} the tensors are on {device}, where Triton runs only in its interpreter: "
                 'set TRITON_INTERPRET=1 before Python starts, or use "torch"'
             )
-    return choice
+    return choice, f"{source}{choice}"

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bivec import __version__
-from bivec.engine.cli.versions import OPTIONAL, PYTHON, REQUIRED, install_hint, installed, older
+from bivec.engine.cli.versions import OPTIONAL, PYTHON, REQUIRED, importable, install_hint, installed, older, owner
 
 OK, FAILED, MISSING, SKIPPED = "ok", "failed", "missing", "skipped"
 NO_TRITON = "triton is not installed: there are no kernels here, every operator takes torch"
+GET_TRITON = f"pip install 'triton>={OPTIONAL['triton'][0]}'"
 DEFAULT_ARCHITECTURE = "sm_90"
 INTERPRETER = "TRITON_INTERPRET"
 
@@ -40,10 +41,14 @@ def versions() -> list[Check]:
         found.append(_version(package, installed(package), oldest, f"pip install '{package}>={oldest}'"))
     for package, (oldest, _) in OPTIONAL.items():
         version = installed(package)
-        if version is None:
-            found.append(Check("versions", package, MISSING, install_hint(package)))
-        else:
+        if version is not None:
             found.append(_version(package, version, oldest, f"pip install '{package}>={oldest}'"))
+        elif package == "triton" and importable(package):  # AMD's and Windows' builds have names of their own
+            found.append(
+                Check("versions", package, OK, owner(package) or "a module that no package says to be its own")
+            )
+        else:
+            found.append(Check("versions", package, MISSING, install_hint(package)))
     return found
 
 
@@ -52,7 +57,13 @@ def _version(package: str, version: str | None, oldest: str, remedy: str) -> Che
         return Check("versions", package, FAILED, f"is not installed: {remedy}")
     if older(version, oldest):
         return Check("versions", package, FAILED, f"{version} is older than {oldest}: {remedy}".rstrip(": "))
+    if package != "python" and not importable(package):
+        return Check("versions", package, FAILED, _gone(package, version))
     return Check("versions", package, OK, version)
+
+
+def _gone(package: str, version: str) -> str:
+    return f"{version} is recorded as installed, its module is gone: pip install --force-reinstall --no-deps {package}"
 
 
 def devices() -> list[Check]:
@@ -90,32 +101,44 @@ def _gpu(number: int) -> Check:
 
 
 def backends() -> list[Check]:
-    """For every operator and kind of device: the backend that a call without ``backend=`` takes."""
+    """For every operator and kind of device: the backend that a call without ``backend=`` takes, and why."""
     import torch
 
     from bivec.engine.cli.selftest import OPS
-    from bivec.kernels.backend import resolve
 
-    found = []
-    for kind in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        for op in OPS:
-            try:
-                choice = resolve(None, op, torch.device(kind))
-                check = Check("backends", f"{op} on {kind}", OK, f"{choice}: {_reason(kind)}")
-            except (RuntimeError, ValueError) as error:  # the environment asks for what is not here
-                check = Check("backends", f"{op} on {kind}", FAILED, _first_line(error))
-            found.append(check)
-    return found
+    kinds = ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
+    return [_backend(op, kind) for kind in kinds for op in OPS]
 
 
-def _reason(kind: str) -> str:
-    """Why ``bivec.kernels.backend.resolve`` chooses what it does."""
-    asked = os.environ.get("BIVEC_BACKEND")
-    if asked:
-        return f"the environment variable BIVEC_BACKEND={asked}"
-    if kind == "cpu":
-        return "the default on a CPU, where Triton runs in its interpreter only"
-    return "the default on a GPU" if installed("triton") else "triton is not installed"
+def _backend(op: str, kind: str) -> Check:
+    """On a GPU it is Triton and elsewhere torch, unless the environment says otherwise."""
+    import torch
+
+    from bivec.kernels import backend
+
+    name = f"{op} on {kind}"
+    expected = os.environ.get("BIVEC_BACKEND") or ("triton" if kind == "cuda" else "torch")
+    try:
+        choice = backend.resolve(None, op, torch.device(kind))
+        explained, reason = backend.explain(None, op, torch.device(kind))
+    except (RuntimeError, ValueError) as error:  # the environment asks for what is not here
+        return Check("backends", name, FAILED, _first_line(error))
+    if choice == expected == explained:
+        return Check("backends", name, OK, f"{choice}: {reason}")
+    remedy = "" if backend.TRITON_INSTALLED else f": {_without_triton('', '').detail}"
+    return Check("backends", name, FAILED, f"{choice} in place of {expected}{remedy}")
+
+
+def _without_triton(section: str, name: str) -> Check:
+    """What it means that there is no module triton: a broken installation, a GPU in vain, or nothing bad."""
+    import torch
+
+    version = installed("triton")
+    if version is not None:
+        return Check(section, name, FAILED, f"triton {_gone('triton', version)}")
+    if torch.cuda.is_available() and os.environ.get("BIVEC_BACKEND") != "torch":
+        return Check(section, name, FAILED, f"triton is not installed, the GPU has no kernels: {GET_TRITON}")
+    return Check(section, name, SKIPPED, NO_TRITON)
 
 
 def aot(*, full: bool) -> list[Check]:
@@ -127,7 +150,7 @@ def aot(*, full: bool) -> list[Check]:
     from bivec.kernels.backend import TRITON_INSTALLED
 
     if not TRITON_INSTALLED:
-        return [Check("aot", "kernels", SKIPPED, NO_TRITON)]
+        return [_without_triton("aot", "kernels")]
     try:
         chosen = [] if full else ["--arch", _architecture(), "--cases", "bivec.engine.cli.checks:few_cases"]
     except RuntimeError as error:  # a GPU that is too old for the kernels
@@ -184,12 +207,12 @@ def numerics(*, interpret: bool) -> list[Check]:
 
     outcomes = selftest.run("torch", "cpu")
     if torch.cuda.is_available():
-        dtypes = (torch.float32, torch.bfloat16)
-        outcomes += selftest.run("torch", "cuda", dtypes)
-        outcomes += selftest.run("triton", "cuda", dtypes) if TRITON_INSTALLED else []
+        outcomes += selftest.run("torch", "cuda")
+        outcomes += selftest.run("triton", "cuda") if TRITON_INSTALLED else []
     found = _by_op(outcomes)
-    if interpret and not TRITON_INSTALLED:
-        return [*found, Check("numerics", "interpreter", SKIPPED, NO_TRITON)]
+    if not TRITON_INSTALLED:
+        found += [_without_triton("numerics", "triton on cuda")] if torch.cuda.is_available() else []
+        return [*found, *([_without_triton("numerics", "interpreter")] if interpret else [])]
     if interpret:
         done = _python("-m", "bivec.engine.cli.selftest", "--backend", "triton", interpret=True)
         try:

@@ -14,18 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from bivec.engine.cli.config_file import as_flags, read_config
-from bivec.engine.cli.output import results_only, say, write_document
+from bivec.engine.cli.output import device, dtype, results_only, say, write_document
 from bivec.engine.distributed import launched
 from bivec.engine.errors import BivecError, ConfigError, RunError
 from bivec.engine.estimate import describe
 from bivec.engine.inputs import model_config
 from bivec.engine.presets import PAPER, PRESETS
-from bivec.engine.recipe import Recipe
+from bivec.engine.recipe import STAGES, Recipe
 from bivec.engine.recipe_arguments import RunOptions, apply_arguments, recipe_parser
 from bivec.engine.run import Run
 from bivec.engine.run_files import RUN_FILE
 from bivec.engine.run_start import opened_run
 
+SWITCHES = ("shard", "full-eval", "resume", "smoke", "dry-run")
 OF_THE_RUN = ("output_dir", "resume", "dry_run", "device", "backend", "memory", "shard", "timeout")  # no recipe's
 EPILOG = f"""the file of --config has the flags' names for keys, and what --set takes, nested or with dots:
   model: path/to/decoder
@@ -97,7 +98,7 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, RunOptions, bool]:
     """
     first = _first_look(arguments)
     # these decide what else may be given, and with what default
-    told = {name: value for name, value in vars(first).items() if name != "config" and value is not None}
+    told = {name: value for name, value in vars(first).items() if name != "config" and value not in (None, True)}
     settings = ({} if first.config is None else read_config(first.config)) | told
     try:
         recipe = _preset(settings.pop("preset", None), settings.get("model"))
@@ -110,8 +111,8 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, RunOptions, bool]:
         of_the_file = first.config is not None and not text.startswith((first.config, *flags))
         raise RunError(f"{first.config}: {text}" if of_the_file else text) from error
     last = _parser(recipe)
-    changed = [name for name in OF_THE_RUN if getattr(given, name) != parser.get_default(name)]
-    last.set_defaults(**{name: getattr(given, name) for name in changed})
+    of_the_file = [name for name in OF_THE_RUN if settings.get(name) is not None]
+    last.set_defaults(**{name: getattr(given, name) for name in of_the_file})
     given = last.parse_args(arguments)
     if not given.model:
         last.error("--model is needed, or a --preset that has one")
@@ -119,11 +120,23 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, RunOptions, bool]:
 
 
 def _first_look(arguments: Sequence[str]) -> argparse.Namespace:
-    """The flags that decide what the others' defaults are."""
-    parser = argparse.ArgumentParser("bivec convert", add_help=False, allow_abbrev=False)
-    for name in ("--config", "--preset", "--model", "--stages"):
+    """The flags that decide what the others' defaults are, and those that undo what a file has switched on."""
+    parser = argparse.ArgumentParser("bivec convert", usage="bivec convert ...", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", choices=PRESETS, metavar="NAME")
+    parser.add_argument("--stages", type=_stages)
+    for name in ("--config", "--model"):
         parser.add_argument(name)
+    for name in SWITCHES:
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
     return parser.parse_known_args(arguments)[0]
+
+
+def _stages(text: str) -> str:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in STAGES]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(f"{(unknown or [text])[0]!r} is none of {', '.join(STAGES)}")
+    return text
 
 
 def _preset(name: str | None, model: str | None) -> Recipe:
@@ -142,6 +155,9 @@ def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser = recipe_parser(recipe, __doc__, prog="bivec convert", epilog=EPILOG, allow_abbrev=False)
     if not recipe.model:
         parser._option_string_actions["--model"].help = "decoder: a directory, a .gguf file or a hub id"
+    kinds = {"device": device, "dtype": dtype, "stages": _stages}
+    for action in parser._actions:
+        action.type = kinds.get(action.dest, action.type)
     add = parser.add_argument
     add("--preset", metavar="NAME", help=f"start from these settings: {', '.join(PRESETS)} (default: by the model)")
     add("--config", metavar="FILE", help="a .yaml or .json file of flags and hyper-parameters")

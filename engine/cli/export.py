@@ -28,8 +28,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     kind = given.format or ("gguf" if given.output.suffix == ".gguf" else "sentence-transformers")
     dtype = SHORT.get(given.dtype, given.dtype)
-    if kind == "gguf" and given.normalize:
-        parser.error("--normalize: a GGUF file does not say it; llama.cpp has --embd-normalize")
+    if kind == "gguf" and given.normalize is not None:
+        parser.error("--normalize and --no-normalize are of a folder; llama.cpp has --embd-normalize")
     given.dtype = None if kind == "gguf" else dtype  # a GGUF file is converted as it is written
     with results_only() as stdout, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from bivec.engine.cli.output import count
+from bivec.engine.cli.output import count, device, dtype
 
 if TYPE_CHECKING:
     from bivec.engine.encoder import Encoder
 
+POOLINGS = ("mean", "weighted_mean", "last_token", "eos_token", "bos_token")  # of engine.encoder_config, without torch
 MODEL_HELP = "a run directory, a folder of Hugging Face or sentence-transformers, a .gguf file or a hub id"
 
 
@@ -18,13 +19,14 @@ def add_model_flags(parser: argparse.ArgumentParser, *, on_disk: bool = False) -
     parser.set_defaults(dtype=None, device=None, backend=None)
     add = parser.add_argument
     add("--adapter", action="append", default=[], metavar="DIR", help="merge this PEFT adapter first (repeatable)")
-    add("--pooling", help="mean, weighted_mean, last_token, eos_token or bos_token (default: as the model says)")
+    names = f"{', '.join(POOLINGS[:-1])} or {POOLINGS[-1]}"
+    add("--pooling", choices=POOLINGS, metavar="NAME", help=f"{names} (default: as the model says)")
     add("--max-length", type=count, metavar="N", help="tokens of a row, instruction too (default: as the model says)")
     add("--template", help="a chat template, its short name or none (default: as the model says)")
     if on_disk:
         return
-    add("--dtype", help="of the weights (default: float32 on a CPU, elsewhere the checkpoint's)")
-    add("--device", help="torch device, such as cuda or cpu (default: cuda where there is one)")
+    add("--dtype", type=dtype, help="of the weights (default: float32 on a CPU, elsewhere the checkpoint's)")
+    add("--device", type=device, help="torch device, such as cuda or cpu (default: cuda where there is one)")
     add("--backend", choices=("torch", "triton"), help="of the kernels (default: chosen by device)")
 
 

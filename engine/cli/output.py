@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 def say(line: str) -> None:
     """A line of ours on stderr; of several processes all but the first say who they are."""
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     print(f"bivec: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr, flush=True)
 
 
@@ -46,6 +46,29 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
     return number
+
+
+def device(text: str) -> str:
+    """argparse's type of a torch device; whether it is here is another question."""
+    import torch
+
+    try:
+        torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of torch, such as cuda, cuda:1 or cpu") from None
+    return text
+
+
+def dtype(text: str) -> str:
+    """argparse's type of a dtype of weights."""
+    from bivec.engine.cuts import named_dtype
+    from bivec.engine.errors import BivecError
+
+    try:
+        named_dtype(text)
+    except BivecError:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of float32, bfloat16, float16") from None
+    return text
 
 
 def write_document(stdout: TextIO, document: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import metadata
+from importlib.util import find_spec
 
 PYTHON = "3.10"
 REQUIRED = {"torch": "2.11", "safetensors": "0.4.3", "numpy": "1.26"}  # with the oldest version that does
@@ -26,6 +27,7 @@ OPTIONAL = {  # oldest version, and the extra that installs it
     "lightning": ("2.5", "integrations"),
     "pytest": ("8", "test"),
 }
+MODULES = {"scikit-learn": "sklearn", "pyyaml": "yaml"}  # where the name is another one
 
 
 def installed(package: str) -> str | None:
@@ -34,6 +36,18 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def importable(package: str) -> bool:
+    """Whether the package's module is there; a folder that only bears its name is none."""
+    spec = find_spec(MODULES.get(package, package.replace("-", "_")))
+    return spec is not None and spec.origin is not None
+
+
+def owner(module: str) -> str | None:
+    """The package that a module came with, and its version: "pytorch-triton 3.6.0"; None where nothing says so."""
+    found = metadata.packages_distributions().get(module, [])
+    return f"{found[0]} {metadata.version(found[0])}" if found else None
 
 
 def older(version: str, oldest: str) -> bool:

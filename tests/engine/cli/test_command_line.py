@@ -2,17 +2,35 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import bivec as package
+from bivec.engine import encoder_config
 from bivec.engine.cli import COMMANDS, main
+from bivec.engine.cli.models import POOLINGS
 from bivec.engine.errors import RunError
+from bivec.engine.presets import PRESETS
 
+README = Path(__file__).parents[3] / "README.md"
 HEAVY = ("torch", "transformers", "numpy", "datasets", "triton", "yaml")
+
+
+def test_the_readme_names_every_command_and_preset():
+    """That what it shows can be run, tests/test_readmes.py says."""
+    section = README.read_text(encoding="utf-8").split("\n## Command line\n")[1].split("\n## ")[0]
+    assert set(re.findall(r"^bivec ([a-z]+)", section, re.MULTILINE)) == set(COMMANDS)
+    told = section.split("The presets are the recipes' settings:")[1].split("for any other decoder")[0]
+    assert set(re.findall(r"`([\w.-]+)`", told)) == set(PRESETS)
+
+
+def test_the_poolings_are_all_there():
+    assert set(POOLINGS) == set(encoder_config.POOLINGS)
 
 
 def test_help_names_every_command(bivec):
@@ -59,6 +77,14 @@ def test_help_imports_nothing_heavy(words, tmp_path):
         (["eval", "m", "--pairs", "0"], "argument --pairs: '0' is no number of at least 1"),
         (["eval", "m", "--sentences", "all"], "argument --sentences: 'all' is no number of at least 1"),
         (["convert"], "--model is needed, or a --preset that has one"),
+        (["convert", "--preset", "mistral"], "argument --preset: invalid choice: 'mistral' (choose from"),
+        (["convert", "--model", "m", "--stages", "bi,mlm"], "argument --stages: 'mlm' is none of bi, mntp, simcse"),
+        (["convert", "--model", "m", "--stages", ","], "argument --stages: ',' is none of bi, mntp, simcse"),
+        (["convert", "--model", "m", "--device", "zz"], "argument --device: 'zz' is no device of torch"),
+        (["convert", "--model", "m", "--dtype", "f32"], "argument --dtype: 'f32' is none of float32"),
+        (["eval", "m", "--device", "zz"], "argument --device: 'zz' is no device of torch, such as cuda"),
+        (["eval", "m", "--dtype", "zz"], "argument --dtype: 'zz' is none of float32, bfloat16, float16"),
+        (["encode", "m", "i", "-o", "o.npy", "--pooling", "max"], "argument --pooling: invalid choice: 'max'"),
     ],
 )
 def test_wrong_usage_is_2(bivec, words, message):
@@ -70,7 +96,7 @@ def test_an_error_is_one_line_and_1(process, tiny_llama_dir, tmp_path):
     for words, message in (
         (("encode", tmp_path / "nowhere", "texts.txt", "-o", "o.npy"), "texts.txt does not exist"),
         (("eval", tmp_path / "nowhere"), "nowhere"),
-        (("convert", "--preset", "mistral"), "--preset mistral: choose one of paper, mistral-7b"),
+        (("convert", "--config", "nowhere.yaml"), "nowhere.yaml: cannot be read"),
     ):
         done = process(*words)
         assert (done.returncode, done.stdout) == (1, "")
@@ -78,8 +104,10 @@ def test_an_error_is_one_line_and_1(process, tiny_llama_dir, tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_of_several_processes_each_says_who_it_is(bivec, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
+def test_of_several_processes_each_says_who_it_is(bivec, monkeypatch, variable):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, "3")
     assert bivec("bench", "slow", code=2)[1].startswith("bivec: rank 3: error: there is no benchmark 'slow'")
 
 

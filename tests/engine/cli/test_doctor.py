@@ -108,16 +108,20 @@ def test_nan_is_no_small_error(value):
 
 @CPU_ONLY
 def test_triton_in_the_interpreter(bivec_json):
+    """In both widths; what multiplies takes fp16, as the interpreter does not multiply bf16."""
     pytest.importorskip("triton")
     document = bivec_json("doctor", "--only", "numerics", "--interpret")
     found = {name for name in by_name(document, "numerics") if "the interpreter" in name}
-    assert found == {f"{op}, triton on the interpreter, float32" for op in selftest.OPS}
+    half = {op: "float16" if op in selftest.MULTIPLYING else "bfloat16" for op in selftest.OPS}
+    expected = {(op, dtype) for op in selftest.OPS for dtype in ("float32", half[op])}
+    expected.add(("linear_cross_entropy", "float16"))
+    assert found == {f"{op}, triton on the interpreter, {dtype}" for op, dtype in expected}
     assert not [name for name in by_name(bivec_json("doctor", "--only", "numerics"), "numerics") if "triton" in name]
 
 
 def test_the_selftest_by_itself(process, monkeypatch, capsys):
     assert selftest.main([]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == len(selftest.cases())
+    assert len(json.loads(capsys.readouterr().out)) == sum(len(case.dtypes) for case in selftest.cases())
     monkeypatch.setattr(kernels, "rms_norm", raises(None))
     assert selftest.main(["--backend", "torch", "--device", "cpu"]) == 1
 
@@ -136,13 +140,82 @@ def test_backends_and_why(bivec_json, monkeypatch):
     assert len(document["failed"]) == len(selftest.OPS) and "backends: rms_norm on cpu" in document["failed"]
 
 
-def test_a_gpu_takes_triton_where_it_is_installed(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch says that there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for present, expected in ((True, "triton: the default on a GPU"), (False, "torch: triton is not installed")):
-        monkeypatch.setattr(backends, "TRITON_INSTALLED", present)
-        monkeypatch.setattr(checks, "installed", lambda name, present=present: "3.9" if present else None)
-        found = [check for check in checks.backends() if check.name.endswith("on cuda")]
-        assert len(found) == len(selftest.OPS) and {check.detail for check in found} == {expected}
+
+
+def on_cuda():
+    return [check for check in checks.backends() if check.name.endswith("on cuda")]
+
+
+@pytest.mark.parametrize("recorded", ["3.9", None])
+def test_a_gpu_takes_triton_where_it_is_there(gpu, monkeypatch, recorded):
+    """Also under another package's name."""
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(checks, "installed", lambda name: recorded)
+    assert [check.name for check in on_cuda()] == [f"{op} on cuda" for op in selftest.OPS]
+    assert {(check.status, check.detail) for check in on_cuda()} == {("ok", "triton: the default on a GPU")}
+
+
+def test_a_choice_that_is_not_the_expected_one_fails(gpu, bivec_json, monkeypatch):
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(backends, "resolve", lambda backend, op, device: "torch")
+    document = bivec_json("doctor", "--only", "backends", code=1)
+    assert document["failed"] == [f"backends: {op} on cuda" for op in selftest.OPS]
+    assert {check.detail for check in on_cuda()} == {"torch in place of triton"}
+
+
+def test_a_choice_for_another_reason_fails(bivec_json, monkeypatch):
+    """The one place that chooses, and what it says of itself, go apart."""
+    monkeypatch.setattr(backends, "explain", lambda backend, op, device: ("triton", "because"))
+    monkeypatch.setattr(backends, "resolve", lambda backend, op, device: "torch")
+    document = bivec_json("doctor", "--only", "backends", code=1)
+    assert "backends: rms_norm on cpu" in document["failed"]
+
+
+def test_a_gpu_without_triton_fails(gpu, bivec_json, monkeypatch):
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(checks, "installed", lambda name: None)
+    monkeypatch.setattr(selftest, "run", lambda backend, device: [])
+    document = bivec_json("doctor", "--only", "backends,aot,numerics", "--interpret", code=1)
+    assert document["failed"] == [
+        *(f"backends: {op} on cuda" for op in selftest.OPS),
+        *("aot: kernels", "numerics: triton on cuda", "numerics: interpreter"),
+    ]
+    details = [check["detail"] for check in document["checks"] if check["status"] == "failed"]
+    assert all(detail.endswith("pip install 'triton>=3.6'") for detail in details)
+    monkeypatch.setenv("BIVEC_BACKEND", "torch")  # who asks for torch wants no kernels
+    assert bivec_json("doctor", "--only", "backends,aot,numerics")["ok"]
+
+
+def test_a_record_of_triton_without_its_module_fails(bivec_json, monkeypatch):
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(checks, "installed", lambda name: "3.9.0")
+    monkeypatch.setattr(checks, "importable", lambda name: name != "triton")
+    document = bivec_json("doctor", "--only", "versions,aot,numerics", "--interpret", code=1)
+    broken = {check["name"]: check["detail"] for check in document["checks"] if check["status"] == "failed"}
+    assert {"triton", "kernels", "interpreter"} <= broken.keys()
+    assert all("its module is gone: pip install --force-reinstall" in broken[name] for name in ("triton", "kernels"))
+
+
+@pytest.mark.parametrize("owner", ["pytorch-triton 3.6.0", None])
+def test_triton_of_another_package_is_there(monkeypatch, owner):
+    known = versions.installed
+    monkeypatch.setattr(checks, "installed", lambda name: None if name == "triton" else known(name))
+    monkeypatch.setattr(checks, "importable", lambda name: True)
+    monkeypatch.setattr(checks, "owner", lambda module: owner)
+    (check,) = [check for check in checks.versions() if check.name == "triton"]
+    assert check.status == "ok" and (owner or "no package") in check.detail
+
+
+def test_what_can_be_imported(monkeypatch, tmp_path):
+    assert versions.importable("torch") and versions.importable("pyyaml") and not versions.importable("no-such-thing")
+    assert versions.owner("torch") == f"torch {versions.installed('torch')}" and versions.owner("no_such_thing") is None
+    (tmp_path / "emptied" / "__pycache__").mkdir(parents=True)  # what an uninstallation leaves
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not versions.importable("emptied")
 
 
 @CPU_ONLY
@@ -203,8 +276,10 @@ def test_the_other_python_has_the_interpreter_on_or_off(monkeypatch):
     assert "TRITON_INTERPRET" not in os.environ
 
 
+@CPU_ONLY
 def test_without_triton_it_says_so(bivec_json, monkeypatch):
     monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(checks, "installed", lambda name: None)
     document = bivec_json("doctor", "--only", "aot,numerics", "--interpret")
     for section, name in (("aot", "kernels"), ("numerics", "interpreter")):
         check = by_name(document, section)[name]

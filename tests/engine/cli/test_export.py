@@ -79,7 +79,8 @@ def test_what_is_refused(bivec, tiny_dir, tiny_llama_dir, tmp_path):
         ((tiny_llama_dir, out), 1, "holds an adapter"),
         ((tiny_llama_dir, tmp_path / "x.bin", "--format", "gguf"), 1, "give a file name that ends in .gguf"),
         ((tiny_dir("gemma"), tmp_path / "x.gguf"), 1, "no GGUF of model type 'gemma'"),
-        ((tiny_llama_dir, tmp_path / "x.gguf", "--normalize"), 2, "--normalize: a GGUF file does not say it"),
+        ((tiny_llama_dir, tmp_path / "x.gguf", "--normalize"), 2, "are of a folder; llama.cpp has --embd-normalize"),
+        ((tiny_llama_dir, tmp_path / "x.gguf", "--no-normalize"), 2, "are of a folder; llama.cpp has --embd-normalize"),
         ((tmp_path / "nowhere", tmp_path / "x.gguf"), 1, "nowhere"),
     ):
         printed, said = bivec("export", *words, code=code)
