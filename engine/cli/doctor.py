@@ -4,7 +4,8 @@ versions   what is installed, and which extra installs what is not
 devices    the CPU and the GPUs that torch sees
 backends   which implementation each operator takes here, and why
 aot        kernels compiled for a GPU (this one's architecture, else sm_90): no spills, tensor cores, a launch that fits
-numerics   every operator, forward and backward, against float64; with a GPU its Triton kernels, too
+numerics   every operator, forward and backward, by every path that a shape or dtype chooses, against float64; with a
+           GPU its Triton kernels, too, which the first time are compiled
 
 The exit code is 1 if anything fails; what has failed is named on stderr.
 """

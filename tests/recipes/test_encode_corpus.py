@@ -94,8 +94,8 @@ def test_parquet_with_ids(main, tiny_llama_dir, corpus, tmp_path):
         (("--column", "passage", "--max-text-length", "0"), "max_text_length is 0"),
         (("--column", "passage", "--tokens-per-batch", "0"), "tokens_per_batch is 0"),
         (("--column", "passage", "--timeout", "0"), "--timeout 0"),
-        (("--column", "passage", "--dtype", "int9"), "--dtype int9"),
-        (("--column", "passage", "--device", "nowhere"), "--device nowhere"),
+        (("--column", "passage", "--dtype", "int9"), "--dtype: 'int9' is none of float32"),
+        (("--column", "passage", "--device", "nowhere"), "--device: 'nowhere' is no device of torch"),
     ],
 )
 def test_bad_flags(main, tiny_llama_dir, corpus, tmp_path, capsys, more, message):
