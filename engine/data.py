@@ -33,6 +33,7 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".p
 HUB_ID = re.compile(
     r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w./-]+))?"
 )  # the id, and the configuration or file behind a colon
+LONGEST_CELL = 2**31 - 1
 TOKENIZE_ROWS = 1000  # rows of one tokenizer call, and of one group of METHOD 3.1
 STS_RANGE = (0.0, 5.0)
 STS_COLUMNS = ("sentence1", "sentence2", "score")
@@ -254,14 +255,16 @@ def load_sts(path: str | Path) -> list[STSPair]:
     delimiter = "\t" if data_suffix(path) == ".tsv" else ","
     columns, width = (0, 1, 2), 3
     pairs: list[STSPair] = []
+    seen = False
     for line, row in csv_rows(path, delimiter):
-        if not pairs and all(name in row for name in STS_COLUMNS):
+        if not seen and all(name in row for name in STS_COLUMNS):
             columns, width = tuple(row.index(name) for name in STS_COLUMNS), len(row)
         elif row:
             if len(row) != width:
                 raise DataError(f"{path}, line {line}: {len(row)} columns instead of {width}; {form}")
             first, second, score = (row[column] for column in columns)
             pairs.append(STSPair(first, second, _score(score, f"{path}, line {line}", form)))
+        seen = seen or bool(row)
     if not pairs:
         raise DataError(f"{path} holds no sentence pairs; {form}")
     return pairs
@@ -269,6 +272,8 @@ def load_sts(path: str | Path) -> list[STSPair]:
 
 def csv_rows(path: Path, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, each with the number of its (last) line."""
+    if csv.field_size_limit() < LONGEST_CELL:  # a limit of the process; Python's own is less than an article
+        csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(decoded_lines(path), delimiter=delimiter, quoting=quoting)
     try:
         for row in reader:
@@ -303,6 +308,8 @@ def decoded_lines(path: Path) -> Iterator[str]:
         with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 text = line.decode("utf-8")
+                if "\0" in text:
+                    raise DataError(f"{path}, line {number}: a NUL character: no text, or UTF-16; save it as UTF-8")
                 yield text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
         raise DataError(
@@ -311,6 +318,8 @@ def decoded_lines(path: Path) -> Iterator[str]:
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip file after line {number} ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _load_lines(path: Path, limit: int | None, drop_empty: bool, hint: str) -> list[str]:
@@ -328,17 +337,38 @@ def _load_lines(path: Path, limit: int | None, drop_empty: bool, hint: str) -> l
 
 def load_table(path: Path, suffix: str, hint: str) -> Dataset:
     """A JSON, CSV or Parquet file as a memory-mapped table."""
+    delimiter = "\t" if suffix == ".tsv" else ","
     # a sum, not any(): all of the file is decoded before datasets sees it
     if suffix != ".parquet" and not sum(bool(line.strip()) for line in decoded_lines(path)):
         raise DataError(f"{path} is empty: {hint}")
+    if BUILDERS[suffix] == "csv":
+        _check_widths(path, delimiter)
     datasets = _datasets()
     # keep_default_na: pandas would read the texts "None" and "NA" as missing
-    options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False} if BUILDERS[suffix] == "csv" else {}
-    file = glob.escape(str(path.resolve()))
+    options = {"sep": delimiter, "keep_default_na": False} if BUILDERS[suffix] == "csv" else {}
     try:
-        return datasets.load_dataset(BUILDERS[suffix], data_files=file, split="train", **options)
+        file = glob.escape(str(path.resolve()))
+        table = datasets.load_dataset(BUILDERS[suffix], data_files=file, split="train", **options)
+        if suffix == ".parquet":
+            table.data.table.validate(full=True)  # strings need not be UTF-8 there
+        return table
     except Exception as error:  # datasets raises whatever its readers raise; the first cause says what is wrong
         raise DataError(f"{path} cannot be read as {suffix[1:]} ({_first_cause(error)}): {hint}") from error
+
+
+def _check_widths(path: Path, delimiter: str) -> None:
+    """Every row has a cell for each column, and no column is there twice: pandas would shift or drop cells silently."""
+    header: list[str] = []
+    for line, row in csv_rows(path, delimiter):
+        if not header:
+            header = row
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(f"{path}, line {line}: the column {twice[0][:80]!r} is there twice: rename one of them")
+        elif row and len(row) != len(header):
+            raise DataError(
+                f"{path}, line {line}: {len(row)} columns instead of {len(header)}: put a cell that holds the "
+                "separator or a line end in double quotes"
+            )
 
 
 def load_hub(source: str, split: str, hint: str) -> Dataset:

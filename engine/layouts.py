@@ -6,7 +6,6 @@ local folders, which are an adapter with or without a config.json (METHOD 9.2), 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from bivec.engine.recipe import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
 from bivec.models.gguf import find_smollm2
+from bivec.models.plain_json import parse_json
 from bivec.models.weights import CONFIG_FILE as MODEL_CONFIG
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, Checkpoint, resolve_checkpoint
 
@@ -212,7 +212,7 @@ def _beside(folder: Path, base: str | None) -> str | None:
 def _stages_before(folder: Path) -> tuple[str, list[str]]:
     """The model of the run that an adapter is a stage of, and the folders of what was merged into it before."""
     try:
-        recipe = json.loads((folder.parent / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
+        recipe = parse_json((folder.parent / RUN_FILE).read_bytes())["recipe"]
         stages = recipe["stages"]
         before = [str(folder.parent / name) for name in stages[: stages.index(folder.name)] if name != "bi"]
         start = recipe.get(folder.name, {}).get("init_adapter")
@@ -273,7 +273,7 @@ def _names(path: str | Path, folder: Path) -> tuple[str, ...]:
 def _json(file: Path) -> Any:
     """A file that may be missing or damaged; whoever needs it complains."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, (dict, list)) else {}

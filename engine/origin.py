@@ -63,11 +63,14 @@ class Origin:
             ConfigError: not what :meth:`to_dict` writes.
         """
         try:
-            adapters = tuple(MergedAdapter(str(one["name"]), str(one["sha256"])) for one in stored["adapters"])
+            adapters = tuple(MergedAdapter(one["name"], one["sha256"]) for one in stored["adapters"])
             base = stored["base_model"]
-            return cls(None if base is None else str(base), adapters)
+            told = [base or "", *(text for one in adapters for text in (one.name, one.sha256))]
+            if not all(isinstance(text, str) for text in told):
+                raise TypeError("a name that is no string")
+            return cls(base, adapters)
         except (KeyError, TypeError) as error:
-            raise ConfigError(f"{source}: origin is {stored!r}, not what bivec writes ({error!r})") from None
+            raise ConfigError(f"{source}: origin is {repr(stored)[:200]}, not what bivec writes ({error!r})") from None
 
     def with_adapter(self, folder: str | Path, sha256: str) -> Origin:
         """With one adapter more.
