@@ -75,7 +75,7 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(parse_json(index_file.read_bytes())["weight_map"].values()))
             # a name with a path could lead anywhere on the disk
-            if odd := [name for name in names if Path(name).name != name or "\0" in name]:
+            if odd := [name for name in names if not name or Path(name).name != name or "\0" in name]:
                 raise ValueError(f"weight_map names {odd[0][:80]!r}, expected the name of a file beside it")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(

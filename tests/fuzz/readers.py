@@ -639,7 +639,7 @@ def read_run(folder: Path) -> Any:
     str(card)
     metrics = [asdict(line) for line in StepLog(folder / "metrics.jsonl", StepMetrics).read()]
     return {
-        "recipe": json.loads(json.dumps(earlier["recipe"])),
+        "recipe": without_nulls(earlier["recipe"]),
         "stages": [asdict(result) for result in results],
         "seconds": seconds,
         "peak": peak,
@@ -648,6 +648,13 @@ def read_run(folder: Path) -> Any:
         "base": base_model(str(folder)),
         "state": start_state(str(folder), ()),
     }
+
+
+def without_nulls(part: Any) -> Any:
+    """A hyper-parameter that is null is one that is not there."""
+    if not isinstance(part, dict):
+        return part
+    return {key: without_nulls(value) for key, value in part.items() if value is not None}
 
 
 @refused_or
