@@ -125,6 +125,13 @@ def open_encoder(
             config = stored_encoder_config(folder, checkpoint.config) or config
     add_bos, token = _bos(source, folders)
     words = load_tokenizer(source.tokenizer if tokenizer is None else tokenizer, bos_token=token, add_bos=add_bos)
+    # tokens that somebody added may have no embedding, as long as no text holds them
+    largest = max(words.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+    if largest >= checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{source.tokenizer if tokenizer is None else tokenizer}: its vocabulary has the token id {largest}, the "
+            f"model {checkpoint.config.vocab_size} embeddings; use the tokenizer of this checkpoint"
+        )
     origin = replace(origin, base_model=origin.base_model or shown_name(source.names[0]))
     return Opened(checkpoint, replace(config, **asked), words, stored_prompts(source.settings), origin, adapter)
 

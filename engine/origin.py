@@ -65,7 +65,7 @@ class Origin:
         try:
             adapters = tuple(MergedAdapter(one["name"], one["sha256"]) for one in stored["adapters"])
             base = stored["base_model"]
-            told = [base or "", *(text for one in adapters for text in (one.name, one.sha256))]
+            told = ["" if base is None else base, *(text for one in adapters for text in (one.name, one.sha256))]
             if not all(isinstance(text, str) for text in told):
                 raise TypeError("a name that is no string")
             return cls(base, adapters)

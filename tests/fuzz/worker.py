@@ -231,6 +231,14 @@ def fuzz(reader, seed: int, numbers: range, llama: Path, work: Path) -> list[dic
     return results
 
 
+def row(name: str, results: list[dict], seconds: float) -> str:
+    """Of the table that is printed."""
+    outcomes = [result["outcome"] for result in results]
+    refused, accepted, same = (outcomes.count(outcome) for outcome in ("refused", "accepted", "same"))
+    findings = len(outcomes) - refused - accepted - same
+    return f"| {name} | {len(outcomes)} | {refused} | {accepted} | {same} | {findings} | {seconds:.1f} |"
+
+
 def main(arguments: list[str]) -> None:
     llama, work, report = map(Path, arguments[:3])
     job = json.loads(arguments[3])
@@ -244,13 +252,15 @@ def main(arguments: list[str]) -> None:
     os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = os.path.realpath(work / "cache")
     import datasets  # noqa: F401 - once for all children; it reads its environment now
 
-    found = {}
+    found: dict[str, dict] = {}
+    print("| reader | mutants | refused | accepted | as it was | findings | CPU s |\n|---|---|---|---|---|---|---|")
     for name, count in job["counts"].items():
         started, first = time.process_time() + sum(os.times()[2:4]), job.get("first", 0)
         results = fuzz((READERS | CANARIES)[name], job["seed"], range(first, first + count), llama, work)
         seconds = time.process_time() + sum(os.times()[2:4]) - started
         found[name] = {"seconds": round(seconds, 2), "results": results}
         report.write_text(json.dumps(found), encoding="utf-8")
+        print(row(name, results, seconds))
 
 
 if __name__ == "__main__":
