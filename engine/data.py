@@ -14,6 +14,7 @@ import gzip
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +34,9 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".p
 HUB_ID = re.compile(
     r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w./-]+))?"
 )  # the id, and the configuration or file behind a colon
+MOST_COLUMNS = 10_000  # pandas and datasets take minutes for ten times as many
+DEEPEST = 200
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 LONGEST_CELL = 2**31 - 1
 TOKENIZE_ROWS = 1000  # rows of one tokenizer call, and of one group of METHOD 3.1
 STS_RANGE = (0.0, 5.0)
@@ -343,6 +347,8 @@ def load_table(path: Path, suffix: str, hint: str) -> Dataset:
         raise DataError(f"{path} is empty: {hint}")
     if BUILDERS[suffix] == "csv":
         _check_widths(path, delimiter)
+    elif BUILDERS[suffix] == "json":
+        _check_depth(path)
     datasets = _datasets()
     # keep_default_na: pandas would read the texts "None" and "NA" as missing
     options = {"sep": delimiter, "keep_default_na": False} if BUILDERS[suffix] == "csv" else {}
@@ -362,13 +368,31 @@ def _check_widths(path: Path, delimiter: str) -> None:
     for line, row in csv_rows(path, delimiter):
         if not header:
             header = row
-            if twice := [name for name in header if header.count(name) > 1]:
+            if len(header) > MOST_COLUMNS:
+                raise DataError(
+                    f"{path}, line {line}: {len(header)} columns, more than {MOST_COLUMNS}: no table of texts"
+                )
+            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
                 raise DataError(f"{path}, line {line}: the column {twice[0][:80]!r} is there twice: rename one of them")
         elif row and len(row) != len(header):
             raise DataError(
                 f"{path}, line {line}: {len(row)} columns instead of {len(header)}: put a cell that holds the "
                 "separator or a line end in double quotes"
             )
+
+
+def _check_depth(path: Path) -> None:
+    """No value lies deeper than ``DEEPEST``: pyarrow's parser runs out of its stack, which ends the process."""
+    depth = 0
+    for number, line in enumerate(decoded_lines(path), start=1):
+        brackets = JSON_STRING.sub("", line)
+        opened = brackets.count("[") + brackets.count("{")
+        if opened == brackets.count("]") + brackets.count("}") and depth + opened <= DEEPEST:
+            continue  # as good as every line of a .jsonl
+        for character in brackets:
+            depth += (character in "[{") - (character in "]}")
+            if depth > DEEPEST:
+                raise DataError(f"{path}, line {number}: nested more than {DEEPEST} deep: no table of texts")
 
 
 def load_hub(source: str, split: str, hint: str) -> Dataset:

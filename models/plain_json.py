@@ -7,6 +7,7 @@ NaN and Infinity, and on deep nesting it raises RecursionError, which is no Valu
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 
@@ -34,8 +35,7 @@ def parse_json(text: str | bytes, *, allow_nan: bool = True) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice[:60]!r} is there twice; keep one of them")
     return found
 

@@ -190,6 +190,7 @@ def test_broken_files(tmp_path):
         (b"number,text\n1,a,b\n2,c,d\n", "line 2: 3 columns instead of 2"),  # pandas takes the first for an index
         (b"number,text\n1,a\n2\n", "line 3: 1 columns instead of 2"),
         (b"text,text\na,b\n", "line 1: the column 'text' is there twice"),
+        (b"text" + b"," * 200_000 + b"\na\n", "line 1: 200001 columns, more than 10000"),
         (b"number,text\n" + b"," * 200_000, "line 2: 200001 columns"),  # pandas takes minutes
         ("number,text\n1,a\n".encode("utf-16-le"), "line 1: a NUL character: no text, or UTF-16"),
     ],
@@ -203,6 +204,29 @@ def test_tables_that_pandas_would_bend(tmp_path, content, message):
 def test_a_cell_may_be_longer_than_the_csv_module_thinks(tmp_path):
     (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
     assert [len(text) for text in load_texts(tmp_path / "long.csv")] == [200_000]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("brackets", ["[", '{"a":', "[\n"])
+def test_deep_nesting_does_not_end_the_process(tmp_path, name, brackets):
+    """pyarrow's parser runs out of its stack."""
+    content = ('{"text": "a", "more": ' + brackets * 20_000).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError, match=f"{name}.*(nested more than 200 deep|cannot be read)"):
+        load_texts(tmp_path / name)
+
+
+def test_brackets_in_strings_are_no_nesting(tmp_path):
+    rows = [{"text": "[" * 1000 + '\\"' + "{" * 1000}] * 3
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.json", "a.jsonl"):
+        assert list(load_texts(tmp_path / name)) == [rows[0]["text"]] * 3
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    (tmp_path / "a.csv").write_text("text,,\na,1,2\n")
+    assert list(load_texts(tmp_path / "a.csv")) == ["a"]
 
 
 def test_parquet_strings_that_are_no_text(tmp_path):

@@ -165,28 +165,25 @@ def csv_column(file: Path, delimiter: str, column: str) -> list[str]:
 
 
 def json_column(file: Path, column: str) -> list[str]:
-    text = text_of(file)
-    if ".jsonl" in file.name:
-        rows = [row for line in text.split("\n") for row in values_of(line)]
-    else:
-        rows = values_of(text)
-        rows = rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
+    rows = values_of(text_of(file))
+    if ".jsonl" not in file.name and len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
     try:
         return [row[column] for row in rows]
     except (KeyError, TypeError) as error:
         raise Unreadable(f"a row without {column}: {error!r}") from None
 
 
-def values_of(line: str) -> list[Any]:
-    """The JSON values of a line, one behind the other; as pyarrow reads them: control characters in strings, NaN."""
-    decoder, found, line = json.JSONDecoder(strict=False), [], line.strip()
-    while line:
+def values_of(text: str) -> list[Any]:
+    """The JSON values of a text, one behind the other; as pyarrow reads them: control characters in strings, NaN."""
+    decoder, found, text = json.JSONDecoder(strict=False), [], text.strip()
+    while text:
         try:
-            value, end = decoder.raw_decode(line)
+            value, end = decoder.raw_decode(text)
         except (ValueError, RecursionError) as error:
             raise Unreadable(str(error)) from None
         found.append(value)
-        line = line[end:].strip()
+        text = text[end:].strip()
     return found
 
 

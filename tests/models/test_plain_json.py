@@ -17,6 +17,10 @@ def test_plain_json_is_read_as_by_python(value):
     [
         ('{"a": 1, "b": 2, "a": 1}', "the key 'a' is there twice"),
         ('[{"x": {"r": 1, "r": 2}}]', "the key 'r' is there twice"),
+        (
+            json.dumps({str(i): 1 for i in range(100_000)})[:-1] + ', "99999": 2}',
+            "the key '99999'",
+        ),  # not in square time
         ("[" * 100_000, "nested too deep"),
         ('{"a":' * 100_000, "nested too deep"),
         ("9" * 5000, "digits"),
