@@ -168,8 +168,8 @@ class _Job:
         """How many texts these slices have."""
         return sum(self.rows(k).stop - self.rows(k).start for k in slices)
 
-    def left(self) -> list[int]:
-        """The slices that are not on the disk.
+    def left(self, *, trust_marks: bool = False) -> list[int]:
+        """The slices that are not on the disk: not marked, or, unless marks are trusted, without their last row.
 
         Raises:
             RunError: the folder's files are not as :meth:`_begin` and :meth:`write` leave them.
@@ -187,7 +187,14 @@ class _Job:
             raise RunError(
                 f"{self.folder / VECTORS}: not an array [{self.count}, {self.dimension}] {self.dtype}; {ANEW}"
             )
-        return np.flatnonzero(done == 0).tolist()
+        return [k for k in range(self.num_slices) if not done[k] or (not self._is_written(k) and not trust_marks)]
+
+    def _is_written(self, number: int) -> bool:
+        """Whether the last row of a slice is more than the zeros that were reserved; a mark may be damaged."""
+        left_behind = self.count - self.rows(number).stop + 1
+        with open(self.folder / VECTORS, "rb") as file:
+            file.seek(-left_behind * self.row_bytes, os.SEEK_END)
+            return any(file.read(self.row_bytes))
 
     def _header(self) -> bytes:
         """Of ``vectors.npy``."""
@@ -250,7 +257,7 @@ class _Job:
 
     def finish(self) -> None:
         """Gives the file its name."""
-        if left := self.left():
+        if left := self.left(trust_marks=True):
             raise RunError(f"{self.path}: {len(left)} slices are missing; repeat the command")
         source = self.folder / VECTORS
         if self.path.suffix == ".parquet":

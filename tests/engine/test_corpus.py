@@ -256,6 +256,16 @@ def test_a_damaged_beginning_is_not_gone_on_with(encoder, texts, whole, tmp_path
     assert path.read_bytes() == whole[".npy"]
 
 
+def test_a_mark_without_rows_does_not_count(encoder, texts, whole, tmp_path, monkeypatch):
+    path = tmp_path / "e.npy"
+    stopped(encoder, texts, path, monkeypatch)
+    marks = path.with_name(".e.npy.partial") / "done"
+    assert sum(marks.read_bytes()) == 2
+    marks.write_bytes(b"\1" * len(marks.read_bytes()))  # the rows of two are the zeros that were reserved
+    encode_corpus(encoder, texts, path, **SETTINGS)
+    assert path.read_bytes() == whole[".npy"]
+
+
 @pytest.mark.parametrize("complete", [False, True])
 def test_never_a_mixture(encoder, tiny_mistral_dir, texts, tmp_path, monkeypatch, complete):
     """Texts, model or settings that differ are refused, named, and leave everything as it was."""
