@@ -172,8 +172,10 @@ def _stored_length(folder: Path) -> dict[str, int]:
             f"{folder / LENGTH_FILE}: do_lower_case is true, which bivec does not do; set it to false there and lower "
             "the case of the texts before you give them"
         )
-    if own.get("max_seq_length") is not None:
-        return {"max_length": own["max_seq_length"]}
+    if (length := own.get("max_seq_length")) is not None:
+        if type(length) is not int:
+            raise ConfigError(f"{folder / LENGTH_FILE}: max_seq_length is {repr(length)[:80]}, expected an integer")
+        return {"max_length": length}
     file = folder / "tokenizer_config.json"
     length = read_json(file, dict).get("model_max_length") if file.is_file() else None
     if isinstance(length, bool) or not isinstance(length, (int, float, type(None))):

@@ -225,9 +225,9 @@ def test_modules_that_are_refused(modules, message, tiny_llama_dir, tmp_path):
         ("1_Pooling/config.json", '{"pooling_mode": "mean", "pooling_mode": "cls"}', "'pooling_mode' is there twice"),
         ("1_Pooling/config.json", "[" * 100_000, "nested too deep"),
         ("sentence_bert_config.json", '{"do_lower_case": "no"}', "do_lower_case is 'no', expected true or false"),
-        ("sentence_bert_config.json", '{"max_seq_length": true}', "max_length is True"),
+        ("sentence_bert_config.json", '{"max_seq_length": true}', "max_seq_length is True"),
         ("tokenizer_config.json", '{"model_max_length": "512"}', "model_max_length is '512'"),
-        ("config_sentence_transformers.json", '{"prompts": []}', "no prompts"),
+        ("config_sentence_transformers.json", '{"prompts": []}', r"prompts are \[\]"),
         ("config_sentence_transformers.json", '{"prompts": ["a"]}', r"prompts and default_prompt_name are \['a'\]"),
         ("config_sentence_transformers.json", '{"default_prompt_name": "q"}', "default_prompt_name is 'q', which"),
         ("config_sentence_transformers.json", '{"similarity_fn_name": 0}', "similarity_fn_name is 0"),
@@ -244,9 +244,6 @@ def test_settings_of_another_type_are_named(file, content, message, tiny_llama_d
     (tmp_path / "m" / "1_Pooling").mkdir()
     (tmp_path / "m" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
     (tmp_path / "m" / file).write_text(content)
-    if message == "no prompts":
-        assert Encoder.from_pretrained(tmp_path / "m").prompts == {}
-        return
     with pytest.raises(BivecError, match=message) as error:
         Encoder.from_pretrained(tmp_path / "m")
     assert file in str(error.value)
