@@ -296,7 +296,8 @@ def _no_rope_layers(fields: _Fields, num_layers: int) -> tuple[int, ...]:
     if given is None:
         interval = fields.integer("no_rope_layer_interval", 4)
         return tuple(int((layer + 1) % interval != 0) for layer in range(num_layers))
-    if not isinstance(given, list) or len(given) < num_layers or any(number not in (0, 1) for number in given):
+    whole = isinstance(given, list) and all(type(number) is int and number in (0, 1) for number in given)
+    if not whole or len(given) < num_layers:
         raise ConfigError(
             f"{fields.source}: no_rope_layers is {given!r}, expected a 0 or 1 for each of {num_layers} layers"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mutants
-from readers import Reader
+from harness import Reader
 
 VALID = b"valid"
 

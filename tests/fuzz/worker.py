@@ -114,6 +114,8 @@ def is_ours(error: BaseException) -> bool:
 
 def read_one(reader, seed: int, number: int, source: Path, home: Path, valid, guard: Guard) -> dict:
     """What comes of one mutant."""
+    from harness import MUTATED
+
     case = home / f"{number}"
     found = {"number": number}
     try:
@@ -124,7 +126,7 @@ def read_one(reader, seed: int, number: int, source: Path, home: Path, valid, gu
         shutil.rmtree(case)
         return found | {"outcome": "same"}
     found["file"] = name
-    reader.mutated[:] = [file.read_bytes() if (file := case / "files" / name).is_file() else None]
+    MUTATED[:] = [file.read_bytes() if (file := case / "files" / name).is_file() else None]
     reset_peak()
     before = memory("VmRSS")
     guard.allowed, guard.outside = (os.path.realpath(case), os.environ["HF_HOME"]), []
@@ -246,7 +248,8 @@ def main(arguments: list[str]) -> None:
 
     torch.set_num_threads(1)
     from canaries import CANARIES
-    from readers import LLAMA, READERS
+    from harness import LLAMA
+    from readers import READERS
 
     LLAMA.append(llama)
     os.environ["HF_HOME"] = os.environ["HF_DATASETS_CACHE"] = os.path.realpath(work / "cache")
