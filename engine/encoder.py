@@ -103,7 +103,8 @@ class Encoder:
             backend: of the kernels.
 
         Raises:
-            BivecError: no known layout, damaged files, unknown settings, an adapter of another base or merged before.
+            BivecError: no known layout, damaged files, unknown settings, an adapter of another base, merged before,
+                or trained on other weights than these.
         """
         settings = {
             "pooling": pooling,
