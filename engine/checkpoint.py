@@ -23,8 +23,10 @@ from torch import Tensor
 from bivec.engine.distributed import ALONE, World, is_sharded_tensor, sharded_like
 from bivec.engine.errors import CheckpointError
 from bivec.models.files import atomic_directory
+from bivec.models.plain_json import parse_json
 
 WHOLE = "state.safetensors"  # of a checkpoint whose tensors are not sharded
+SLOTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 KEPT = 2  # checkpoints kept per stage: the last and the one before it
 
 
@@ -114,31 +116,21 @@ def load_checkpoint(path: Path, state: TrainState) -> TrainState:
         CheckpointError: a missing or truncated file, or tensors that do not fit; nothing was copied then.
     """
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        step = int(content["step"])
+        content = parse_json((path / "state.json").read_bytes(), allow_nan=False)
+        step = content["step"]
+        if type(step) is not int or path.name != f"{content['stage']}-{step:06d}":
+            raise ValueError(f"state.json is of stage {content['stage']!r}, step {step!r}")
         for name, size in content.get("shards", {}).items():  # their reader would not miss one
             if (found := (path / name).stat().st_size) != size:
                 raise ValueError(f"{name} has {found} bytes, {size} were written")
         stored = _stored_shapes(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SafetensorError) as error:
         raise _not_whole(path, error) from error
     trained = {name.partition("/")[2] for name in stored if name.startswith("parameter/")}
     if trained != state.parameters.keys():
         odd = sorted(trained ^ state.parameters.keys())
         raise CheckpointError(f"{path}: it holds other parameters than this run trains ({len(odd)}, first: {odd[0]})")
-    targets: dict[str, Tensor] = {}
-    for key, shape in stored.items():
-        kind, _, rest = key.partition("/")
-        slot, _, name = rest.partition("/") if kind == "optimizer" else ("", "", rest)
-        parameter = state.parameters.get(name)
-        # beside the moments, which have the parameter's shape, AdamW keeps its step counter, a single number
-        if parameter is None or (shape != parameter.shape and slot != "step"):
-            wanted = "no such parameter" if parameter is None else list(parameter.shape)
-            raise CheckpointError(f"{path}: {key} has shape {list(shape)}, this run has {wanted}")
-        single = slot == "step"
-        targets[key] = (
-            torch.zeros(shape, device=parameter.device) if single else torch.zeros_like(parameter, requires_grad=False)
-        )
+    targets = _targets(path, stored, state)
     try:
         _read(path, targets)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -152,6 +144,34 @@ def load_checkpoint(path: Path, state: TrainState) -> TrainState:
             slot, _, name = rest.partition("/")
             state.optimizer.state[state.parameters[name]][slot] = value
     return TrainState(state.stage, step, state.parameters, state.optimizer)
+
+
+def _targets(path: Path, stored: dict[str, torch.Size], state: TrainState) -> dict[str, Tensor]:
+    """Zeros for every stored tensor, of the shape that it must have here.
+
+    Raises:
+        CheckpointError: a tensor of another shape, or of no use; a parameter with a part of the optimiser's state.
+    """
+    targets: dict[str, Tensor] = {}
+    slots: dict[str, set[str]] = {name: set() for name in state.parameters}
+    for key, shape in stored.items():
+        kind, _, rest = key.partition("/")
+        slot, _, name = rest.partition("/") if kind == "optimizer" else ("", "", rest)
+        parameter = state.parameters.get(name) if kind in ("parameter", "optimizer") else None
+        if parameter is None or (slot and slot not in SLOTS):
+            raise CheckpointError(f"{path}: {key} has shape {list(shape)}, this run has no such parameter")
+        # beside the moments, which have the parameter's shape, AdamW keeps its step counter, a single number
+        wanted = torch.Size() if slot == "step" else parameter.shape
+        if shape != wanted:
+            raise CheckpointError(f"{path}: {key} has shape {list(shape)}, this run has {list(wanted)}")
+        slots[name] |= {slot} - {""}
+        # like the parameter: sharded where it is
+        single = torch.zeros(shape, device=parameter.device) if slot == "step" else None
+        targets[key] = torch.zeros_like(parameter, requires_grad=False) if single is None else single
+    # none at all: a parameter that has had no gradient yet
+    if odd := [name for name, found in slots.items() if len(found) not in (0, len(SLOTS))]:
+        raise CheckpointError(f"{path}: {odd[0]} lacks a part of the optimiser's state ({', '.join(SLOTS)})")
+    return targets
 
 
 def _not_whole(path: Path, error: BaseException) -> CheckpointError:
@@ -186,5 +206,8 @@ def _read(path: Path, targets: dict[str, Tensor]) -> None:
         return
     with safe_open(file, framework="pt") as handle:
         for key, target in targets.items():
-            tensor = handle.get_tensor(key).to(target.device, target.dtype)
+            tensor = handle.get_tensor(key)
+            if tensor.dtype != target.dtype:
+                raise ValueError(f"{key} is stored as {tensor.dtype}, this run has {target.dtype}")
+            tensor = tensor.to(target.device)
             target.copy_(sharded_like(tensor, target))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -38,12 +39,14 @@ from bivec.engine.errors import BivecError, ConfigError, DataError, RunError
 from bivec.engine.fingerprint import model_checksum, tokenizer_checksum
 from bivec.engine.recipe import differences
 from bivec.models.files import write_text_atomic
+from bivec.models.plain_json import parse_json
 
 SLICE_TEXTS = 16384
 SUFFIXES = (".npy", ".parquet")
 DTYPES = ("float32", "float16")
 RESERVE_BYTES = 16 * 2**20  # left free for everything else on the disk
 PATIENCE_SECONDS = 10  # until a network file system shows what rank 0 has made
+ANEW = "damaged, or changed by somebody: begin anew (--overwrite)"
 STATE, VECTORS, DONE = "state.json", "vectors.npy", "done"
 
 
@@ -165,9 +168,40 @@ class _Job:
         """How many texts these slices have."""
         return sum(self.rows(k).stop - self.rows(k).start for k in slices)
 
-    def left(self) -> list[int]:
-        """The slices that are not on the disk."""
-        return np.flatnonzero(np.fromfile(self.folder / DONE, np.uint8) == 0).tolist()
+    def left(self, *, trust_marks: bool = False) -> list[int]:
+        """The slices that are not on the disk: not marked, or, unless marks are trusted, without their last row.
+
+        Raises:
+            RunError: the folder's files are not as :meth:`_begin` and :meth:`write` leave them.
+        """
+        try:
+            done = np.fromfile(self.folder / DONE, np.uint8)
+            with open(self.folder / VECTORS, "rb") as file:
+                head = file.read(len(self._header()))
+                size = os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise RunError(f"{self.folder}: {error.filename} cannot be read ({error.strerror}); {ANEW}") from error
+        if len(done) != self.num_slices or done.max(initial=0) > 1:
+            raise RunError(f"{self.folder / DONE}: not a 0 or 1 for each of {self.num_slices} slices; {ANEW}")
+        if head != self._header() or size != len(head) + self.count * self.row_bytes:
+            raise RunError(
+                f"{self.folder / VECTORS}: not an array [{self.count}, {self.dimension}] {self.dtype}; {ANEW}"
+            )
+        return [k for k in range(self.num_slices) if not done[k] or (not self._is_written(k) and not trust_marks)]
+
+    def _is_written(self, number: int) -> bool:
+        """Whether the last row of a slice is more than the zeros that were reserved; a mark may be damaged."""
+        left_behind = self.count - self.rows(number).stop + 1
+        with open(self.folder / VECTORS, "rb") as file:
+            file.seek(-left_behind * self.row_bytes, os.SEEK_END)
+            return any(file.read(self.row_bytes))
+
+    def _header(self) -> bytes:
+        """Of ``vectors.npy``."""
+        file = io.BytesIO()
+        header = {"descr": np.dtype(self.dtype).str, "fortran_order": False, "shape": (self.count, self.dimension)}
+        np.lib.format.write_array_header_1_0(file, header)
+        return file.getvalue()
 
     def open(self, fingerprint: dict[str, Any], overwrite: bool) -> list[int] | None:
         """Goes on or begins: the slices that are left; None where the file is whole. For one process of all."""
@@ -200,8 +234,7 @@ class _Job:
         self.folder.mkdir()
         with _full_disk_explained(self):
             with open(self.folder / VECTORS, "wb") as file:
-                header = {"descr": np.dtype(self.dtype).str, "fortran_order": False}
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": (self.count, self.dimension)})
+                file.write(self._header())
                 file.flush()
                 _reserve(file.fileno(), file.tell() + self.count * self.row_bytes)
                 os.fsync(file.fileno())
@@ -224,7 +257,7 @@ class _Job:
 
     def finish(self) -> None:
         """Gives the file its name."""
-        if left := self.left():
+        if left := self.left(trust_marks=True):
             raise RunError(f"{self.path}: {len(left)} slices are missing; repeat the command")
         source = self.folder / VECTORS
         if self.path.suffix == ".parquet":
@@ -347,7 +380,7 @@ def _other(place: Path, holds: str, before: Any, now: dict[str, Any]) -> str:
 def _read_json(file: Path) -> Any:
     """Its content; None where there is none, or none that can be read."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_bytes(), allow_nan=False)
     except (OSError, ValueError):
         return None
 

@@ -14,6 +14,7 @@ import gzip
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -33,6 +34,10 @@ BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".p
 HUB_ID = re.compile(
     r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w./-]+))?"
 )  # the id, and the configuration or file behind a colon
+MOST_COLUMNS = 10_000  # pandas and datasets take minutes for ten times as many
+DEEPEST = 200
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+LONGEST_CELL = 2**31 - 1
 TOKENIZE_ROWS = 1000  # rows of one tokenizer call, and of one group of METHOD 3.1
 STS_RANGE = (0.0, 5.0)
 STS_COLUMNS = ("sentence1", "sentence2", "score")
@@ -254,14 +259,16 @@ def load_sts(path: str | Path) -> list[STSPair]:
     delimiter = "\t" if data_suffix(path) == ".tsv" else ","
     columns, width = (0, 1, 2), 3
     pairs: list[STSPair] = []
+    seen = False
     for line, row in csv_rows(path, delimiter):
-        if not pairs and all(name in row for name in STS_COLUMNS):
+        if not seen and all(name in row for name in STS_COLUMNS):
             columns, width = tuple(row.index(name) for name in STS_COLUMNS), len(row)
         elif row:
             if len(row) != width:
                 raise DataError(f"{path}, line {line}: {len(row)} columns instead of {width}; {form}")
             first, second, score = (row[column] for column in columns)
             pairs.append(STSPair(first, second, _score(score, f"{path}, line {line}", form)))
+        seen = seen or bool(row)
     if not pairs:
         raise DataError(f"{path} holds no sentence pairs; {form}")
     return pairs
@@ -269,6 +276,8 @@ def load_sts(path: str | Path) -> list[STSPair]:
 
 def csv_rows(path: Path, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, each with the number of its (last) line."""
+    if csv.field_size_limit() < LONGEST_CELL:  # a limit of the process; Python's own is less than an article
+        csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(decoded_lines(path), delimiter=delimiter, quoting=quoting)
     try:
         for row in reader:
@@ -303,6 +312,8 @@ def decoded_lines(path: Path) -> Iterator[str]:
         with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 text = line.decode("utf-8")
+                if "\0" in text:
+                    raise DataError(f"{path}, line {number}: a NUL character: no text, or UTF-16; save it as UTF-8")
                 yield text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
         raise DataError(
@@ -311,6 +322,8 @@ def decoded_lines(path: Path) -> Iterator[str]:
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip file after line {number} ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _load_lines(path: Path, limit: int | None, drop_empty: bool, hint: str) -> list[str]:
@@ -328,17 +341,58 @@ def _load_lines(path: Path, limit: int | None, drop_empty: bool, hint: str) -> l
 
 def load_table(path: Path, suffix: str, hint: str) -> Dataset:
     """A JSON, CSV or Parquet file as a memory-mapped table."""
+    delimiter = "\t" if suffix == ".tsv" else ","
     # a sum, not any(): all of the file is decoded before datasets sees it
     if suffix != ".parquet" and not sum(bool(line.strip()) for line in decoded_lines(path)):
         raise DataError(f"{path} is empty: {hint}")
+    if BUILDERS[suffix] == "csv":
+        _check_widths(path, delimiter)
+    elif BUILDERS[suffix] == "json":
+        _check_depth(path)
     datasets = _datasets()
     # keep_default_na: pandas would read the texts "None" and "NA" as missing
-    options = {"sep": "\t" if suffix == ".tsv" else ",", "keep_default_na": False} if BUILDERS[suffix] == "csv" else {}
-    file = glob.escape(str(path.resolve()))
+    options = {"sep": delimiter, "keep_default_na": False} if BUILDERS[suffix] == "csv" else {}
     try:
-        return datasets.load_dataset(BUILDERS[suffix], data_files=file, split="train", **options)
+        file = glob.escape(str(path.resolve()))
+        table = datasets.load_dataset(BUILDERS[suffix], data_files=file, split="train", **options)
+        if suffix == ".parquet":
+            table.data.table.validate(full=True)  # strings need not be UTF-8 there
+        return table
     except Exception as error:  # datasets raises whatever its readers raise; the first cause says what is wrong
         raise DataError(f"{path} cannot be read as {suffix[1:]} ({_first_cause(error)}): {hint}") from error
+
+
+def _check_widths(path: Path, delimiter: str) -> None:
+    """Every row has a cell for each column, and no column is there twice: pandas would shift or drop cells silently."""
+    header: list[str] = []
+    for line, row in csv_rows(path, delimiter):
+        if not header:
+            header = row
+            if len(header) > MOST_COLUMNS:
+                raise DataError(
+                    f"{path}, line {line}: {len(header)} columns, more than {MOST_COLUMNS}: no table of texts"
+                )
+            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
+                raise DataError(f"{path}, line {line}: the column {twice[0][:80]!r} is there twice: rename one of them")
+        elif row and len(row) != len(header):
+            raise DataError(
+                f"{path}, line {line}: {len(row)} columns instead of {len(header)}: put a cell that holds the "
+                "separator or a line end in double quotes"
+            )
+
+
+def _check_depth(path: Path) -> None:
+    """No value lies deeper than ``DEEPEST``: pyarrow's parser runs out of its stack, which ends the process."""
+    depth = 0
+    for number, line in enumerate(decoded_lines(path), start=1):
+        brackets = JSON_STRING.sub("", line)
+        opened = brackets.count("[") + brackets.count("{")
+        if opened == brackets.count("]") + brackets.count("}") and depth + opened <= DEEPEST:
+            continue  # as good as every line of a .jsonl
+        for character in brackets:
+            depth += (character in "[{") - (character in "]}")
+            if depth > DEEPEST:
+                raise DataError(f"{path}, line {number}: nested more than {DEEPEST} deep: no table of texts")
 
 
 def load_hub(source: str, split: str, hint: str) -> Dataset:

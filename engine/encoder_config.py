@@ -18,10 +18,12 @@ from bivec.engine.foreign_settings import (
     read_sentence_transformers,
 )
 from bivec.engine.origin import Origin
+from bivec.engine.records import check_types
 from bivec.engine.text_format import TextFormat, expand_template
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import ConfigError
 from bivec.models.gguf import read_header
+from bivec.models.plain_json import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -53,8 +55,8 @@ class EncoderConfig:
     """How texts become vectors; stored beside the weights as ``bivec_config.json``.
 
     Raises:
-        ConfigError: an unknown pooling or similarity, a length below 2, a template that is neither a known name nor has
-            its one ``{text}``.
+        ConfigError: a field of another type, an unknown pooling or similarity, a length below 2, a template that is
+            neither a known name nor has its one ``{text}``.
     """
 
     pooling: str = "mean"  # see POOLINGS; "eos_token" also puts an EOS behind every text
@@ -68,11 +70,15 @@ class EncoderConfig:
     similarity: str = "cosine"  # or "dot": by which the vectors are to be compared
 
     def __post_init__(self) -> None:
+        try:
+            check_types(self)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         if self.pooling not in POOLINGS:
             raise ConfigError(f"pooling {self.pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
         if self.similarity not in SIMILARITIES:
             raise ConfigError(f"similarity {self.similarity!r} is unknown; choose one of {', '.join(SIMILARITIES)}")
-        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
+        if self.max_length < 2:
             raise ConfigError(f"max_length is {self.max_length!r}, expected an integer of at least 2 tokens")
         if self.template is not None:
             object.__setattr__(self, "template", expand_template(self.template))
@@ -174,7 +180,7 @@ def _gguf_encoder_config(file: Path) -> EncoderConfig | None:
     pooling, causal = metadata.get(f"{prefix}.pooling_type"), metadata.get(f"{prefix}.attention.causal")
     try:
         if GGUF_KEY in metadata:
-            return EncoderConfig(**json.loads(metadata[GGUF_KEY]))
+            return EncoderConfig(**parse_json(metadata[GGUF_KEY]))
         if pooling in GGUF_POOLINGS:
             causal = True if causal is None else bool(causal)  # as llama.cpp runs a decoder
             return EncoderConfig(pooling=GGUF_POOLINGS[pooling], causal=causal)
@@ -214,7 +220,7 @@ def stored_origin(folder: Path) -> Origin:
 def _gguf_json(file: Path, key: str) -> Any:
     text = read_header(file).metadata.get(key)
     try:
-        return None if text is None else json.loads(text)
+        return None if text is None else parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{file}: {key} in the metadata is not JSON ({error})") from error
 

@@ -26,6 +26,7 @@ from typing import Any
 from bivec.engine.data import csv_rows, data_suffix, decoded_lines
 from bivec.engine.errors import DataError
 from bivec.engine.triples import Triple
+from bivec.models.plain_json import parse_json
 
 TRIPLE_COLUMNS = ("sent0", "sent1", "hard_neg")  # SimCSE's CSV: one triple a row
 PAIR_COLUMNS = (
@@ -115,9 +116,11 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(decoded_lines(path), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: not JSON that can be read ({error})") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number}: not a JSON object; {FORM}")
             yield number, row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,13 @@ from safetensors.torch import load_file
 
 from bivec.engine.text_format import SLOT
 from bivec.models.errors import ConfigError
+from bivec.models.plain_json import parse_json
 
 MODULES_FILE = "modules.json"
 LENGTH_FILE, PROMPTS_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
 POOLING_PATTERN = "*_Pooling/config.json"
 WEIGHTS_PATTERN = "*_WordWeights/*"
+LONGEST_PATH = 1000  # no file system takes much more
 UNLIMITED = 10**6  # transformers writes 1e30 as the length of a tokenizer that has none
 # their names, with "pooling_mode_" before them as flags or alone in one field -> ours
 POOLINGS = {
@@ -39,7 +40,9 @@ def read_llm2vec(file: Path) -> dict[str, Any]:
     Where LLM2Vec skips the instruction it skips BOS too; else its mean runs over the whole row (METHOD 5.4).
     """
     stored = read_json(file, dict)
-    skip = bool(stored.get("skip_instruction", True))
+    skip = stored.get("skip_instruction", True)
+    if not isinstance(skip, bool):
+        raise ConfigError(f"{file}: skip_instruction is {repr(skip)[:80]}, expected true or false")
     settings = {"pool_bos": not skip, "skip_instruction": skip}
     settings |= {"pooling": stored["pooling_mode"]} if "pooling_mode" in stored else {}
     return settings | ({"max_length": stored["max_length"]} if "max_length" in stored else {})
@@ -61,8 +64,20 @@ def read_sentence_transformers(file: Path) -> dict[str, Any]:
         settings["pool_bos"] = _prefix_counts(modules[WEIGHTS], modules.get(TRANSFORMER, file.parent))
     prompts_file = file.parent / PROMPTS_FILE
     prompts = read_json(prompts_file, dict) if prompts_file.is_file() else {}
-    named = prompts.get("prompts") or {}
-    head = named.get(prompts.get("default_prompt_name"))
+    named, default = prompts.get("prompts") or {}, prompts.get("default_prompt_name")
+    if not isinstance(named, dict) or not isinstance(default, (str, type(None))):
+        raise ConfigError(
+            f"{prompts_file}: prompts and default_prompt_name are {repr(named)[:80]} and {repr(default)[:80]}, "
+            "expected an object of strings and the name of one, or null"
+        )
+    if default is not None and default not in named:
+        raise ConfigError(
+            f"{prompts_file}: default_prompt_name is {default[:80]!r}, which prompts does not have; add it there, or "
+            "set it to null"
+        )
+    head = named.get(default)
+    if not isinstance(head, (str, type(None))):
+        raise ConfigError(f"{prompts_file}: the prompt {default[:80]!r} is {repr(head)[:80]}, expected a string")
     if (
         settings.get("skip_instruction")
         and settings["pooling"] in ("weighted_mean", "bos_token")
@@ -74,7 +89,10 @@ def read_sentence_transformers(file: Path) -> dict[str, Any]:
         )
     if head:  # put before every text
         settings["template"] = f"{head}{SLOT}"
-    similarity = prompts.get("similarity_fn_name") or "cosine"
+    similarity = prompts.get("similarity_fn_name")
+    similarity = "cosine" if similarity is None else similarity
+    if not isinstance(similarity, str):
+        raise ConfigError(f"{prompts_file}: similarity_fn_name is {repr(similarity)[:80]}, expected a string")
     if similarity in SIMILARITIES:  # others are no matter of the vectors
         settings["similarity"] = SIMILARITIES[similarity]
     return settings | _stored_length(modules.get(TRANSFORMER, file.parent))
@@ -89,10 +107,9 @@ def module_folders(file: Path) -> dict[str, Path]:
     """
     kinds: dict[str, Path] = {}
     for module in read_json(file, list):
-        try:
-            path, kind = str(module["path"]), str(module["type"])
-        except (KeyError, TypeError):
-            raise ConfigError(f"{file}: every module needs a type and a path") from None
+        path, kind = (module.get("path"), module.get("type")) if isinstance(module, dict) else (None, None)
+        if not isinstance(path, str) or not isinstance(kind, str):
+            raise ConfigError(f"{file}: every module needs a type and a path, found {repr(module)[:80]}")
         library, _, _ = kind.partition(".")
         name = kind.rpartition(".")[2]
         if library != "sentence_transformers":
@@ -110,6 +127,8 @@ def module_folders(file: Path) -> dict[str, Path]:
 
 def _inside(file: Path, path: str) -> Path:
     folder = file.parent / path
+    if "\0" in path or len(path) > LONGEST_PATH:
+        raise ConfigError(f"{file}: the path {path[:80]!r} can be none")
     if not folder.resolve().is_relative_to(file.parent.resolve()):
         raise ConfigError(f"{file}: the path {path!r} leads out of {file.parent}; nothing there is read")
     return folder
@@ -118,6 +137,9 @@ def _inside(file: Path, path: str) -> Path:
 def _pooling(file: Path) -> dict[str, Any]:
     pooling, prefix = read_json(file, dict), "pooling_mode_"
     modes = [key.removeprefix(prefix) for key, value in pooling.items() if key.startswith(prefix) and value is True]
+    for key, value in pooling.items():
+        if (key.startswith(prefix) or key == "include_prompt") and not isinstance(value, bool):
+            raise ConfigError(f"{file}: {key} is {repr(value)[:80]}, expected true or false")
     modes = modes or [str(pooling.get("pooling_mode"))]
     if len(modes) != 1 or modes[0] not in POOLINGS:
         raise ConfigError(f"{file}: pooling {' + '.join(modes)} is not supported")
@@ -153,7 +175,10 @@ def _prefix_counts(folder: Path, tokenizer: Path) -> bool:
 def _stored_length(folder: Path) -> dict[str, int]:
     """``max_length``, if the folder says it: from version 6 on it is the tokenizer's."""
     own = read_json(folder / LENGTH_FILE, dict) if (folder / LENGTH_FILE).is_file() else {}
-    if own.get("do_lower_case"):
+    lower = own.get("do_lower_case")
+    if not isinstance(lower, (bool, type(None))):
+        raise ConfigError(f"{folder / LENGTH_FILE}: do_lower_case is {repr(lower)[:80]}, expected true or false")
+    if lower:
         raise ConfigError(
             f"{folder / LENGTH_FILE}: do_lower_case is true, which bivec does not do; set it to false there and lower "
             "the case of the texts before you give them"
@@ -165,9 +190,13 @@ def _stored_length(folder: Path) -> dict[str, int]:
             f"{file}: truncation_side is 'left': a long text would lose its beginning, in bivec it loses its end; "
             "write 'right' there if no text is longer than the model takes"
         )
+    if (length := own.get("max_seq_length")) is not None:
+        if type(length) is not int:
+            raise ConfigError(f"{folder / LENGTH_FILE}: max_seq_length is {repr(length)[:80]}, expected an integer")
+        return {"max_length": length}
     length = tokenizer.get("model_max_length")
-    if own.get("max_seq_length") is not None:
-        return {"max_length": own["max_seq_length"]}
+    if isinstance(length, bool) or not isinstance(length, (int, float, type(None))):
+        raise ConfigError(f"{file}: model_max_length is {repr(length)[:80]}, expected a number of tokens")
     return {"max_length": length} if length is not None and length < UNLIMITED else {}
 
 
@@ -178,9 +207,11 @@ def read_json(file: Path, kind: type) -> Any:
         ConfigError: no such file, no JSON, or another kind of value.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes(), allow_nan=False)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ConfigError(f"{file}: not a JSON file ({error})") from error
     if not isinstance(content, kind):

@@ -6,7 +6,6 @@ local folders, which are an adapter with or without a config.json (METHOD 9.2), 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from bivec.engine.recipe import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
 from bivec.models.gguf import find_smollm2
+from bivec.models.plain_json import parse_json
 from bivec.models.weights import CONFIG_FILE as MODEL_CONFIG
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, Checkpoint, resolve_checkpoint
 
@@ -126,6 +126,13 @@ def open_encoder(
             config = stored_encoder_config(folder, checkpoint.config) or config
     add_bos, token = _bos(source, folders)
     words = load_tokenizer(source.tokenizer if tokenizer is None else tokenizer, bos_token=token, add_bos=add_bos)
+    # tokens that somebody added may have no embedding, as long as no text holds them
+    largest = max(words.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
+    if largest >= checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{source.tokenizer if tokenizer is None else tokenizer}: its vocabulary has the token id {largest}, the "
+            f"model {checkpoint.config.vocab_size} embeddings; use the tokenizer of this checkpoint"
+        )
     origin = replace(origin, base_model=origin.base_model or shown_name(source.names[0]))
     return Opened(checkpoint, replace(config, **asked), words, stored_prompts(source.settings), origin, adapter)
 
@@ -220,7 +227,7 @@ def _names(path: str | Path, folder: Path) -> tuple[str, ...]:
 def _json(file: Path) -> Any:
     """A file that may be missing or damaged; whoever needs it complains."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, (dict, list)) else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from bivec.engine.distributed import ALONE, World, whole
 from bivec.kernels import fold_seed, lora_linears
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.files import atomic_directory
+from bivec.models.plain_json import parse_json
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
@@ -307,7 +309,11 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 def adapter_base(directory: str | Path) -> str | None:
     """The base model that an adapter_config.json names; None where it names none."""
-    return _read_adapter_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path") or None
+    file = Path(directory) / "adapter_config.json"
+    name = _read_adapter_json(file).get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise CheckpointError(f"{file}: base_model_name_or_path is {str(name)[:80]!r}, expected a string")
+    return name or None
 
 
 def read_adapter_config(file: Path) -> LoraConfig:
@@ -326,21 +332,29 @@ def read_adapter_config(file: Path) -> LoraConfig:
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias={raw['bias']!r} is not supported, expected 'none'")
     rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)) or not isinstance(targets, list):
-        raise CheckpointError(f"{file}: r={rank!r}, lora_alpha={alpha!r}, target_modules={targets!r} are not usable")
+    dropout = raw.get("lora_dropout")
+    for field, value in (("r", rank), ("lora_alpha", alpha), ("lora_dropout", 0.0 if dropout is None else dropout)):
+        kinds = int if field == "r" else (int, float)
+        # the bound is the largest float: an integer beyond it cannot become one
+        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= sys.float_info.max:
+            raise CheckpointError(f"{file}: {field} is {str(value)[:80]!r}, expected a number")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise CheckpointError(f"{file}: target_modules={repr(targets)[:80]} are not usable, expected a list of names")
     try:
-        return LoraConfig(rank, float(alpha), float(raw.get("lora_dropout") or 0.0), tuple(sorted(targets)))
-    except (TypeError, ValueError) as error:
+        return LoraConfig(rank, float(alpha), float(dropout or 0.0), tuple(sorted(targets)))
+    except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
 def _read_adapter_json(file: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
             f"{file}: no such file; an adapter directory holds it beside adapter_model.safetensors"
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not a JSON file ({error})") from error
     if not isinstance(raw, dict):
@@ -356,7 +370,13 @@ def _read_adapter_tensors(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118  (safe_open has no __iter__)
                 trunk = name.removeprefix(PEFT_PREFIX).removeprefix("model.").replace(".default.weight", ".weight")
+                if trunk in tensors:
+                    raise CheckpointError(f"{file}: {name} and another tensor are both {trunk}; leave one of them out")
                 tensors[trunk] = handle.get_tensor(name)
+                if not tensors[trunk].is_floating_point():
+                    raise CheckpointError(
+                        f"{file}: {name} is stored as {tensors[trunk].dtype}, expected floating point; fetch it again"
+                    )
     except SafetensorError as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}); fetch or write it again") from error
     return tensors

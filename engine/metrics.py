@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from bivec.engine.errors import RunError
+from bivec.engine.records import check_types
 from bivec.engine.trainer import StepMetrics
 from bivec.models.files import write_text_atomic
+from bivec.models.plain_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,14 @@ class StepLog(Generic[Record]):
         """
         if not self.path.is_file():
             return []
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        # not splitlines(), for which U+2028 ends a line too
+        lines = self.path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
         records = []
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(self.record(**json.loads(line)))
+                record = self.record(**parse_json(line))
+                check_types(record)
+                records.append(record)
             except (ValueError, TypeError) as error:
                 if number == len(lines):
                     break

@@ -17,6 +17,7 @@ from bivec.engine.origin import Origin, is_hub_id
 from bivec.engine.sentence_transformers_files import attention_elsewhere
 from bivec.engine.text_format import SLOT
 from bivec.models import DecoderConfig
+from bivec.models.plain_json import parse_json
 
 CARD_FILE = "README.md"
 MARK = "<!-- written by bivec"
@@ -65,7 +66,7 @@ def card_of_run(directory: str | Path) -> ModelCard:
     directory = Path(directory)
     file = directory / "run.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes(), allow_nan=False)
         recipe = content["recipe"]
         stages = [name for name in TRAINED if name in recipe["stages"]]
         data = {name: Path(str(recipe[f"{name}_data"])).name for name in stages if recipe.get(f"{name}_data")}
@@ -76,7 +77,7 @@ def card_of_run(directory: str | Path) -> ModelCard:
         results: list[Mapping[str, Any]] = []
         if results_file.is_file():
             file = results_file
-            results = list(json.loads(file.read_text(encoding="utf-8"))["stages"])
+            results = list(parse_json(file.read_bytes(), allow_nan=False)["stages"])
         return ModelCard(
             data=data,
             hyperparameters=hyperparameters,

@@ -67,13 +67,15 @@ class Origin:
         """
         try:
             adapters = tuple(
-                MergedAdapter(str(one["name"]), str(one["sha256"]), one.get("whole") is True)
-                for one in stored["adapters"]
+                MergedAdapter(one["name"], one["sha256"], one.get("whole", False)) for one in stored["adapters"]
             )
             base = stored["base_model"]
-            return cls(None if base is None else str(base), adapters)
+            told = ["" if base is None else base, *(text for one in adapters for text in (one.name, one.sha256))]
+            if not all(isinstance(text, str) for text in told) or any(type(one.whole) is not bool for one in adapters):
+                raise TypeError("a name that is no string, or whole that is neither true nor false")
+            return cls(base, adapters)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{source}: origin is {stored!r}, not what bivec writes ({error!r})") from None
+            raise ConfigError(f"{source}: origin is {repr(stored)[:200]}, not what bivec writes ({error!r})") from None
 
     def with_adapter(self, folder: str | Path, sha256: str, *, whole: bool = False) -> Origin:
         """With one adapter more, or one stage that trained all weights.

@@ -18,10 +18,12 @@ from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
 from bivec.engine.recipe import Recipe, as_dict, differences
 from bivec.engine.recipe_arguments import RunOptions
+from bivec.engine.records import check_types
 from bivec.engine.report import StageResult
 from bivec.kernels import BackendError
 from bivec.kernels.backend import resolve
 from bivec.models.files import write_text_atomic
+from bivec.models.plain_json import parse_json
 
 RUN_FILE = "run.json"
 TRAINED = ("mntp", "simcse", "supervised")  # stages that train, in their order
@@ -80,9 +82,11 @@ def earlier_run(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
     if not options.resume:
         raise RunError(f"{directory}: holds a run already; give --resume to go on with it, or another --output-dir")
     try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+        earlier = parse_json(file.read_bytes(), allow_nan=False)
         changed = differences(earlier["recipe"], as_dict(recipe))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(earlier.get("data", {}), dict):
+            raise TypeError(f"data is {repr(earlier['data'])[:80]}, expected an object")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file}: not the {RUN_FILE} of a recipe ({error}); choose another --output-dir") from error
     if changed:
         raise RunError(
@@ -160,10 +164,15 @@ def read_results(directory: Path, resume: bool) -> tuple[list[StageResult], floa
     if not (resume and file.is_file()):
         return [], 0.0, 0
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_json(file.read_bytes(), allow_nan=False)
         results = [StageResult(**stage) for stage in raw["stages"]]
-        return results, float(raw["seconds"]), int(raw["peak_memory_bytes"])
-    except (ValueError, KeyError, TypeError) as error:
+        for result in results:
+            check_types(result)
+        seconds, peak = raw["seconds"], raw["peak_memory_bytes"]
+        if type(seconds) not in (int, float) or type(peak) is not int:
+            raise ValueError(f"seconds and peak_memory_bytes are {seconds!r} and {peak!r}, expected numbers")
+        return results, float(seconds), peak
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise RunError(f"{file}: not a results file of this version ({error}); delete it to evaluate again") from error
 
 
@@ -183,7 +192,7 @@ def base_model(model: str) -> str:
     while (place := os.path.realpath(model)) not in met:
         met.add(place)
         try:
-            content = json.loads((Path(model) / RUN_FILE).read_text(encoding="utf-8"))
+            content = parse_json((Path(model) / RUN_FILE).read_bytes())
             model = str(content["recipe"]["model"])
         except (OSError, ValueError, KeyError, TypeError):
             break
@@ -193,7 +202,7 @@ def base_model(model: str) -> str:
 def start_state(model: str, adapters: Sequence[str]) -> str:
     """What has been done to the model before the run: "bi", or what the run that made it and its adapters say."""
     try:
-        content = json.loads((Path(model) / "results.json").read_text(encoding="utf-8"))
+        content = parse_json((Path(model) / "results.json").read_bytes())
         state = str(content["stages"][-1]["stage"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         state = "bi"

@@ -79,23 +79,12 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     processor = SentencePieceProcessor()
     try:
         processor.Load(str(path))
-    except (RuntimeError, OSError) as error:
+        pieces, trainer, normaliser = _model_parts(processor.serialized_model_proto())
+    # a piece that is no UTF-8 is a ValueError, in ours as in SentencePiece
+    except (RuntimeError, OSError, ValueError, KeyError, IndexError, TypeError, struct.error) as error:
         raise CheckpointError(
             f"{path}: not a complete SentencePiece model ({error}); copy or download it again"
         ) from None
-    pieces: list[Piece] = []
-    trainer: dict[int, int | bytes] = {}
-    normaliser: dict[int, int | bytes] = {}
-    # the processor does not tell user-defined pieces, nor its own settings: they are read from the message itself
-    for number, value in _message_fields(processor.serialized_model_proto()):
-        if number == 1:
-            piece = dict(_message_fields(value))
-            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
-        elif number == 2:
-            trainer = dict(_message_fields(value))
-        elif number == 3:
-            normaliser = dict(_message_fields(value))
     model_type = MODEL_TYPES.get(trainer.get(3, 1), "unknown")
     reasons = {
         f"model type {model_type}": model_type != "bpe",
@@ -111,6 +100,27 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
             "converted, give a directory with tokenizer.json instead"
         )
     return SentencePieceModel(path, processor, pieces, bool(normaliser.get(3, 1)), bool(trainer.get(35, 0)))
+
+
+def _model_parts(message: bytes) -> tuple[list[Piece], dict[int, int | bytes], dict[int, int | bytes]]:
+    """Pieces, trainer's and normaliser's fields by number.
+
+    The processor does not tell user-defined pieces, nor its own settings: they are read from the message itself.
+    """
+    pieces: list[Piece] = []
+    trainer: dict[int, int | bytes] = {}
+    normaliser: dict[int, int | bytes] = {}
+    for number, value in _message_fields(message):
+        if number == 1:
+            piece = dict(_message_fields(value))
+            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
+            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
+        elif number == 2:
+            trainer = dict(_message_fields(value))
+        elif number == 3:
+            normaliser = dict(_message_fields(value))
+    str(normaliser.get(1, b""), "utf-8")  # its name, which goes into an error
+    return pieces, trainer, normaliser
 
 
 def _message_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bivec.engine.sentencepiece_bpe import read_sentencepiece, sentencepiece_backend
-from bivec.models.errors import CheckpointError, ConfigError
+from bivec.models.errors import BivecError, CheckpointError, ConfigError
 from bivec.models.gguf import read_header
+from bivec.models.plain_json import parse_json
 from bivec.models.weights import TOKENIZER_PATTERNS, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 DOCUMENT_TOKEN = "<|endoftext|>"  # begins every document in the pretraining of GPT-2-style vocabularies
 BLANK = "_"  # LLM2Vec hides a token behind an underscore: a token of every vocabulary that text seldom uses
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+LARGEST_ID = 2**22  # the largest vocabularies have a quarter of that
 GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4
 # Llama 3 splits contractions, words, up to three digits, punctuation and white space before its merges
 LLAMA3_SPLIT = (
@@ -63,10 +65,25 @@ def load_tokenizer(path: str | Path, *, bos_token: str | None = None, add_bos: b
         others = [name for name in ("tekken.json", "vocab.json") if (path / name).is_file()]
         hint = f"; {others[0]} is not supported, convert it to tokenizer.json" if others else ""
         raise CheckpointError(f"{path}: neither tokenizer.json nor tokenizer.model is there{hint}")
-    if add_bos:
-        settings["bos_token"] = _ensure_bos(backend, settings, bos_token, path)
-    settings["pad_token"] = settings.get("pad_token") or settings.get("eos_token") or settings.get("bos_token")
-    return _wrap(backend, settings)
+    length = settings.get("model_max_length")
+    if isinstance(length, bool) or not isinstance(length, (int, float, type(None))):
+        raise CheckpointError(f"{path}: model_max_length is {repr(length)[:80]}, expected a number of tokens")
+    try:
+        if add_bos:
+            settings["bos_token"] = _ensure_bos(backend, settings, bos_token, path)
+        settings["pad_token"] = settings.get("pad_token") or settings.get("eos_token") or settings.get("bos_token")
+        return _wrap(backend, settings)
+    except BivecError:
+        raise
+    except BaseException as error:
+        if not _of_the_tokenizer(error):
+            raise
+        raise CheckpointError(f"{path}: the tokenizer cannot be used ({error}); download it again") from error
+
+
+def _of_the_tokenizer(error: BaseException) -> bool:
+    """Whether what was raised says that the file is bad: a panic of tokenizers' Rust is not even an Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def prefix_length(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -189,9 +206,13 @@ def _wrap(backend: Tokenizer, settings: dict[str, Any]) -> PreTrainedTokenizerFa
 def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     from transformers import PreTrainedTokenizerFast
 
+    _read_tokenizer_config(path)
+    _check_sizes(path / "tokenizer.json")
     try:
         loaded = PreTrainedTokenizerFast.from_pretrained(path)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
+    except BaseException as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
+        if not _of_the_tokenizer(error):
+            raise
         raise CheckpointError(f"{path}: tokenizer.json cannot be read ({error})") from error
     settings = {name: getattr(loaded, name) for name in SPECIAL_NAMES}
     settings |= {
@@ -202,17 +223,40 @@ def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     return loaded.backend_tokenizer, settings
 
 
+def _check_sizes(file: Path) -> None:
+    """Whether the numbers in a tokenizer.json are no larger than any in use: by them tokenizers reserves memory."""
+    try:
+        rules = json.loads(file.read_bytes())  # not parse_json: large, and its keys are the library's matter
+        vocabulary, padding = rules["model"]["vocab"], rules.get("padding")
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+        strategy = padding["strategy"] if isinstance(padding, dict) else None
+        fixed = strategy.values() if isinstance(strategy, dict) else ()
+        multiple = padding.get("pad_to_multiple_of") if isinstance(padding, dict) else None
+        numbers = [*ids, *(token["id"] for token in rules.get("added_tokens") or ()), *fixed, multiple or 0]
+        largest = max(numbers, default=0)
+        if not 0 <= largest <= LARGEST_ID:
+            raise ValueError(f"the number {str(largest)[:40]} is out of range")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file.parent}: tokenizer.json cannot be read ({error!r}); download it again") from None
+
+
+def _read_tokenizer_config(path: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, nothing where there is none."""
+    file = path / "tokenizer_config.json"
+    try:
+        config = parse_json(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a JSON file ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
 def _from_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     model = read_sentencepiece(path / "tokenizer.model")
     backend = sentencepiece_backend(model.pieces, dummy_prefix=model.dummy_prefix, byte_fallback=model.byte_fallback)
     settings = model.special_tokens()
-    config_file = path / "tokenizer_config.json"
-    if config_file.is_file():
-        try:
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{config_file}: not a JSON file ({error})") from None
-        settings["chat_template"] = config.get("chat_template")
+    settings["chat_template"] = _read_tokenizer_config(path).get("chat_template")
     model.check_same_ids(backend)
     if settings.get("bos_token"):
         # LLaMA and Mistral begin with <s>; the file itself only says which piece it is
@@ -229,20 +273,29 @@ def _from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     kind, pre_tokenizer, tokens = field("model"), field("pre"), field("tokens")
     if not tokens:
         raise CheckpointError(f"{path}: the GGUF file carries no tokenizer (tokenizer.ggml.tokens)")
-    types = field("token_type") or [1] * len(tokens)
+    types, merges, scores = field("token_type") or [1] * len(tokens), field("merges") or [], field("scores")
+    scores = scores or [0.0] * len(tokens)
+    _check_lists(path, tokens, types, merges, scores)
     if kind == "gpt2":
-        backend = _byte_level_backend(path, tokens, types, field("merges") or [], pre_tokenizer)
+        backend = _byte_level_backend(path, tokens, types, merges, pre_tokenizer)
         adds_bos = field("add_bos_token", pre_tokenizer == "llama-bpe")
     elif kind == "llama":
-        pieces = list(zip(tokens, field("scores") or [0.0] * len(tokens), types, strict=True))
+        pieces = list(zip(tokens, scores, types, strict=True))
         backend = sentencepiece_backend(pieces, dummy_prefix=field("add_space_prefix", True), byte_fallback=True)
         adds_bos = field("add_bos_token", True)
     else:
         raise CheckpointError(f"{path}: GGUF tokenizer model {kind!r} is not supported; supported: 'gpt2', 'llama'")
     ids = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding", "mask_token": "mask"}
-    settings: dict[str, Any] = {
-        name: tokens[field(f"{key}_token_id")] for name, key in ids.items() if field(f"{key}_token_id") is not None
-    }
+    settings: dict[str, Any] = {}
+    for name, key in ids.items():
+        number = field(f"{key}_token_id")
+        if number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(tokens):
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.{key}_token_id is {number!r}, the vocabulary has {len(tokens)} tokens"
+            )
+        settings[name] = tokens[number]
     settings["chat_template"] = metadata.get("tokenizer.chat_template")
     settings["model_max_length"] = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if adds_bos and settings.get("bos_token"):
@@ -250,6 +303,20 @@ def _from_gguf(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     if field("add_eos_token", False) and settings.get("eos_token"):
         append_eos(backend, settings["eos_token"], field("eos_token_id"))
     return backend, settings
+
+
+def _check_lists(path: Path, tokens: Any, types: Any, merges: Any, scores: Any) -> None:
+    """Whether a GGUF file's vocabulary is one: lists of one length and the right kinds, no token twice."""
+    kinds = {"tokens": (tokens, str), "token_type": (types, int), "merges": (merges, str), "scores": (scores, float)}
+    for name, (values, kind) in kinds.items():
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise CheckpointError(
+                f"{path}: tokenizer.ggml.{name} is no list of {kind.__name__}; download the file again"
+            )
+        if name != "merges" and len(values) != len(tokens):
+            raise CheckpointError(f"{path}: tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens")
+    if len(set(tokens)) < len(tokens):
+        raise CheckpointError(f"{path}: tokenizer.ggml.tokens holds a token twice; download the file again")
 
 
 def byte_level_splits() -> dict[str, Callable[[], PreTokenizer]]:
@@ -284,7 +351,10 @@ def _byte_level_backend(
         )
     vocabulary = {token: number for number, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = Tokenizer(BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
+    try:
+        backend = Tokenizer(BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # a merge of what is no token
+        raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({error})") from None
     backend.pre_tokenizer = splits[pre]()
     backend.decoder = decoders.ByteLevel()
     if pre == "qwen2":

@@ -36,6 +36,7 @@ import numpy as np
 
 from bivec.engine.data import data_suffix, load_hub, load_table
 from bivec.engine.errors import DataError
+from bivec.models.plain_json import parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -333,13 +334,13 @@ def _records(dataset: Dataset) -> Iterator[dict[str, Any]]:
 def _parse_line(line: bytes) -> Any:
     """The JSON value of a line."""
     try:
-        return json.loads(line.rstrip().decode("utf-8"))
+        return parse_json(line.rstrip())
     except UnicodeDecodeError as error:
         byte = f"byte {error.object[error.start]:#04x} at column {error.start + 1}"
         raise _BadRow(f"not UTF-8 ({byte})") from error
     except json.JSONDecodeError as error:
         raise _BadRow(f"not JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 5,000 brackets
+    except ValueError as error:  # a number of 5,000 digits, 5,000 brackets, a key twice
         raise _BadRow(f"not JSON that can be read ({error})") from error
 
 

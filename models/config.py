@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 from bivec.models.errors import ConfigError
 from bivec.models.families import FAMILIES, Family
+from bivec.models.plain_json import parse_json
 
+LARGEST, MOST_LAYERS = 2**31 - 1, 10_000  # a damaged number must not become a huge list, or a model without end
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 SCORE_SETTINGS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
@@ -94,8 +95,8 @@ class DecoderConfig:
         if not file.is_file():
             raise ConfigError(f"{file}: no such file; a model directory holds a config.json")
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raw = parse_json(file.read_bytes())
+        except ValueError as error:
             raise ConfigError(f"{file}: not a JSON file ({error})") from error
         if not isinstance(raw, dict):
             raise ConfigError(f"{file}: expected a JSON object, found {type(raw).__name__}")
@@ -222,9 +223,11 @@ class _Fields:
         return self.defaults.get(field, default) if value is None else value
 
     def integer(self, field: str, default: int | None = None, least: int = 1) -> int:
-        value = self._value(field, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise self._fail(field, "a positive integer" if least else "an integer of at least 0")
+        value, most = self._value(field, default), MOST_LAYERS if field == "num_hidden_layers" else LARGEST
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            small = isinstance(value, bool) or not isinstance(value, int) or value < least
+            bound = "" if small else f" of at most {most}"
+            raise self._fail(field, ("a positive integer" if least else "an integer of at least 0") + bound)
         return value
 
     def number(self, field: str, default: float | None = None) -> float:
@@ -293,7 +296,8 @@ def _no_rope_layers(fields: _Fields, num_layers: int) -> tuple[int, ...]:
     if given is None:
         interval = fields.integer("no_rope_layer_interval", 4)
         return tuple(int((layer + 1) % interval != 0) for layer in range(num_layers))
-    if not isinstance(given, list) or len(given) < num_layers or any(number not in (0, 1) for number in given):
+    whole = isinstance(given, list) and all(type(number) is int and number in (0, 1) for number in given)
+    if not whole or len(given) < num_layers:
         raise ConfigError(
             f"{fields.source}: no_rope_layers is {given!r}, expected a 0 or 1 for each of {num_layers} layers"
         )

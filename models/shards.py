@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bivec.models.errors import CheckpointError
+from bivec.models.plain_json import parse_json
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 STORED_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -73,10 +73,15 @@ def _weight_files(folder: Path) -> list[Path]:
     index_file, single_file = folder / INDEX_FILE, folder / WEIGHTS_FILE
     if index_file.is_file():
         try:
-            weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index_file}: not a safetensors index ({type(error).__name__}: {error})") from None
+            names = sorted(set(parse_json(index_file.read_bytes())["weight_map"].values()))
+            # a name with a path could lead anywhere on the disk
+            if odd := [name for name in names if not name or Path(name).name != name or "\0" in name]:
+                raise ValueError(f"weight_map names {odd[0][:80]!r}, expected the name of a file beside it")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index_file}: not a safetensors index ({type(error).__name__}: {error}); download it again"
+            ) from None
+        files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(

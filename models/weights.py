@@ -116,6 +116,11 @@ def _open(path: Path) -> _Opened:
         files = {name: str(entry.file) for name, entry in entries.items()}
         tensors = read_stored(entries)
         stored_dtype = entries[EMBEDDING_NAME].dtype if EMBEDDING_NAME in entries else "float32"
+    if config.num_layers > len(shapes):  # before so many are made
+        raise CheckpointError(
+            f"{path}: {len(shapes)} tensors, of a model of {config.num_layers} layers; the checkpoint is incomplete, "
+            "or its configuration is another model's"
+        )
     model = _meta_model(config)
     _check_tensors(model, config, shapes, files)
     return _Opened(config, model, tensors, stored_dtype, HEAD_NAME in shapes)

@@ -21,7 +21,9 @@ from typing import Any
 from bivec.engine.errors import ConfigError
 from bivec.engine.recipe import Recipe
 from bivec.engine.recipe_arguments import OWN_FLAGS
+from bivec.models.plain_json import parse_json
 
+MOST_VALUES = 10_000
 NOT_IN_A_FILE = ("help", "config", "json")
 ON_BAD_LINE = "supervised.on_bad_line"  # has a flag, which would come before --set
 
@@ -38,6 +40,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: a configuration is a .yaml, .yml or .json file")
     try:
         content = readers[path.suffix](path, path.read_text(encoding="utf-8"))
+        if _values(content, {}) > MOST_VALUES:  # of a few aliases YAML can make more than a memory holds
+            raise ConfigError(f"{path}: holds more than {MOST_VALUES} values; write them out")
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deep, or a part of itself") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -76,7 +82,7 @@ def as_flags(path: str | Path, settings: dict[str, Any], parser: argparse.Argume
             words.append(f"--set={key}={_text(value, place)}")
         elif flags[name].nargs == 0:
             if not isinstance(value, bool):
-                raise ConfigError(f"{place} is {value!r}, expected true or false")
+                raise ConfigError(f"{place} is {repr(value)[:80]}, expected true or false")
             words += [f"--{name.replace('_', '-')}"] * value
         elif value is not None:  # null = the default
             words.append(f"--{name.replace('_', '-')}={_text(value, place)}")
@@ -93,6 +99,14 @@ def setting_names(settings: Any, prefix: str = "") -> list[str]:
         elif name != "shape":
             found.append(name)
     return found
+
+
+def _values(part: Any, known: dict[int, int]) -> int:
+    """How many values there are, those of an alias counted at each of its places."""
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    if id(part) not in known or not inner:
+        known[id(part)] = 1 + sum(_values(value, known) for value in inner)
+    return known[id(part)]
 
 
 def _flat(content: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -118,25 +132,20 @@ def _text(value: Any, place: str) -> str:
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list):
+    if isinstance(value, list) and not any(isinstance(item, list) for item in value):
         return ",".join(_text(item, place) for item in value)
     if isinstance(value, (str, int, float)):
         return str(value)
-    raise ConfigError(f"{place} is {value!r}, expected text, a number, true, false or a list of them")
+    raise ConfigError(f"{place} is {repr(value)[:80]}, expected text, a number, true, false or a list of them")
 
 
 def _read_json(path: Path, text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{path}: the key {key!r} is there twice")
-        return dict(pairs)
-
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return parse_json(text, allow_nan=False)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _read_yaml(path: Path, text: str) -> Any:
@@ -156,6 +165,10 @@ def _read_yaml(path: Path, text: str) -> Any:
 
     try:
         return yaml.load(text, Loader) or {}
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # a date with a thirteenth month
+        raise ConfigError(f"{path}: holds a value that YAML cannot read ({error!r})") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}"

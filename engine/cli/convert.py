@@ -100,6 +100,9 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, RunOptions, bool]:
     # these decide what else may be given, and with what default
     told = {name: value for name, value in vars(first).items() if name != "config" and value not in (None, True)}
     settings = ({} if first.config is None else read_config(first.config)) | told
+    for name in ("preset", "model"):
+        if not isinstance(settings.get(name), (str, type(None))):
+            raise ConfigError(f"{first.config}: {name} is {repr(settings[name])[:80]}, expected text; put it in quotes")
     try:
         recipe = _preset(settings.pop("preset", None), settings.get("model"))
         parser = _parser(recipe)

@@ -188,6 +188,11 @@ def edit(path, change):
     save_file(tensors, path / "state.safetensors")
 
 
+def write_state(path, **changes):
+    (path / "state.json").write_text(json.dumps({"stage": "stage", "step": 2} | changes))
+
+
+COUNTER = "optimizer/step/layers.0.w"
 WEIGHT, MOMENT = "parameter/layers.0.w", "optimizer/exp_avg/layers.0.w"
 DAMAGES = {
     "truncated": (lambda p: cut(p, "state.safetensors", -4), "not a whole checkpoint"),
@@ -204,6 +209,18 @@ DAMAGES = {
     ),
     "shape": (lambda p: edit(p, lambda t: t.update({WEIGHT: torch.ones(4)})), r"\[4\], this run has \[3, 2\]"),
     "moment": (lambda p: edit(p, lambda t: t.update({MOMENT: torch.ones(1)})), rf"{MOMENT} has shape \[1\]"),
+    "other step": (lambda p: write_state(p, step=7), "state.json is of stage 'stage', step 7"),
+    "other stage": (lambda p: write_state(p, stage="mntp"), "state.json is of stage 'mntp', step 2"),
+    "step of text": (lambda p: write_state(p, step="2"), "state.json is of stage 'stage', step '2'"),
+    "huge step": (lambda p: (p / "state.json").write_text('{"step": 1e999}'), "Infinity|not a whole checkpoint"),
+    "nested": (lambda p: (p / "state.json").write_text("[" * 100_000), "nested too deep"),
+    "integers": (
+        lambda p: edit(p, lambda t: t.update({WEIGHT: t[WEIGHT].view(torch.int32)})),
+        f"{WEIGHT} is stored as torch.int32",
+    ),
+    "counter": (lambda p: edit(p, lambda t: t.update({COUNTER: torch.ones(2, 2)})), rf"{COUNTER} has shape \[2, 2\]"),
+    "no counter": (lambda p: edit(p, lambda t: t.pop(COUNTER)), "lacks a part of the optimiser's state"),
+    "slot": (lambda p: edit(p, lambda t: t.update({"optimizer/x/layers.0.w": torch.ones(3, 2)})), "no such parameter"),
     "stray": (lambda p: edit(p, lambda t: t.update({"optimizer/exp_avg/x": torch.ones(1)})), "no such parameter"),
 }
 

@@ -233,6 +233,39 @@ def test_another_budget_may_go_on(encoder, texts, whole, tmp_path, monkeypatch):
     assert path.stat().st_size == len(whole[".npy"])
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("done", lambda data: data[:-1], "not a 0 or 1 for each of 4 slices"),  # the last one would be zeros
+        ("done", lambda data: data + b"\1", "not a 0 or 1 for each of 4 slices"),
+        ("done", lambda data: b"\3" + data[1:], "not a 0 or 1 for each of 4 slices"),
+        ("vectors.npy", lambda data: data[:-4], "not an array"),
+        ("vectors.npy", lambda data: data + bytes(64), "not an array"),  # rows would be written to the wrong place
+        ("vectors.npy", lambda data: data.replace(b"<f4", b"<i4"), "not an array"),
+        ("vectors.npy", lambda data: b"", "not an array"),
+    ],
+)
+def test_a_damaged_beginning_is_not_gone_on_with(encoder, texts, whole, tmp_path, monkeypatch, name, change, message):
+    path = tmp_path / "e.npy"
+    stopped(encoder, texts, path, monkeypatch)
+    folder = path.with_name(".e.npy.partial")
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(RunError, match=f"{message}.*begin anew"):
+        encode_corpus(encoder, texts, path, **SETTINGS)
+    encode_corpus(encoder, texts, path, **SETTINGS, overwrite=True)
+    assert path.read_bytes() == whole[".npy"]
+
+
+def test_a_mark_without_rows_does_not_count(encoder, texts, whole, tmp_path, monkeypatch):
+    path = tmp_path / "e.npy"
+    stopped(encoder, texts, path, monkeypatch)
+    marks = path.with_name(".e.npy.partial") / "done"
+    assert sum(marks.read_bytes()) == 2
+    marks.write_bytes(b"\1" * len(marks.read_bytes()))  # the rows of two are the zeros that were reserved
+    encode_corpus(encoder, texts, path, **SETTINGS)
+    assert path.read_bytes() == whole[".npy"]
+
+
 @pytest.mark.parametrize("complete", [False, True])
 def test_never_a_mixture(encoder, tiny_mistral_dir, texts, tmp_path, monkeypatch, complete):
     """Texts, model or settings that differ are refused, named, and leave everything as it was."""

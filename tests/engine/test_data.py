@@ -184,6 +184,67 @@ def test_broken_files(tmp_path):
         load_texts(header_only)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"number,text\n1,a,b\n2,c,d\n", "line 2: 3 columns instead of 2"),  # pandas takes the first for an index
+        (b"number,text\n1,a\n2\n", "line 3: 1 columns instead of 2"),
+        (b"text,text\na,b\n", "line 1: the column 'text' is there twice"),
+        (b"text" + b"," * 200_000 + b"\na\n", "line 1: 200001 columns, more than 10000"),
+        (b"number,text\n" + b"," * 200_000, "line 2: 200001 columns"),  # pandas takes minutes
+        ("number,text\n1,a\n".encode("utf-16-le"), "line 1: a NUL character: no text, or UTF-16"),
+    ],
+)
+def test_tables_that_pandas_would_bend(tmp_path, content, message):
+    (tmp_path / "bad.csv").write_bytes(content)
+    with pytest.raises(DataError, match=rf"bad\.csv, {message}"):
+        load_texts(tmp_path / "bad.csv", column="text")
+
+
+def test_a_cell_may_be_longer_than_the_csv_module_thinks(tmp_path):
+    (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert [len(text) for text in load_texts(tmp_path / "long.csv")] == [200_000]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("brackets", ["[", '{"a":', "[\n"])
+def test_deep_nesting_does_not_end_the_process(tmp_path, name, brackets):
+    """pyarrow's parser runs out of its stack."""
+    content = ('{"text": "a", "more": ' + brackets * 20_000).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError, match=f"{name}.*(nested more than 200 deep|cannot be read)"):
+        load_texts(tmp_path / name)
+
+
+def test_brackets_in_strings_are_no_nesting(tmp_path):
+    rows = [{"text": "[" * 1000 + '\\"' + "{" * 1000}] * 3
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("a.json", "a.jsonl"):
+        assert list(load_texts(tmp_path / name)) == [rows[0]["text"]] * 3
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    (tmp_path / "a.csv").write_text("text,,\na,1,2\n")
+    assert list(load_texts(tmp_path / "a.csv")) == ["a"]
+
+
+def test_parquet_strings_that_are_no_text(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = pa.array([b"fine", b"\xff\xfe"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read as parquet \(ArrowInvalid"):
+        load_texts(tmp_path / "a.parquet")
+
+
+def test_nul_characters_are_named_with_the_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntw\0o\n")
+    with pytest.raises(DataError, match=r"a\.txt, line 2: a NUL character"):
+        load_texts(tmp_path / "a.txt")
+
+
 @pytest.mark.parametrize("source", ["missing.txt", "dir/missing.jsonl.gz", "/no/such/file", "~/nothing/here", "a b"])
 def test_missing_files_never_reach_the_hub(source, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
@@ -306,6 +367,7 @@ def test_sts_forms(tmp_path):
         (b"a,b,1\nc,d,high\n", "line 2: the score is 'high'"),
         (b"a,b,1\n\nc,d\n", "line 3: 2 columns instead of 3"),
         (b"a,b,1\nc,\xff,2\n", "line 2: not UTF-8"),
+        (b"sentence1,sentence2,score\nsentence1,sentence2,score\na,b,1\n", "line 2: the score is 'score'"),
         (b"", "holds no sentence pairs"),
         (b"sentence1,sentence2,score\n", "holds no sentence pairs"),
     ],

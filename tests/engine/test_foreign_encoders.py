@@ -217,6 +217,46 @@ def test_modules_that_are_refused(modules, message, tiny_llama_dir, tmp_path):
             Encoder.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": "true"}', "pooling_mode_mean_tokens is 'true'"),
+        ("1_Pooling/config.json", '{"pooling_mode_mean_tokens": true, "include_prompt": 1}', "include_prompt is 1"),
+        ("1_Pooling/config.json", '{"pooling_mode": "mean", "pooling_mode": "cls"}', "'pooling_mode' is there twice"),
+        ("1_Pooling/config.json", "[" * 100_000, "nested too deep"),
+        ("sentence_bert_config.json", '{"do_lower_case": "no"}', "do_lower_case is 'no', expected true or false"),
+        ("sentence_bert_config.json", '{"max_seq_length": true}', "max_seq_length is True"),
+        ("tokenizer_config.json", '{"model_max_length": "512"}', "model_max_length is '512'"),
+        ("config_sentence_transformers.json", '{"prompts": []}', r"prompts are \[\]"),
+        ("config_sentence_transformers.json", '{"prompts": ["a"]}', r"prompts and default_prompt_name are \['a'\]"),
+        ("config_sentence_transformers.json", '{"default_prompt_name": "q"}', "default_prompt_name is 'q', which"),
+        ("config_sentence_transformers.json", '{"similarity_fn_name": 0}', "similarity_fn_name is 0"),
+        (
+            "config_sentence_transformers.json",
+            '{"prompts": {"q": 5}, "default_prompt_name": "q"}',
+            "the prompt 'q' is 5, expected a string",
+        ),
+    ],
+)
+def test_settings_of_another_type_are_named(file, content, message, tiny_llama_dir, tmp_path):
+    shutil.copytree(tiny_llama_dir, tmp_path / "m")
+    (tmp_path / "m" / "modules.json").write_text(json.dumps([TRANSFORMER, POOLING]))
+    (tmp_path / "m" / "1_Pooling").mkdir()
+    (tmp_path / "m" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (tmp_path / "m" / file).write_text(content)
+    with pytest.raises(BivecError, match=message) as error:
+        Encoder.from_pretrained(tmp_path / "m")
+    assert file in str(error.value)
+
+
+@pytest.mark.parametrize("skip", ['"false"', "0", "null"])
+def test_llm2vecs_flag_is_a_truth_value(skip, tiny_llama_dir, tmp_path):
+    shutil.copytree(tiny_llama_dir, tmp_path / "m")
+    (tmp_path / "m" / "llm2vec_config.json").write_text(f'{{"pooling_mode": "mean", "skip_instruction": {skip}}}')
+    with pytest.raises(ConfigError, match=r"llm2vec_config\.json: skip_instruction is .*, expected true or false"):
+        Encoder.from_pretrained(tmp_path / "m")
+
+
 def test_lower_case_is_refused(tiny_llama_dir, tmp_path):
     shutil.copytree(tiny_llama_dir, tmp_path / "m")
     (tmp_path / "m" / "modules.json").write_text(json.dumps([TRANSFORMER]))

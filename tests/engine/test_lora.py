@@ -222,6 +222,12 @@ def edit_tensors(directory, change):
     save_file(tensors, directory / WEIGHTS)
 
 
+def replace_by_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+PREFIX = "base_model.model."
 NAME = "base_model.model.layers.0.self_attn.q_proj.lora_A.weight"
 DAMAGES = {
     "no config": (lambda d: (d / "adapter_config.json").unlink(), r"adapter_config\.json: no such file"),
@@ -234,6 +240,22 @@ DAMAGES = {
     "rank": (lambda d: edit_config(d, r=0), "rank of at least 1"),
     "regular expression": (lambda d: edit_config(d, target_modules=".*q_proj"), "target_modules='.*' are not usable"),
     "other architecture": (lambda d: edit_config(d, target_modules=["query_key_value"]), "named query_key_value"),
+    "key twice": (lambda d: (d / "adapter_config.json").write_text('{"r": 4, "r": 8}'), "the key 'r' is there twice"),
+    "nested": (lambda d: (d / "adapter_config.json").write_text("[" * 100_000), "nested too deep"),
+    "a folder": (lambda d: replace_by_folder(d / "adapter_config.json"), r"adapter_config\.json: cannot be read"),
+    "rank of true": (lambda d: edit_config(d, r=True), "r is 'True', expected a number"),
+    "alpha of NaN": (lambda d: edit_config(d, lora_alpha=float("nan")), "lora_alpha is 'nan', expected a number"),
+    "alpha too large": (lambda d: edit_config(d, lora_alpha=10**400), "lora_alpha is '1000.*expected a number"),
+    "dropout": (lambda d: edit_config(d, lora_dropout="0.1"), "lora_dropout is '0.1', expected a number"),
+    "base": (lambda d: edit_config(d, base_model_name_or_path=5), "base_model_name_or_path is '5', expected a string"),
+    "integers": (
+        lambda d: edit_tensors(d, lambda t: t.update({NAME: t[NAME].view(torch.int32)})),
+        "is stored as torch.int32, expected floating point",
+    ),
+    "two names of one": (
+        lambda d: edit_tensors(d, lambda t: t.update({NAME.removeprefix(PREFIX): t[NAME].clone()})),
+        "and another tensor are both",
+    ),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), rf"{WEIGHTS}: no such file \(adapters stored as \.bin"),
     "truncated": (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-8]), "not a whole safetensors"),
     "empty": (lambda d: (d / WEIGHTS).write_bytes(b""), "not a whole safetensors"),

@@ -425,6 +425,66 @@ def test_unsupported_gguf_tokenizers_are_named(tmp_path):
         load_tokenizer(write_gguf_tokenizer(tmp_path / "model.gguf", ["a"], [1], model="bert"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rules: rules["model"]["vocab"].update(odd=2**31), "2147483648 is out of range"),  # would take 32 GiB
+        (lambda rules: rules["added_tokens"][0].update(id=-1), "cannot be read"),
+        (lambda rules: rules.update(padding={"strategy": {"Fixed": 2**40}}), "1099511627776 is out of range"),
+        (lambda rules: rules.update(padding={"strategy": {}, "pad_to_multiple_of": 2**40}), "is out of range"),
+        (lambda rules: rules["model"].update(merges=[["no", "token"]]), "cannot be read|cannot be used"),
+        (lambda rules: rules.update(model=5), "cannot be read"),
+    ],
+)
+def test_damaged_rules_are_named(tmp_path, change, message):
+    byte_level_directory(tmp_path, byte_level_backend())
+    rules = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(rules)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "expected a JSON object"), ('{"a": 1, "a": 2}', "the key 'a' is there twice"), ("[" * 100_000, "too deep")],
+)
+def test_damaged_settings_are_named(tmp_path, content, message):
+    byte_level_directory(tmp_path, byte_level_backend())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: .*{message}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"tokens": ["a", "a"], "types": [1, 1]}, "tokens holds a token twice"),
+        ({"tokens": ["a", "b"], "types": [1]}, "token_type has 1 entries for 2 tokens"),
+        ({"tokens": ["a", "b"], "types": [1, 1], "scores": [0.0]}, "scores has 1 entries for 2 tokens"),
+        ({"tokens": ["a", "b"], "types": [1, 1], "merges": ["x y"], "pre": "gpt-2"}, "merges do not fit the tokens"),
+        ({"tokens": ["a", "b"], "types": [1, 1], "bos_token_id": 2}, "bos_token_id is 2, the vocabulary has 2 tokens"),
+        ({"tokens": ["a", "b"], "types": [1, 1], "bos_token_id": True}, "bos_token_id is True"),
+    ],
+)
+def test_a_gguf_vocabulary_that_is_none(tmp_path, lists, message):
+    path = write_gguf_tokenizer(tmp_path / "m.gguf", model="gpt2", **{"pre": "gpt-2", **lists})
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_tokenizer(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["piece", "name"])
+def test_sentencepiece_models_that_are_no_utf8(tmp_path, place):
+    folder = sentencepiece_directory(tmp_path, "v1")
+    data = (folder / "tokenizer.model").read_bytes()
+    old = "▁the".encode() if place == "piece" else b"identity"
+    (folder / "tokenizer.model").write_bytes(data.replace(old, b"\xff" + old[1:], 1))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: not a complete SentencePiece model"):
+        load_tokenizer(folder)
+
+
 @needs_smollm2
 def test_smollm2(tmp_path):
     path = find_smollm2()

@@ -219,6 +219,7 @@ def test_the_text_half_of_a_multimodal_file():
         ("qwen3", {"layer_types": "full_attention"}, "layer_types is 'full_attention'"),
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, r"no_rope_layers is \[1, 0, 1\], expected .* each of 6 layers"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 2, 0, 0]}, "no_rope_layers is"),
+        ("smollm3", {"no_rope_layers": [True, 0, 1, 1, 0, 0]}, "no_rope_layers is"),
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ("gemma2", {"attn_logit_softcapping": -50.0}, r"attn_logit_softcapping is -50\.0, expected a positive number"),
         ("gemma2", {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar is '256'"),

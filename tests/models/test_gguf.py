@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from bivec.models import CheckpointError, ConfigError, DecoderConfig, PackedBatch, load_pretrained
+from bivec.models import BivecError, CheckpointError, ConfigError, DecoderConfig, PackedBatch, load_pretrained
 from bivec.models.gguf import QUICK_START, SMOLLM2_INSTALL, find_smollm2, read_header
 
 gguf = pytest.importorskip("gguf")
@@ -210,6 +210,49 @@ def test_damaged_length_does_not_allocate(llama, tmp_path):
     content[24:32] = (2**62).to_bytes(8, "little")  # the length of the first key
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_header(path)
+
+
+def set_number(path, name, value, width=4, skip=0):
+    """Overwrites a number ``skip`` bytes behind the name of a key (and its type) or of a tensor."""
+    content = bytearray(path.read_bytes())
+    at = content.index(name.encode()) + len(name) + skip
+    content[at : at + width] = value.to_bytes(width, "little")
+    path.write_bytes(content)
+
+
+TENSOR = "blk.1.attn_q.weight"  # behind its name: the number of dimensions, two of them, the type, the offset
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "width", "skip", "message"),
+    [
+        (TENSOR, 2, 4, 20, "begins at byte .* the one before it ends at"),  # the next one: this is Q4_0, and shorter
+        (TENSOR, 0, 8, 24, "begins at byte .* the one before it ends at"),  # in the place of another
+        ("llama.block_count", 2**31, 4, 4, "llama.block_count is 2147483648, expected int from 1 on"),
+        ("llama.block_count", 2**31 - 1, 4, 4, "of a model of 2147483647 layers"),
+        ("llama.attention.head_count", 0, 4, 4, "llama.attention.head_count is 0, expected int from 1 on"),
+        ("llama.rope.freq_base", 0, 4, 4, "llama.rope.freq_base is 0.0, expected float from 1 on"),
+        ("llama.attention.layer_norm_rms_epsilon", 0x7FC00000, 4, 4, "epsilon is nan, expected float"),
+    ],
+)
+def test_damaged_numbers_are_named(llama, tmp_path, name, value, width, skip, message):
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
+    load_pretrained(path)
+    set_number(path, name, value, width, skip)
+    with pytest.raises(BivecError, match=message) as error:
+        load_pretrained(path)
+    assert str(path) in str(error.value)
+
+
+def test_names_are_there_once(llama, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"blk.0.attn_q.weight", b"blk.1.attn_q.weight"))
+    with pytest.raises(CheckpointError, match=r"tensor blk\.1\.attn_q\.weight is there twice"):
+        read_header(path)
+    path.write_bytes(content.replace(b"llama.rope.dimension_count", b"llama.attention.head_count"))
+    with pytest.raises(CheckpointError, match=r"the key 'llama\.attention\.head_count' is there twice"):
         read_header(path)
 
 

@@ -185,6 +185,26 @@ def test_missing_shard_and_damaged_index(tmp_path):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "a\0b", "", 5, ["a"]])
+def test_shards_lie_in_the_folder(tmp_path, name):
+    hf_model().save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"index\.json: not a safetensors index"):
+        load_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(("layers", "error"), [(10_001, ConfigError), (10_000, CheckpointError), (2**31, ConfigError)])
+def test_a_damaged_number_of_layers_makes_no_endless_model(tmp_path, layers, error):
+    hf_model().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "num_hidden_layers": layers}))
+    with pytest.raises(error, match=str(layers)):
+        load_pretrained(tmp_path)
+
+
 def test_pickles_are_refused(saved):
     folder, reference = saved
     (folder / "model.safetensors").unlink()

@@ -141,6 +141,14 @@ def test_which_preset():
         ("seed: [1", "line 1: not YAML"),
         ("- seed", "holds list, expected keys and values"),
         ("seed: !!python/object/apply:os.getpid []", "not YAML"),
+        ("seed: 2020-99-99", "holds a value that YAML cannot read (ValueError"),
+        ("seed: !!bool y", "holds a value that YAML cannot read (KeyError"),
+        ("seed: &a [*a]", "nested too deep, or a part of itself"),
+        ("seed: " + "[" * 5000, "nested too deep"),
+        ("a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), "10000 values"),
+        ("seed: [[1]]", "seed is [[1]], expected text, a number, true, false or a list of them"),
+        ("preset: [paper]", "preset is ['paper'], expected text; put it in quotes"),
+        ("preset: 7", "preset is 7, expected text; put it in quotes"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_file(file, text, message):
