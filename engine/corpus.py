@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -34,7 +35,8 @@ from typing import Any
 import numpy as np
 
 from bivec.engine.distributed import ALONE, World
-from bivec.engine.encoder import Encoder, progress_bar
+from bivec.engine.encoder import Encoder
+from bivec.engine.encoder_inputs import progress_bar
 from bivec.engine.errors import BivecError, ConfigError, DataError, RunError
 from bivec.engine.fingerprint import model_checksum, tokenizer_checksum
 from bivec.engine.recipe import differences
@@ -294,7 +296,8 @@ def _opened(job: _Job, fingerprint: dict[str, Any], overwrite: bool, world: Worl
     """See :meth:`_Job.open`; on every rank, with rank 0's error on all of them."""
     if any(world.sums(float(world.from_main(fingerprint) != fingerprint))):
         raise RunError(f"{job.path}: the processes read different texts or models; give all of them the same")
-    left = problem = None
+    left: list[int] | None = None
+    problem: str | None = None
     if world.is_main:
         try:
             left = job.open(fingerprint, overwrite)
@@ -329,17 +332,18 @@ def _check(
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}, expected at least 1")
+    _check_texts(texts, ids, is_parquet=is_parquet)
+    if is_parquet and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError(f"{path}: Parquet needs the package pyarrow: pip install pyarrow, or give .npy")
+
+
+def _check_texts(texts: Sequence[str], ids: Sequence[str] | None, *, is_parquet: bool) -> None:
     if isinstance(texts, str) or not (hasattr(texts, "__len__") and hasattr(texts, "__getitem__")):
         raise DataError(f"the corpus is {type(texts).__name__}, expected a list of texts, or what load_texts returns")
     if len(texts) == 0:
         raise DataError("the corpus holds no texts")
     if ids is not None and not (is_parquet and len(ids) == len(texts)):
         raise DataError(f"{len(ids)} ids for {len(texts)} texts: as many are needed, and a .parquet file to hold them")
-    if is_parquet:
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError:
-            raise ConfigError(f"{path}: Parquet needs the package pyarrow: pip install pyarrow, or give .npy") from None
 
 
 def _fingerprint(encoder: Encoder, texts: Sequence[str], ids: Sequence[str] | None, slice_texts: int) -> dict[str, Any]:

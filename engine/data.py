@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -62,7 +62,8 @@ class TextColumn(Sequence[str]):
     @overload
     def __getitem__(self, item: slice) -> list[str]: ...
     def __getitem__(self, item: int | slice) -> str | list[str]:
-        return self.dataset[item][self.column]
+        texts: str | list[str] = self.dataset[item][self.column]
+        return texts
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), TOKENIZE_ROWS):
@@ -81,7 +82,8 @@ class BlockDataset:
 
     @property
     def block_size(self) -> int:
-        return self.input_ids.shape[1]
+        """Tokens of a block, special tokens included."""
+        return int(self.input_ids.shape[1])
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class SentenceDataset:
     def __getitem__(self, index: int) -> list[int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sentence {index} of {len(self)}")
-        return self.flat_ids[self.offsets[index] : self.offsets[index + 1]].tolist()
+        ids: list[int] = self.flat_ids[self.offsets[index] : self.offsets[index + 1]].tolist()
+        return ids
 
     @property
     def lengths(self) -> np.ndarray:
@@ -206,10 +209,10 @@ def mntp_blocks(
     rows = TOKENIZE_ROWS if per_block_bos else group_size
     blocks = [np.empty((0, body), np.int32)]
     rest, total = np.empty(0, np.int32), 0
-    for _, ids in _tokenized(texts, tokenizer, rows, add_special_tokens=not per_block_bos):
-        total += len(ids)
-        if per_block_bos:  # the rest of a group goes in front of the next one
-            ids = np.concatenate([rest, ids])
+    for _, found in _tokenized(texts, tokenizer, rows, add_special_tokens=not per_block_bos):
+        total += len(found)
+        # under per_block_bos the rest of a group goes in front of the next one
+        ids = np.concatenate([rest, found]) if per_block_bos else found
         whole = len(ids) // body * body
         blocks.append(ids[:whole].reshape(-1, body))
         rest = ids[whole:]
@@ -257,12 +260,12 @@ def load_sts(path: str | Path) -> list[STSPair]:
     if not path.is_file():
         raise DataError(f"{path} is no file: give a .csv or .tsv file; {form}")
     delimiter = "\t" if data_suffix(path) == ".tsv" else ","
-    columns, width = (0, 1, 2), 3
+    columns, width = [0, 1, 2], 3
     pairs: list[STSPair] = []
     seen = False
     for line, row in csv_rows(path, delimiter):
         if not seen and all(name in row for name in STS_COLUMNS):
-            columns, width = tuple(row.index(name) for name in STS_COLUMNS), len(row)
+            columns, width = [row.index(name) for name in STS_COLUMNS], len(row)
         elif row:
             if len(row) != width:
                 raise DataError(f"{path}, line {line}: {len(row)} columns instead of {width}; {form}")
@@ -274,11 +277,12 @@ def load_sts(path: str | Path) -> list[STSPair]:
     return pairs
 
 
-def csv_rows(path: Path, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV file, each with the number of its (last) line."""
+def csv_rows(path: Path, delimiter: str, *, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file, each with the number of its (last) line; not ``quoted`` = quotes are part of the text."""
     if csv.field_size_limit() < LONGEST_CELL:  # a limit of the process; Python's own is less than an article
         csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader(decoded_lines(path), delimiter=delimiter, quoting=quoting)
+    lines = decoded_lines(path)
+    reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
     try:
         for row in reader:
             yield reader.line_num, row
@@ -357,9 +361,9 @@ def load_table(path: Path, suffix: str, hint: str) -> Dataset:
         table = datasets.load_dataset(BUILDERS[suffix], data_files=file, split="train", **options)
         if suffix == ".parquet":
             table.data.table.validate(full=True)  # strings need not be UTF-8 there
-        return table
     except Exception as error:  # datasets raises whatever its readers raise; the first cause says what is wrong
         raise DataError(f"{path} cannot be read as {suffix[1:]} ({_first_cause(error)}): {hint}") from error
+    return table
 
 
 def _check_widths(path: Path, delimiter: str) -> None:
@@ -413,7 +417,8 @@ def load_hub(source: str, split: str, hint: str) -> Dataset:
         ) from error
 
 
-def _datasets():
+def _datasets() -> Any:
+    """The package ``datasets``, which only tables and the hub need."""
     try:
         import datasets
     except ImportError as error:
@@ -433,14 +438,14 @@ def _text_column(dataset: Dataset, column: str | None, source: str) -> str:
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     if column is None:
         column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column not in strings:
+    if column is None or column not in strings:
         wanted = "none named 'text' and not just one" if column is None else f"{column!r} is not one of them"
         found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise DataError(
             f"{source}: which column holds the texts? Columns of strings: {strings}, {wanted}; all: {found}"
         )
-    nulls = dataset.with_format("arrow")[column]
-    nulls = sum(chunk.null_count for chunk in getattr(nulls, "chunks", [nulls]))
+    values = dataset.with_format("arrow")[column]
+    nulls = sum(chunk.null_count for chunk in getattr(values, "chunks", [values]))
     if nulls:
         raise DataError(f"{source}: {nulls} of {len(dataset)} rows have no value in the column {column!r}")
     return column
@@ -450,7 +455,7 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     marks = encoded["special_tokens_mask"]
-    prefix = encoded["input_ids"][: marks.index(0)]
+    prefix: list[int] = encoded["input_ids"][: marks.index(0)]
     if not prefix:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} puts no BOS in front of a text; give one, --set bos_token=…, or "

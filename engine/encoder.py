@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bivec.engine.encoder_config import POOLINGS, EncoderConfig, text_format
 from bivec.engine.encoder_inputs import as_list, one_ahead, progress_bar, split_pair
@@ -24,9 +24,9 @@ from bivec.engine.layouts import open_encoder
 from bivec.engine.lora import Adapter
 from bivec.engine.origin import Origin, loaded_fingerprint
 from bivec.engine.packing import token_budget_batches
-from bivec.engine.text_format import Prompt, Row, SpanError, encoding_head
+from bivec.engine.text_format import Prompt, Row, RowFormat, SpanError, encoding_head
 from bivec.kernels import segment_pool
-from bivec.models import PackedBatch
+from bivec.models import Llama, PackedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +43,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Llama,
         tokenizer: PreTrainedTokenizerFast,
         config: EncoderConfig | None = None,
         *,
@@ -59,7 +59,7 @@ class Encoder:
         self.config = replace(config, max_length=min(config.max_length, positions))
         self.lm_head_weight = lm_head_weight
         self.prompts, self.adapter, self._origin = dict(prompts or {}), adapter, origin or Origin()
-        self._text_format = text_format(self.config, tokenizer)
+        self._text_format: RowFormat = text_format(self.config, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -137,6 +137,7 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are, and every batch is put."""
         return self.model.embed_tokens.weight.device
 
     @property
@@ -225,7 +226,7 @@ class Encoder:
         tokens_per_batch: int | None = None,
         max_text_length: int | None = None,
         normalize_embeddings: bool | None = None,
-        advance: Callable[[int], object] = lambda count: None,
+        advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Embeds slices of texts that need not all be in memory; a thread reads and tokenises the next one meanwhile.
 
@@ -291,8 +292,9 @@ class Encoder:
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise BivecError(f"text {index} is {type(text).__name__}, expected a str")
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.config.max_length) if texts else {}
-        rows = encoded.get("input_ids", [])
+        rows: list[list[int]] = []
+        if texts:
+            rows = self.tokenizer(texts, truncation=True, max_length=self.config.max_length).input_ids
         result: list[Tensor] = [torch.empty(0)] * len(rows)
         for hidden, cu_seqlens, indices in self.hidden_states(
             rows, batch_size=batch_size, tokens_per_batch=tokens_per_batch, show_progress_bar=show_progress_bar
@@ -410,14 +412,15 @@ class Encoder:
     def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, rows: list[Row]) -> Tensor:
         """[B, D] float32 on the device: every row's span of the packed hidden states."""
         begins = cu_seqlens[:-1].long()
-        return segment_pool(
+        pooled = segment_pool(
             hidden,
             cu_seqlens,
             mode=POOLINGS[self.config.pooling],
             span_starts=begins + self._index([row.start for row in rows]),
             span_ends=begins + self._index([row.end for row in rows]),
             backend=self.backend,
-        ).float()
+        )
+        return pooled.float()
 
     def _index(self, values: list[int]) -> Tensor:
         """int64 on the device; a GPU need not stop for the copy."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
 from bivec.engine.errors import BivecError
 
@@ -14,13 +15,17 @@ Item = TypeVar("Item")
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The items in their order; while the caller works with one, a thread makes the next."""
-    iterator, end = iter(items), object()
+    iterator = iter(items)
+
+    def take() -> list[Item]:
+        return list(islice(iterator, 1))  # none at the end
+
     with ThreadPoolExecutor(max_workers=1) as thread:
-        item = next(iterator, end)
-        while item is not end:
-            following = thread.submit(next, iterator, end)
-            yield item
-            item = following.result()
+        found = take()
+        while found:
+            following = thread.submit(take)
+            yield found[0]
+            found = following.result()
 
 
 @contextmanager
@@ -35,7 +40,12 @@ def progress_bar(
         yield bar.update
 
 
-def as_list(sentences: str | Sequence) -> list:
+def as_list(sentences: str | Iterable[Any]) -> list[Any]:
+    """One text or many, as a list.
+
+    Raises:
+        BivecError: neither.
+    """
     if isinstance(sentences, str):
         return [sentences]
     try:

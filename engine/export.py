@@ -1,5 +1,7 @@
-"""An encoder on the disk as other libraries take it: a folder of sentence-transformers whose root is a plain Hugging
-Face model, with its tokenizer, our own settings and a model card.
+"""An encoder on the disk as other libraries take it.
+
+It is a folder of sentence-transformers whose root is a plain Hugging Face model, with its tokenizer, our own settings
+and a model card.
 """
 
 from __future__ import annotations

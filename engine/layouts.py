@@ -123,7 +123,7 @@ def open_encoder(
             adapter, origin = None, with_it
         names += [str(folder), *([recorded] if recorded else [])]
         if number >= own:
-            config = stored_encoder_config(folder, checkpoint.config) or config
+            config = stored_encoder_config(folder, is_causal=checkpoint.config.is_causal) or config
     add_bos, token = _bos(source, folders)
     words = load_tokenizer(source.tokenizer if tokenizer is None else tokenizer, bos_token=token, add_bos=add_bos)
     # tokens that somebody added may have no embedding, as long as no text holds them
@@ -218,10 +218,9 @@ def _beside(folder: Path, base: str | None) -> str | None:
 
 def _names(path: str | Path, folder: Path) -> tuple[str, ...]:
     """Under which the weights of a folder may be known: as they were asked for, by their config.json, by the run."""
-    names = [str(_json(folder / MODEL_CONFIG).get("_name_or_path") or "")]
-    for place in (folder, folder.parent):
-        names.append(str((_json(place / RUN_FILE).get("recipe") or {}).get("model") or ""))
-    return tuple(dict.fromkeys(name for name in (*names, str(path), folder.name) if name))
+    own = _json(folder / MODEL_CONFIG).get("_name_or_path")
+    of_runs = [(_json(place / RUN_FILE).get("recipe") or {}).get("model") for place in (folder, folder.parent)]
+    return tuple(dict.fromkeys(str(name) for name in (own, *of_runs, path, folder.name) if name))
 
 
 def _json(file: Path) -> Any:

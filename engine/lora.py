@@ -70,6 +70,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
+        """What B A is multiplied by before it is added to the weight."""
         return self.alpha / self.rank
 
 
@@ -93,6 +94,7 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[T, in_features] -> [T, out_features]."""
         return self.project_jointly(x, (self,), None)[0]
 
     @staticmethod
@@ -111,7 +113,7 @@ class LoraLinear(nn.Module):
             config.scaling,
             biases=[layer.base.bias for layer in layers],
             dropout_p=dropout_p,
-            seed=fold_seed(noise.seed, layers[0].site) if dropout_p else None,
+            seed=None if noise.seed is None or not dropout_p else fold_seed(noise.seed, layers[0].site),
             token_ids=noise.token_ids if dropout_p else None,
             backend=backend,
         )
@@ -172,7 +174,7 @@ class Adapter:
         directory: str | Path,
         base_model_name: str,
         world: World = ALONE,
-        write_more: Callable[[Path], object] = lambda folder: None,
+        write_more: Callable[[Path], object] = lambda _: None,
     ) -> None:
         """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT reads them.
 
@@ -317,6 +319,11 @@ def adapter_base(directory: str | Path) -> str | None:
 
 
 def read_adapter_config(file: Path) -> LoraConfig:
+    """The settings in an adapter_config.json of PEFT.
+
+    Raises:
+        CheckpointError: as :func:`load_adapter`.
+    """
     raw = _read_adapter_json(file)
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
@@ -331,19 +338,24 @@ def read_adapter_config(file: Path) -> LoraConfig:
         )
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias={raw['bias']!r} is not supported, expected 'none'")
-    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    dropout = raw.get("lora_dropout")
-    for field, value in (("r", rank), ("lora_alpha", alpha), ("lora_dropout", 0.0 if dropout is None else dropout)):
-        kinds = int if field == "r" else (int, float)
-        # the bound is the largest float: an integer beyond it cannot become one
-        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= sys.float_info.max:
-            raise CheckpointError(f"{file}: {field} is {str(value)[:80]!r}, expected a number")
+    rank, targets = raw.get("r"), raw.get("target_modules")
+    if type(rank) is not int or abs(rank) > sys.float_info.max:  # the scaling is divided by it
+        raise CheckpointError(f"{file}: r is {str(rank)[:80]!r}, expected a number")
+    alpha, dropout = _number(file, "lora_alpha", raw.get("lora_alpha")), raw.get("lora_dropout")
+    dropout = 0.0 if dropout is None else _number(file, "lora_dropout", dropout)
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"{file}: target_modules={repr(targets)[:80]} are not usable, expected a list of names")
     try:
-        return LoraConfig(rank, float(alpha), float(dropout or 0.0), tuple(sorted(targets)))
+        return LoraConfig(rank, alpha, dropout, tuple(sorted(targets)))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _number(file: Path, field: str, value: object) -> float:
+    # the bound is the largest float: an integer beyond it cannot become one
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise CheckpointError(f"{file}: {field} is {str(value)[:80]!r}, expected a number")
+    return float(value)
 
 
 def _read_adapter_json(file: Path) -> dict[str, Any]:

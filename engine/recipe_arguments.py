@@ -233,8 +233,8 @@ def apply_arguments(recipe: Recipe, given: argparse.Namespace) -> tuple[Recipe, 
     recipe = replace(recipe, **flags | {"stages": stages, "adapters": adapters})
     recipe = replace(recipe, supervised=replace(recipe.supervised, on_bad_line=given.on_bad_line))
     if "supervised" not in recipe.stages and given.supervised_data != before.supervised_data:
-        stages = ",".join([*recipe.stages, "supervised"])
-        raise RunError(f"--supervised-data {given.supervised_data}: is not read without --stages {stages}")
+        needed = ",".join([*recipe.stages, "supervised"])
+        raise RunError(f"--supervised-data {given.supervised_data}: is not read without --stages {needed}")
     if given.smoke:
         recipe = smoke(recipe)
     if given.full_eval:
@@ -285,7 +285,7 @@ def _assign(settings: Any, path: list[str], text: str, key: str) -> Any:
         return replace(settings, **{name: _assign(current, path[1:], text, key)})
     if is_dataclass(current):
         raise RunError(f"--set {key}: give one of its parts: {', '.join(f.name for f in fields(current))}")
-    return replace(settings, **{name: _parse(text, known[name].type, key)})
+    return replace(settings, **{name: _parse(text, str(known[name].type), key)})
 
 
 def _parse(text: str, annotation: str, key: str) -> Any:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 CAUSAL, BIDIRECTIONAL = "#9aa5b1", "#2f6fb5"
 
@@ -18,7 +18,8 @@ class StageResult:
     sts_dev_spearman: float
     sts_test_spearman: float | None = None  # read at the end of the run
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """As ``results.json`` holds it."""
         return asdict(self)
 
 
@@ -82,6 +83,6 @@ def draw_results(
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,7 +117,7 @@ class JsonLines:
         self.path = path
         self.offsets = offsets  # [rows + 1] int64: the start of every row, and the end of the last
         self.size = size  # of the file, in bytes
-        self._file = None
+        self._file: FileIO | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -125,7 +126,7 @@ class JsonLines:
         start, end = self.offsets[number : number + 2].tolist()
         try:
             if self._file is None:
-                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - kept open for the next rows
+                self._file = self.path.open("rb", buffering=0)  # kept open for the next rows
             size = os.fstat(self._file.fileno()).st_size
             line = os.pread(self._file.fileno(), end - start, start)
         except OSError as error:
@@ -147,7 +148,8 @@ class TripleSet(Sequence[Triple]):
     """
 
     def __init__(self, source: Source, records: JsonLines | Dataset, skipped: Sequence[int], checksum: int) -> None:
-        """
+        """Of a source that was checked.
+
         Args:
             source: where the rows come from.
             records: all rows of the source.
@@ -164,7 +166,8 @@ class TripleSet(Sequence[Triple]):
     def __len__(self) -> int:
         return len(self._records) - self.bad_lines
 
-    def __getitem__(self, row: int) -> Triple:
+    # one row at a time: a slice of a million triples would read all of them
+    def __getitem__(self, row: int) -> Triple:  # type: ignore[override]
         row = operator.index(row)
         if not 0 <= row < len(self):
             raise IndexError(f"triple {row} of {len(self)} of {self.name}")
@@ -285,7 +288,7 @@ def _load_lines(source: Source, path: Path, on_bad_line: OnBadLine, limit: int |
     bad, offsets, checksum, start = _BadRows(on_bad_line), array("q"), 0, 0
     size = path.stat().st_size
     options = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False, "disable": None}
-    with open(path, "rb") as file, tqdm(total=size, desc=f"checking {path.name}", **options) as progress:
+    with path.open("rb") as file, tqdm(total=size, desc=f"checking {path.name}", **options) as progress:
         for line_number, line in enumerate(file, start=1):
             content = line.removeprefix(BYTE_ORDER_MARK) if line_number == 1 else line
             if content.strip():

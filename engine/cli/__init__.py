@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from bivec import __version__
 from bivec.engine.cli.output import explained, say
@@ -54,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     name = parser.parse_args(words[:1]).command
-    command = import_module(f"bivec.engine.cli.{COMMANDS[name][0]}")
+    command: Callable[[Sequence[str]], int] = import_module(f"bivec.engine.cli.{COMMANDS[name][0]}").main
     try:
-        return command.main(words[1:])
+        return command(words[1:])
     except KeyboardInterrupt:
         say("stopped")
         return STOPPED
     except BrokenPipeError:  # whoever read the results has gone, as `head` does
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for what Python still flushes at its end
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for what Python still flushes at its end
         return FAILED
     except Exception as error:
         reason = explained(error)

@@ -7,7 +7,6 @@ Every part gives a table in Markdown and the figures behind it, may draw a plot,
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -145,7 +144,11 @@ class Study:
         data = select_word_data(shipped_word_data(self.data), TASKS, sentences=self.sentences)
         variants = run_variants(self.run)
         as_paper = {one.name: read_as_paper(one.name) for one in variants}
-        options = {"config": PRESETS[self.probe], "seeds": self.seeds, "cache_dir": self.output / "features"}
+        options: dict[str, Any] = {
+            "config": PRESETS[self.probe],
+            "seeds": self.seeds,
+            "cache_dir": self.output / "features",
+        }
 
         def make() -> dict[str, Any]:
             scores: list[WordScore] = []
@@ -213,14 +216,20 @@ class Study:
         """What the study leaves out or cuts short."""
         return [
             f"STS-B test: {'all' if self.pairs is None else f'the first {self.pairs}'} pairs.",
-            f"Words: {'all' if self.sentences is None else f'the first {self.sentences}'} sentences of every corpus "
-            "that ships.",
-            "Probes for POS and chunking are trained on the dev set of UD-EWT, which ships as training data, for NER "
-            "on WNUT-17 train.",
+            (
+                f"Words: {'all' if self.sentences is None else f'the first {self.sentences}'} sentences of every corpus "
+                "that ships."
+            ),
+            (
+                "Probes for POS and chunking are trained on the dev set of UD-EWT, which ships as training data, for NER "
+                "on WNUT-17 train."
+            ),
             "MTEB tasks: with an instruction, but for MiniLM, which was trained without any.",
             "SimCSE's baselines are trained with the run's hyper-parameters and seed, one run each.",
-            "Paper: 15 or 56 MTEB tasks, models of 1.3 to 8 billion parameters; figures are to be compared in their "
-            "order, not in their size.",
+            (
+                "Paper: 15 or 56 MTEB tasks, models of 1.3 to 8 billion parameters; figures are to be compared in their "
+                "order, not in their size."
+            ),
         ]
 
     def _baseline(self, name: str) -> Path:
@@ -232,10 +241,11 @@ class Study:
             identity = json.loads(self._baseline(name).with_suffix(".json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return identity == self._identity(name)
+        return bool(identity == self._identity(name))
 
     def _identity(self, name: str) -> dict[str, Any]:
-        return json.loads(json.dumps({"run": fingerprint(self.run), "flags": self._flags(name)}))
+        plain: dict[str, Any] = json.loads(json.dumps({"run": fingerprint(self.run), "flags": self._flags(name)}))
+        return plain
 
     def _flags(self, name: str) -> list[str]:
         """The run's own hyper-parameters, where a smoke test is not enough."""
@@ -263,7 +273,7 @@ class Study:
         command = [sys.executable, str(self.recipe), *self._flags(name), "--output-dir", str(directory), *resume]
         if subprocess.run(command, check=False).returncode:
             raise RunError(f"training the baseline {name} failed (its error is above): {shlex.join(command)}")
-        os.replace(begun, directory.with_suffix(".json"))
+        begun.replace(directory.with_suffix(".json"))
 
 
 def _settings(prefix: str, values: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from datetime import date
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def study_report(run: str, parts: Mapping[str, Part], images: Sequence[str], not
     lines = [
         f"# The paper's evaluations on {run}",
         "",
-        f"{date.today().isoformat()}, {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{datetime.now().astimezone().date().isoformat()}, {platform.machine()}, {torch.get_num_threads()} threads, "
         + ", ".join(f"{name} {_version(name)}" for name in ("bivec", "torch", "transformers", "mteb"))
         + ". Uni: the decoder's own causal mask; Bi: bidirectional attention, no training.",
         "",
@@ -73,8 +73,10 @@ def study_report(run: str, parts: Mapping[str, Part], images: Sequence[str], not
         "",
         "## Which trends of the paper hold here",
         "",
-        f"Of {len(trends)} claims {count[HOLDS]} hold and {count[FAILS]} do not; the rest is within the noise of one "
-        "seed or was not measured.",
+        (
+            f"Of {len(trends)} claims {count[HOLDS]} hold and {count[FAILS]} do not; the rest is within the noise of one "
+            "seed or was not measured."
+        ),
         "",
         trends_table(trends),
     ]
