@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bivec.engine.data import csv_rows, data_suffix, decoded_lines
+from bivec.engine.data_files import csv_rows, data_suffix, decoded_lines
 from bivec.engine.errors import DataError
 from bivec.engine.triples import Triple
 from bivec.models.plain_json import parse_json

@@ -130,33 +130,31 @@ def load_inputs(recipe: Recipe) -> Inputs:
     prefer_offline(model + [source for stage, source in sources.items() if stage in recipe.stages])
     problems = _Problems()
     decoder = _open_decoder(problems, recipe)
-    config = None if decoder is None else decoder.config
-    masking = mntp_texts = simcse_texts = triples = None
-    for stage, key in (("mntp", "sequence_length"), ("simcse", "max_length"), ("supervised", "max_length")):
-        if stage in recipe.stages and config is not None:
-            _check_length(problems, f"{stage}.{key}", getattr(getattr(recipe, stage), key), config)
-    if "mntp" in recipe.stages:
-        if decoder is not None:
-            masking = problems.attempt("--set mntp.mask_token", partial(_masking, recipe, decoder))
-        mntp_texts = problems.attempt(MNTP_FLAG, partial(_texts, recipe, "mntp"))
-    if "simcse" in recipe.stages:
-        simcse_texts = problems.attempt(SIMCSE_FLAG, partial(_texts, recipe, "simcse"))
+    masking = triples = None
+    if "mntp" in recipe.stages and decoder is not None:
+        masking = problems.attempt("--set mntp.mask_token", partial(_masking, recipe, decoder))
+    texts = {
+        stage: problems.attempt(flag, partial(_texts, recipe, stage))
+        for stage, flag in (("mntp", MNTP_FLAG), ("simcse", SIMCSE_FLAG))
+        if stage in recipe.stages
+    }
     if "supervised" in recipe.stages:
         triples = problems.attempt(SUPERVISED_FLAG, partial(_triples, recipe))
-        _check_supervised(problems, recipe, config)
+        _check_supervised(problems, recipe)
     for adapter in recipe.adapters:
         problems.attempt("--adapters", partial(_check_adapter, adapter))
-    sts: dict[str, list[STSPair]] = {}
-    for split, source in (("dev", recipe.sts_dev), ("test", recipe.sts_test)):
-        pairs = problems.attempt(f"--sts-{split}", partial(_sts_pairs, source, recipe.eval_pairs))
-        sts |= {} if pairs is None else {split: pairs}
+    sts = {
+        split: pairs
+        for split, source in (("dev", recipe.sts_dev), ("test", recipe.sts_test))
+        if (pairs := problems.attempt(f"--sts-{split}", partial(_sts_pairs, source, recipe.eval_pairs))) is not None
+    }
     if decoder is None or problems.found:
         raise problems.error()
     blocks = sentences = None
-    if mntp_texts is not None:
-        blocks = problems.attempt(MNTP_FLAG, partial(_blocks, recipe, decoder, mntp_texts))
-    if simcse_texts is not None:
-        sentences = problems.attempt(SIMCSE_FLAG, partial(_sentences, recipe, decoder, simcse_texts))
+    if (rows := texts.get("mntp")) is not None:
+        blocks = problems.attempt(MNTP_FLAG, partial(_blocks, recipe, decoder, rows))
+    if (rows := texts.get("simcse")) is not None:
+        sentences = problems.attempt(SIMCSE_FLAG, partial(_sentences, recipe, decoder, rows))
     if problems.found:
         raise problems.error()
     return Inputs(decoder.config, decoder.path, decoder.tokenizer, masking, blocks, sentences, sts, triples)
@@ -176,6 +174,8 @@ def _open_decoder(problems: _Problems, recipe: Recipe) -> _Decoder | None:
     if path is None:
         return None
     config = problems.attempt(MODEL_FLAG, partial(_checked_config, recipe, path))
+    if config is not None:
+        _check_sizes(problems, recipe, config)
     tokenizer = problems.attempt(MODEL_FLAG, partial(_tokenizer, recipe, path))
     return None if config is None or tokenizer is None else _Decoder(path, config, tokenizer)
 
@@ -185,11 +185,19 @@ def _tokenizer(recipe: Recipe, path: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(path, bos_token=recipe.bos_token, add_bos=add_bos)
 
 
-def _check_supervised(problems: _Problems, recipe: Recipe, config: DecoderConfig | None) -> None:
-    """The settings of the supervised stage that depend on the model or on other files."""
+def _check_sizes(problems: _Problems, recipe: Recipe, config: DecoderConfig) -> None:
+    """The settings of the stages that a model may be too small for."""
+    for stage, key in (("mntp", "sequence_length"), ("simcse", "max_length"), ("supervised", "max_length")):
+        if stage in recipe.stages:
+            _check_length(problems, f"{stage}.{key}", getattr(getattr(recipe, stage), key), config)
+    if "supervised" in recipe.stages:
+        dims = recipe.supervised.matryoshka_dims
+        problems.attempt("--set supervised.matryoshka_dims", partial(_check_dims, dims, config))
+
+
+def _check_supervised(problems: _Problems, recipe: Recipe) -> None:
+    """The settings of the supervised stage that name a template or an adapter."""
     stage = recipe.supervised
-    if config is not None:
-        problems.attempt("--set supervised.matryoshka_dims", partial(_check_dims, stage.matryoshka_dims, config))
     template = None if stage.template == "auto" else stage.template
     problems.attempt("--set supervised.template", partial(resolve_template, template, ""))
     start = stage.init_adapter

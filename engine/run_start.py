@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 
 from bivec.engine.distributed import ALONE, World, launched, process_group
 from bivec.engine.errors import BivecError, RunError

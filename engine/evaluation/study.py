@@ -217,18 +217,18 @@ class Study:
         return [
             f"STS-B test: {'all' if self.pairs is None else f'the first {self.pairs}'} pairs.",
             (
-                f"Words: {'all' if self.sentences is None else f'the first {self.sentences}'} sentences of every corpus "
-                "that ships."
+                f"Words: {'all' if self.sentences is None else f'the first {self.sentences}'} sentences of every "
+                "corpus that ships."
             ),
             (
-                "Probes for POS and chunking are trained on the dev set of UD-EWT, which ships as training data, for NER "
-                "on WNUT-17 train."
+                "Probes for POS and chunking are trained on the dev set of UD-EWT, which ships as training data, for "
+                "NER on WNUT-17 train."
             ),
             "MTEB tasks: with an instruction, but for MiniLM, which was trained without any.",
             "SimCSE's baselines are trained with the run's hyper-parameters and seed, one run each.",
             (
-                "Paper: 15 or 56 MTEB tasks, models of 1.3 to 8 billion parameters; figures are to be compared in their "
-                "order, not in their size."
+                "Paper: 15 or 56 MTEB tasks, models of 1.3 to 8 billion parameters; figures are to be compared in "
+                "their order, not in their size."
             ),
         ]
 

@@ -74,8 +74,8 @@ def study_report(run: str, parts: Mapping[str, Part], images: Sequence[str], not
         "## Which trends of the paper hold here",
         "",
         (
-            f"Of {len(trends)} claims {count[HOLDS]} hold and {count[FAILS]} do not; the rest is within the noise of one "
-            "seed or was not measured."
+            f"Of {len(trends)} claims {count[HOLDS]} hold and {count[FAILS]} do not; the rest is within the noise of "
+            "one seed or was not measured."
         ),
         "",
         trends_table(trends),

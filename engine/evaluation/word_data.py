@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bivec.engine.data import decoded_lines
+from bivec.engine.data_files import decoded_lines
 from bivec.engine.errors import DataError
 from bivec.engine.evaluation.chunks import Token, base_phrases
 
