@@ -3,6 +3,8 @@
 Texts are tokenised (of long lists by a thread, while those before are encoded), sorted by token length, packed by a
 token budget, run without padding and pooled over spans of the packed hidden states, so neither the batch size nor the
 order changes a vector beyond rounding (METHOD 11: padded bf16 batches of the original did).
+
+The one class of the package that everybody meets is stated in one place; most of its lines say what its arguments mean.
 """
 
 from __future__ import annotations
@@ -18,13 +20,12 @@ import torch
 from torch import Tensor
 
 from bivec.engine.encoder_config import POOLINGS, EncoderConfig, text_format
-from bivec.engine.encoder_inputs import as_list, one_ahead, progress_bar, split_pair
-from bivec.engine.errors import BivecError
+from bivec.engine.encoder_inputs import as_list, as_texts, one_ahead, progress_bar, split_pair, text_head
 from bivec.engine.layouts import open_encoder
 from bivec.engine.lora import Adapter
 from bivec.engine.origin import Origin, loaded_fingerprint
 from bivec.engine.packing import token_budget_batches
-from bivec.engine.text_format import Prompt, Row, RowFormat, SpanError, encoding_head
+from bivec.engine.text_format import Row, RowFormat, SpanError, encoding_head
 from bivec.kernels import segment_pool
 from bivec.models import Llama, PackedBatch
 
@@ -209,14 +210,7 @@ class Encoder:
         Raises:
             BivecError: an unknown name, or more than one argument.
         """
-        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
-            raise BivecError("give one of instruction, prompt and prompt_name")
-        if prompt_name is not None:
-            if prompt_name not in self.prompts:
-                names = ", ".join(self.prompts) or "none"
-                raise BivecError(f"prompt_name {prompt_name!r} is unknown; the encoder has {names}")
-            prompt = self.prompts[prompt_name]
-        return instruction or "" if prompt is None else Prompt(prompt)
+        return text_head(self.prompts, instruction, prompt, prompt_name)
 
     def embed_slices(
         self,
@@ -287,11 +281,7 @@ class Encoder:
         Raises:
             BivecError: an input that is not a text.
         """
-        single = isinstance(sentences, str)
-        texts = as_list(sentences)
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise BivecError(f"text {index} is {type(text).__name__}, expected a str")
+        single, texts = isinstance(sentences, str), as_texts(sentences)
         rows: list[list[int]] = []
         if texts:
             rows = self.tokenizer(texts, truncation=True, max_length=self.config.max_length).input_ids

@@ -214,6 +214,7 @@ class Run:
         stage, sentences = self.recipe.simcse, self.inputs.sentences
         if sentences is None:
             return
+        pools_first = self.pool_bos or stage.pooling == "bos_token"  # the special tokens in front
         objective = partial(
             SimcseObjective,
             sentences=sentences,
@@ -223,7 +224,7 @@ class Run:
             scale=stage.scale,
             pooling=POOLINGS[stage.pooling],
             causal=stage.causal,
-            skip_prefix=0 if self._pools_first(stage.pooling) else prefix_length(self.inputs.tokenizer),
+            skip_prefix=0 if pools_first else prefix_length(self.inputs.tokenizer),
             attention_dropout=stage.attention_dropout,
             backend=self.options.backend,
             **{"micro_batch_tokens": stage.micro_batch_tokens} | self.cuts.get("simcse", {}),
@@ -371,10 +372,6 @@ class Run:
             rules |= {"pool_tail": trained.pool_tail, "template": self.template}
         asked = {"pooling": pooling, "causal": causal}
         return EncoderConfig(**rules | {name: value for name, value in asked.items() if value is not None})
-
-    def _pools_first(self, pooling: str) -> bool:
-        """Whether SimCSE pools the special tokens in front."""
-        return self.pool_bos or pooling == "bos_token"
 
     def _encoder(self, config: EncoderConfig) -> Encoder:
         """The model as it stands."""
