@@ -14,8 +14,23 @@ from torch import Tensor, nn
 
 from bivec.kernels import geglu
 from bivec.models.config import DecoderConfig
+from bivec.models.families import Family, register
 from bivec.models.llama import MLP, AttentionContext, DecoderLayer, Llama, RMSNorm, StreamAndUpdate
 from bivec.models.qwen import NormedAttention
+
+GELU = "gelu_pytorch_tanh"
+GEMMA_DEFAULTS = {
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+GEMMA2_DEFAULTS = {**GEMMA_DEFAULTS, "num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+GEMMA2_READS = frozenset(
+    {"attention_bias", "sliding_window", "layer_types", "query_pre_attn_scalar", "final_logit_softcapping"}
+)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -53,13 +68,60 @@ class Gemma3Layer(Gemma2Layer):
     attention = NormedAttention
 
 
+@register(
+    "gemma",
+    Family(
+        "GemmaModel",
+        "GemmaForCausalLM",
+        reads=frozenset({"attention_bias"}),
+        defaults={**GEMMA_DEFAULTS, "num_key_value_heads": 16},
+        activations=(GELU, "gelu"),  # the first release wrote "gelu" and meant the tanh form
+        norm_offset=1.0,
+    ),
+)
 class Gemma(Llama):
     embedding, decoder_layer = ScaledEmbedding, GemmaLayer
 
 
+@register(
+    "gemma2",
+    Family(
+        "Gemma2Model",
+        "Gemma2ForCausalLM",
+        reads=GEMMA2_READS | {"attn_logit_softcapping"},
+        defaults={**GEMMA2_DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        activations=(GELU,),
+        activation_field="hidden_activation",
+        layer_norms=4,
+        norm_offset=1.0,
+    ),
+)
 class Gemma2(Gemma):
     decoder_layer = Gemma2Layer
 
 
+@register(
+    "gemma3_text",
+    Family(
+        "Gemma3TextModel",
+        "Gemma3ForCausalLM",
+        # transformers' Gemma 3 does not cap attention scores, whatever the file says
+        reads=GEMMA2_READS | {"rope_local_base_freq", "use_bidirectional_attention"},
+        defaults={
+            **GEMMA2_DEFAULTS,
+            # the text_config of a multimodal checkpoint states little
+            "vocab_size": 262208,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+        },
+        activations=(GELU,),
+        activation_field="hidden_activation",
+        qk_norm=True,
+        layer_norms=4,
+        norm_offset=1.0,
+    ),
+)
 class Gemma3(Gemma):
     decoder_layer = Gemma3Layer

@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bivec.kernels import AttentionPlan, apply_rotary, attention_plan, flash_attention, fold_seed, rms_norm, swiglu
 from bivec.models.batch import PackedBatch
-from bivec.models.config import FULL, SLIDING, DecoderConfig
+from bivec.models.config import DecoderConfig
+from bivec.models.config_fields import FULL, SLIDING
+from bivec.models.families import LLAMA_TOKENS, Family, register
 from bivec.models.projection import project, project_gated, project_onto
 from bivec.models.recompute import LEVELS, Recipes
 from bivec.models.rope import rotary_tables
@@ -148,6 +150,15 @@ class DecoderLayer(nn.Module):
         return normed, x
 
 
+@register(
+    "llama",
+    Family(
+        "LlamaModel",
+        "LlamaForCausalLM",
+        reads=frozenset({"attention_bias", "mlp_bias"}),
+        defaults={**LLAMA_TOKENS, "max_position_embeddings": 2048},
+    ),
+)
 class Llama(nn.Module):
     """The trunk: token ids to hidden states after the final norm. The LM head lives outside (``Checkpoint``)."""
 

@@ -8,7 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from bivec.models.config import DecoderConfig
+from bivec.models.families import WINDOW_FIELDS, Family, register
 from bivec.models.llama import Attention, AttentionContext, DecoderLayer, Llama, RMSNorm
+
+DEFAULTS = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 
 class NormedAttention(Attention):
@@ -28,9 +36,20 @@ class Qwen3Layer(DecoderLayer):
     attention = NormedAttention
 
 
+@register("qwen2", Family("Qwen2Model", "Qwen2ForCausalLM", reads=WINDOW_FIELDS, defaults=DEFAULTS, qkv_bias=True))
 class Qwen2(Llama):
     """LLaMA's blocks; biases and windows are the configuration's."""
 
 
+@register(
+    "qwen3",
+    Family(
+        "Qwen3Model",
+        "Qwen3ForCausalLM",
+        reads=WINDOW_FIELDS | {"attention_bias"},
+        defaults={**DEFAULTS, "head_dim": 128},
+        qk_norm=True,
+    ),
+)
 class Qwen3(Llama):
     decoder_layer = Qwen3Layer

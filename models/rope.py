@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bivec.models.config import FULL, ROPE_TYPES, SLIDING, DecoderConfig
+from bivec.models.config import DecoderConfig
+from bivec.models.config_fields import FULL, ROPE_TYPES, SLIDING
 from bivec.models.errors import ConfigError
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from bivec.models.config import DecoderConfig
+from bivec.models.families import WINDOW_FIELDS, Family, register
 from bivec.models.llama import Attention, AttentionContext, DecoderLayer, Llama
 
 
@@ -24,5 +25,22 @@ class SmolLM3Layer(DecoderLayer):
     attention = SmolLM3Attention
 
 
+@register(
+    "smollm3",
+    Family(
+        "SmolLM3Model",
+        "SmolLM3ForCausalLM",
+        reads=WINDOW_FIELDS | {"attention_bias", "mlp_bias", "no_rope_layers"},
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "pad_token_id": 128004,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        },
+    ),
+)
 class SmolLM3(Llama):
     decoder_layer = SmolLM3Layer

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bivec.models import gguf
-from bivec.models.classes import MODEL_CLASSES
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import CheckpointError
+from bivec.models.families import MODEL_CLASSES
 from bivec.models.files import atomic_directory
 from bivec.models.llama import Llama
 from bivec.models.shards import INDEX_FILE, WEIGHTS_FILE, read_stored, some_of, stored_tensors
