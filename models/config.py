@@ -57,9 +57,11 @@ class DecoderConfig:
 
     @property
     def family(self) -> Family:
+        """What all models of the type share."""
         return FAMILIES[self.model_type]
 
     def layer_type(self, layer: int) -> str:
+        """FULL or SLIDING."""
         if self.layer_types is not None:
             return self.layer_types[layer]
         return FULL if self.sliding_window is None else SLIDING
@@ -74,6 +76,7 @@ class DecoderConfig:
 
     @property
     def output_bias(self) -> bool:
+        """Whether ``o_proj`` has a bias."""
         return self.attention_bias and not self.family.qkv_bias
 
     @property

@@ -38,6 +38,7 @@ class Fields:
         return self.defaults.get(field, default) if value is None else value
 
     def integer(self, field: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least ``least``, and no larger than anything real is."""
         value, most = self._value(field, default), MOST_LAYERS if field == "num_hidden_layers" else LARGEST
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             small = isinstance(value, bool) or not isinstance(value, int) or value < least
@@ -46,6 +47,7 @@ class Fields:
         return value
 
     def number(self, field: str, default: float | None = None) -> float:
+        """A finite number above 0."""
         value = self._value(field, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise self._fail(field, "a positive number")
@@ -63,25 +65,29 @@ class Fields:
         return bool(self.optional_flag(field))
 
     def optional_flag(self, field: str) -> bool | None:
-        value = self._value(field, None)
+        """None where it is absent."""
+        value: object = self._value(field, None)
         if value is not None and not isinstance(value, bool):
             raise self._fail(field, "true or false")
         return value
 
     def text(self, field: str) -> str | None:
-        value = self.raw.get(field)
+        """A string; None where it is absent."""
+        value: object = self.raw.get(field)
         if value is not None and not isinstance(value, str):
             raise self._fail(field, "a string")
         return value
 
     def token(self, field: str) -> int | None:
-        value = self.raw.get(field)
+        """A token id; None where it is absent."""
+        value: int | None = self.raw.get(field)
         if value is not None and not _is_token(value):
             raise self._fail(field, "a token id")
         return value
 
     def tokens(self, field: str) -> int | list[int] | None:
-        value = self.raw.get(field)
+        """A token id or a list of them; None where it is absent."""
+        value: int | list[int] | None = self.raw.get(field)
         if value is not None and not all(map(_is_token, value if isinstance(value, list) else [value])):
             raise self._fail(field, "a token id or a list of them")
         return value

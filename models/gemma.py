@@ -34,16 +34,23 @@ GEMMA2_READS = frozenset(
 
 
 class ScaledEmbedding(nn.Embedding):
+    """Rows times the root of their width."""
+
     def forward(self, input_ids: Tensor) -> Tensor:
+        """``[T]`` int64 -> ``[T, D]``."""
         # the root is rounded to the weights' dtype, as in training: in bf16 that of 3072 is 55.5
         return super().forward(input_ids) * torch.tensor(self.embedding_dim**0.5, dtype=self.weight.dtype)
 
 
 class GemmaMLP(MLP):
+    """GeGLU instead of SwiGLU."""
+
     gated_unit = staticmethod(geglu)
 
 
 class GemmaLayer(DecoderLayer):
+    """LLaMA's layer with Gemma's feed-forward."""
+
     feed_forward = GemmaMLP
 
 
@@ -56,6 +63,7 @@ class Gemma2Layer(GemmaLayer):
         self.post_feedforward_layernorm = RMSNorm(config)
 
     def forward(self, x: Tensor, update: Tensor | None, context: AttentionContext) -> StreamAndUpdate:
+        """As that of LLaMA's layer; here there always is an update left."""
         normed, x = self._normed(self.input_layernorm, x, update, context)
         _, update = self.self_attn(normed, None, context)
         update = self.post_attention_layernorm(update, backend=context.backend)
@@ -65,6 +73,8 @@ class Gemma2Layer(GemmaLayer):
 
 
 class Gemma3Layer(Gemma2Layer):
+    """Gemma 2's layer with norms over the heads of q and k."""
+
     attention = NormedAttention
 
 
@@ -80,6 +90,8 @@ class Gemma3Layer(Gemma2Layer):
     ),
 )
 class Gemma(Llama):
+    """Gemma 1."""
+
     embedding, decoder_layer = ScaledEmbedding, GemmaLayer
 
 
@@ -97,6 +109,8 @@ class Gemma(Llama):
     ),
 )
 class Gemma2(Gemma):
+    """Gemma 2; caps and windows are the configuration's."""
+
     decoder_layer = Gemma2Layer
 
 
@@ -124,4 +138,6 @@ class Gemma2(Gemma):
     ),
 )
 class Gemma3(Gemma):
+    """Gemma 3's text model, and EmbeddingGemma."""
+
     decoder_layer = Gemma3Layer

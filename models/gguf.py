@@ -100,17 +100,7 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         )
 
     def field(name: str, default: Any = None, kind: type = int, least: float = 1) -> Any:
-        value = file.metadata.get(f"{architecture}.{name}", default)
-        if value is None:
-            raise ConfigError(f"{file.path}: the GGUF metadata lack {architecture}.{name}")
-        if isinstance(value, list):
-            raise ConfigError(f"{file.path}: {architecture}.{name} differs from layer to layer, which is not supported")
-        most = LARGEST if kind is int else np.finfo(np.float32).max
-        if type(value) not in (kind, int) or not least <= value <= most:
-            raise ConfigError(
-                f"{file.path}: {architecture}.{name} is {repr(value)[:80]}, expected {kind.__name__} from {least:g} on"
-            )
-        return value
+        return _field(file, f"{architecture}.{name}", default, kind, least)
 
     if field("expert_count", 0, least=0):
         raise ConfigError(f"{file.path}: mixture-of-experts models ({architecture}.expert_count) are not supported")
@@ -152,6 +142,19 @@ def decoder_config(file: GgufFile) -> DecoderConfig:
         is_causal=_optional(file, f"{architecture}.attention.causal", bool),
         dtype=None,
     )
+
+
+def _field(file: GgufFile, key: str, default: Any, kind: type, least: float) -> Any:
+    """A number of the metadata."""
+    value = file.metadata.get(key, default)
+    if value is None:
+        raise ConfigError(f"{file.path}: the GGUF metadata lack {key}")
+    if isinstance(value, list):
+        raise ConfigError(f"{file.path}: {key} differs from layer to layer, which is not supported")
+    most = LARGEST if kind is int else np.finfo(np.float32).max
+    if type(value) not in (kind, int) or not least <= value <= most:
+        raise ConfigError(f"{file.path}: {key} is {repr(value)[:80]}, expected {kind.__name__} from {least:g} on")
+    return value
 
 
 def _optional(file: GgufFile, key: str, kind: type) -> Any:

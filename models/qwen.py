@@ -28,11 +28,14 @@ class NormedAttention(Attention):
         self.k_norm = RMSNorm(config, config.head_dim)
 
     def positioned(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """As LLaMA's, of the normed heads."""
         q, k = self.q_norm(q, backend=context.backend), self.k_norm(k, backend=context.backend)
         return super().positioned(q, k, context)
 
 
 class Qwen3Layer(DecoderLayer):
+    """LLaMA's layer with :class:`NormedAttention`."""
+
     attention = NormedAttention
 
 
@@ -52,4 +55,6 @@ class Qwen2(Llama):
     ),
 )
 class Qwen3(Llama):
+    """The decoder of :class:`Qwen3Layer`."""
+
     decoder_layer = Qwen3Layer

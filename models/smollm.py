@@ -13,15 +13,20 @@ from bivec.models.llama import Attention, AttentionContext, DecoderLayer, Llama
 
 
 class SmolLM3Attention(Attention):
+    """Attention that may do without positions."""
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__(config, layer)
         self.rotates = config.no_rope_layers is None or bool(config.no_rope_layers[layer])
 
     def positioned(self, q: Tensor, k: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """As LLaMA's, or q and k as they are."""
         return super().positioned(q, k, context) if self.rotates else (q, k)
 
 
 class SmolLM3Layer(DecoderLayer):
+    """LLaMA's layer with :class:`SmolLM3Attention`."""
+
     attention = SmolLM3Attention
 
 
@@ -43,4 +48,6 @@ class SmolLM3Layer(DecoderLayer):
     ),
 )
 class SmolLM3(Llama):
+    """The decoder of :class:`SmolLM3Layer`."""
+
     decoder_layer = SmolLM3Layer
