@@ -162,25 +162,6 @@ def flash_attention(
     return_lse: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
-@overload
-def flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    causal: bool = False,
-    window: tuple[int, int] | None = None,
-    softmax_scale: float | None = None,
-    softcap: float | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
-    sample_ids: Tensor | None = None,
-    plan: AttentionPlan | None = None,
-    return_lse: bool,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]: ...
 def flash_attention(
     q: Tensor,
     k: Tensor,
