@@ -88,14 +88,14 @@ def plan_cuts(
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """torch's dtype of this name.
+    """torch's dtype of weights of this name.
 
     Raises:
-        RunError: it has none.
+        RunError: it has none, or one of integers.
     """
     found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise RunError(f"--dtype {name}: no dtype of torch; expected float32, bfloat16 or float16")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise RunError(f"--dtype {name}: no floating-point dtype of torch; expected float32, bfloat16 or float16")
     return found
 
 

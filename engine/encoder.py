@@ -87,7 +87,8 @@ class Encoder:
                 that holds an adapter alone (its base model is named inside), a ``.gguf`` file, or a hub id.
             adapters: PEFT adapters, directories or hub ids, merged into the weights in this order.
             merge: False leaves the last of ``adapters`` live, as ``encoder.adapter``: ``remove()`` takes it off again,
-                ``merge()`` puts it into the weights, which a save needs.
+                ``merge()`` puts it into the weights, which a save needs. The settings are that adapter's, taken off or
+                not: the decoder's own come with a decoder that is opened without it.
             tokenizer: directory, ``.gguf`` file or hub id of the tokenizer; None = the model's. Where it puts no BOS in
                 front of a text, one is added for a mere decoder; an encoder, whoever made it, keeps it as it is.
             pooling: "mean", "weighted_mean", "last_token", "eos_token" or "bos_token"; None = what the directory says,

@@ -70,8 +70,9 @@ def _attention(label: str, offsets: tuple[int, ...], heads: tuple[int, int, int]
     longest = int(cu_seqlens.diff().max())
     seeded: dict[str, Any] = {"seed": SEED} if "dropout_p" in options else {}
 
-    def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor | tuple[Tensor, ...]:
-        return kernels.flash_attention(q, k, v, cu_seqlens, longest, backend=backend, **options, **seeded)
+    def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+        attended: Tensor = kernels.flash_attention(q, k, v, cu_seqlens, longest, backend=backend, **options, **seeded)
+        return attended
 
     def exact(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         keep = attention_dropout_mask(SEED, cu_seqlens, queries, options["dropout_p"]) if seeded else None

@@ -21,18 +21,10 @@ from torch import Tensor, nn
 
 from bivec.engine.errors import ConfigError
 from bivec.kernels import apply_rotary, geglu, rms_norm, swiglu
+from bivec.models.families import MODEL_CLASSES
 
-# Prefix of the class names, by module: transformers.models.<key>.modeling_<key>.
-FAMILIES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "smollm3": "SmolLM3",
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "gemma3": "Gemma3",
-}
+# Prefix of the class names, by module (transformers.models.<key>.modeling_<key>): our classes are called so too.
+FAMILIES = {model_type.removesuffix("_text"): one.__name__ for model_type, one in MODEL_CLASSES.items()}
 Forward = Callable[..., Any]
 
 KINDS = {"RMSNorm": "rms_norm", "MLP": "mlp", "Attention": "rotary"}
