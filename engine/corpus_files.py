@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from bivec.engine.errors import RunError
+from bivec.engine.json_files import json_or_none
 from bivec.engine.recipe import differences
 from bivec.models.files import write_text_atomic
-from bivec.models.plain_json import parse_json
 
 RESERVE_BYTES = 16 * 2**20  # left free for everything else on the disk
 ANEW = "damaged, or changed by somebody: begin anew (--overwrite)"
@@ -104,7 +104,7 @@ class CorpusFiles:
 
     def open(self, fingerprint: dict[str, Any], overwrite: bool) -> list[int] | None:
         """Goes on or begins: the slices that are left; None where the file is whole. For one process of all."""
-        state = _read_json(self.folder / STATE)
+        state = json_or_none(self.folder / STATE)
         if overwrite or state is None:
             shutil.rmtree(self.folder, ignore_errors=True)  # without its state: killed while it was made
         elif state != fingerprint:
@@ -115,9 +115,9 @@ class CorpusFiles:
             self._record()
             return None
         if self.path.exists() and not overwrite:
-            if _read_json(self.record) == fingerprint:
+            if json_or_none(self.record) == fingerprint:
                 return None
-            raise RunError(_other(self.path, "holds other embeddings", _read_json(self.record), fingerprint))
+            raise RunError(_other(self.path, "holds other embeddings", json_or_none(self.record), fingerprint))
         self._begin(fingerprint)
         return self.left()
 
@@ -192,14 +192,6 @@ class CorpusFiles:
 def _other(place: Path, holds: str, before: Any, now: dict[str, Any]) -> str:
     changed = "made by something else" if not isinstance(before, dict) else "; ".join(differences(before, now)[:6])
     return f"{place}: {holds} ({changed}); give another output, or overwrite what is there (--overwrite)"
-
-
-def _read_json(file: Path) -> Any:
-    """Its content; None where there is none, or none that can be read."""
-    try:
-        return parse_json(file.read_bytes(), allow_nan=False)
-    except (OSError, ValueError):
-        return None
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -13,10 +13,10 @@ from bivec.engine.foreign_settings import (
     POOLING_PATTERN,
     PROMPTS_FILE,
     WEIGHTS_PATTERN,
-    read_json,
     read_llm2vec,
     read_sentence_transformers,
 )
+from bivec.engine.json_files import read_json
 from bivec.engine.origin import Origin
 from bivec.engine.records import check_types
 from bivec.engine.text_format import TextFormat, expand_template

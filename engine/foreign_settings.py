@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from bivec.engine.json_files import read_json
 from bivec.engine.text_format import SLOT
 from bivec.models.errors import ConfigError
-from bivec.models.plain_json import parse_json
 
 MODULES_FILE = "modules.json"
 LENGTH_FILE, PROMPTS_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -208,22 +208,3 @@ def _stored_length(folder: Path) -> dict[str, int | float]:
     if isinstance(length, bool) or not isinstance(length, (int, float, type(None))):
         raise ConfigError(f"{file}: model_max_length is {repr(length)[:80]}, expected a number of tokens")
     return {"max_length": length} if length is not None and length < UNLIMITED else {}
-
-
-def read_json(file: Path, kind: type) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        ConfigError: no such file, no JSON, or another kind of value.
-    """
-    try:
-        content = parse_json(file.read_bytes(), allow_nan=False)
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(content, kind):
-        raise ConfigError(f"{file}: expected a JSON {kind.__name__}, found {type(content).__name__}")
-    return content

@@ -19,7 +19,7 @@ from bivec.engine.encoder_config import is_encoder, weights_directory
 from bivec.engine.errors import BivecError, CheckpointError, ConfigError, DataError, RunError
 from bivec.engine.fingerprint import tokenizer_checksum
 from bivec.engine.hub import prefer_offline
-from bivec.engine.lora import read_adapter_config
+from bivec.engine.lora import ADAPTER_CONFIG, read_adapter_config
 from bivec.engine.masking import MaskingConfig, MaskStyle
 from bivec.engine.recipe import PACKAGED_MODEL, Recipe
 from bivec.engine.text_format import resolve_template
@@ -258,9 +258,9 @@ def _sentences(recipe: Recipe, decoder: _Decoder, texts: Sequence[str]) -> Sente
 
 
 def _check_adapter(directory: str) -> None:
-    if not (Path(directory) / "adapter_config.json").is_file():
+    if not (Path(directory) / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{directory}: no adapter_config.json there; give the directory of a PEFT adapter, such as a run's simcse/"
+            f"{directory}: no {ADAPTER_CONFIG} there; give the directory of a PEFT adapter, such as a run's simcse/"
         )
 
 
@@ -272,7 +272,7 @@ def _check_start(recipe: Recipe, start: str) -> None:
         raise ConfigError(
             f"{start} is merged into the model already, by --model or --adapters; give the model as it was before it"
         )
-    theirs, ours = read_adapter_config(directory / "adapter_config.json"), recipe.supervised.lora
+    theirs, ours = read_adapter_config(directory / ADAPTER_CONFIG), recipe.supervised.lora
     if (theirs.rank, theirs.alpha, set(theirs.targets)) != (ours.rank, ours.alpha, set(ours.targets)):
         raise ConfigError(
             f"{start} has rank {theirs.rank}, alpha {theirs.alpha:g} and targets {','.join(theirs.targets)}; give the "

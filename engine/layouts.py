@@ -27,21 +27,20 @@ from bivec.engine.encoder_config import (
 )
 from bivec.engine.errors import CheckpointError, ConfigError
 from bivec.engine.foreign_settings import MODULES_FILE, TRANSFORMER, module_folders
-from bivec.engine.lora import Adapter, adapter_base, load_adapter
+from bivec.engine.json_files import json_or_none
+from bivec.engine.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, adapter_base, load_adapter
 from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint, shown_name
 from bivec.engine.recipe import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
 from bivec.models.gguf import find_smollm2
-from bivec.models.plain_json import parse_json
 from bivec.models.weights import CONFIG_FILE as MODEL_CONFIG
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, Checkpoint, resolve_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_PATTERNS = (ADAPTER_CONFIG, "adapter_model.safetensors")
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 # early versions of sentence-transformers gave the decoder a folder
 NESTED_PATTERNS = tuple(f"0_Transformer/{name}" for name in (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS))
 PATTERNS = (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS, *ADAPTER_PATTERNS, *NESTED_PATTERNS)
@@ -223,13 +222,10 @@ def _names(path: str | Path, folder: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for name in (own, *of_runs, path, folder.name) if name))
 
 
-def _json(file: Path) -> Any:
+def _json(file: Path) -> dict[str, Any]:
     """A file that may be missing or damaged; whoever needs it complains."""
-    try:
-        content = parse_json(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, (dict, list)) else {}
+    content = json_or_none(file)
+    return content if isinstance(content, dict) else {}
 
 
 def _nothing_known(folder: Path) -> str:

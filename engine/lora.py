@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bivec.engine.distributed import ALONE, World, whole
+from bivec.engine.json_files import read_json
 from bivec.kernels import fold_seed, lora_linears
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.files import atomic_directory
-from bivec.models.plain_json import parse_json
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 # fields of adapter_config.json that change what the adapter computes, in ways that no tensor of the file shows
 UNSUPPORTED = (
     "use_dora",
@@ -207,10 +208,10 @@ class Adapter:
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
-        with atomic_directory(directory, last="adapter_config.json") as temporary:
+        with atomic_directory(directory, last=ADAPTER_CONFIG) as temporary:
             write_more(temporary)
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            (temporary / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            (temporary / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> Adapter:
@@ -256,7 +257,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ConfigError(f"{directory}: the model already carries a LoRA adapter; merge or remove it first")
     config, tensors = read_adapter(directory)
-    file, base_model = directory / "adapter_model.safetensors", adapter_base(directory)
+    file, base_model = directory / ADAPTER_WEIGHTS, adapter_base(directory)
     told = f" (adapter_config.json names {base_model})" if base_model else ""
     try:
         projections = _target_projections(model, config.targets)
@@ -305,13 +306,13 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         CheckpointError: as :func:`load_adapter`.
     """
     directory = Path(directory)
-    config = read_adapter_config(directory / "adapter_config.json")
-    return config, _read_adapter_tensors(directory / "adapter_model.safetensors")
+    config = read_adapter_config(directory / ADAPTER_CONFIG)
+    return config, _read_adapter_tensors(directory / ADAPTER_WEIGHTS)
 
 
 def adapter_base(directory: str | Path) -> str | None:
     """The base model that an adapter_config.json names; None where it names none."""
-    file = Path(directory) / "adapter_config.json"
+    file = Path(directory) / ADAPTER_CONFIG
     name = _read_adapter_json(file).get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):
         raise CheckpointError(f"{file}: base_model_name_or_path is {str(name)[:80]!r}, expected a string")
@@ -359,19 +360,9 @@ def _number(file: Path, field: str, value: object) -> float:
 
 
 def _read_adapter_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = parse_json(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file}: no such file; an adapter directory holds it beside adapter_model.safetensors"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    hint = "; an adapter directory holds it beside adapter_model.safetensors"
+    settings: dict[str, Any] = read_json(file, dict, CheckpointError, hint=hint, allow_nan=True)
+    return settings
 
 
 def _read_adapter_tensors(file: Path) -> dict[str, Tensor]:

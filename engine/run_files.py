@@ -43,8 +43,8 @@ VERSIONS_OF = (
 
 def write_run_file(directory: Path, recipe: Recipe, inputs: Inputs, device: str, **fields: Any) -> None:
     """Everything that the run's result depends on; ``fields`` do not belong to the recipe."""
-    versions = {"bivec": _version("bivec"), "python": platform.python_version()}
-    versions |= {name: version for name in VERSIONS_OF if (version := _version(name))}
+    versions = {"bivec": installed_version("bivec"), "python": platform.python_version()}
+    versions |= {name: version for name in VERSIONS_OF if (version := installed_version(name))}
     content = {
         "recipe": as_dict(recipe),
         "seed": recipe.seed,
@@ -183,7 +183,8 @@ def _results_of(raw: Any) -> tuple[list[StageResult], float, int]:
     return results, float(seconds), peak
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

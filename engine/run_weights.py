@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bivec.engine.distributed import World, data_parallel, is_sharded
 from bivec.engine.encoder_config import EncoderConfig, stored_origin, stored_trained_on, write_settings
 from bivec.engine.errors import ConfigError
-from bivec.engine.lora import Adapter, add_lora, load_adapter, read_adapter
+from bivec.engine.lora import ADAPTER_CONFIG, Adapter, add_lora, load_adapter, read_adapter
 from bivec.engine.origin import Origin, adapter_fingerprint, shown_name, weights_fingerprint
 from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
 from bivec.engine.run_files import base_model
@@ -32,13 +32,12 @@ from bivec.models.weights import CONFIG_FILE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ADAPTER_FILE = "adapter_config.json"
 Stage = MntpStage | SimcseStage | SupervisedStage
 
 
 def stage_is_done(directory: Path) -> bool:
     """Whether a stage has left its result there."""
-    return any((directory / file).is_file() for file in (ADAPTER_FILE, CONFIG_FILE))
+    return any((directory / file).is_file() for file in (ADAPTER_CONFIG, CONFIG_FILE))
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class RunWeights:
             origin.check_trained_on(folder, stored_trained_on(folder))
             origin = with_it
         for folder in (self.directory / name for name in self.merged):
-            if (folder / ADAPTER_FILE).is_file():
+            if (folder / ADAPTER_CONFIG).is_file():
                 origin = origin.with_adapter(folder, adapter_fingerprint(*read_adapter(folder)))
             else:
                 origin = stored_origin(folder)  # with what was there before

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bivec.engine.json_files import read_json
 from bivec.engine.sentencepiece_bpe import read_sentencepiece, sentencepiece_backend
 from bivec.models.errors import BivecError, CheckpointError, ConfigError
 from bivec.models.gguf import read_header
-from bivec.models.plain_json import parse_json
 from bivec.models.weights import TOKENIZER_PATTERNS, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -251,12 +251,7 @@ def _sizes(rules: Any) -> list[int]:
 def _read_tokenizer_config(path: Path) -> dict[str, Any]:
     """The content of tokenizer_config.json, nothing where there is none."""
     file = path / "tokenizer_config.json"
-    try:
-        config = parse_json(file.read_bytes()) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a JSON file ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    config: dict[str, Any] = read_json(file, dict, CheckpointError, allow_nan=True) if file.is_file() else {}
     return config
 
 

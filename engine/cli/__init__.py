@@ -1,9 +1,9 @@
 """The command ``bivec``: one module a command, each with ``main(arguments) -> exit code``.
 
 Exit codes: 0 done, 1 failed (the error is on stderr), 2 wrong usage, 130 stopped by Ctrl-C. Wrong usage is what the
-flags alone show; what is found with a file, a model or a recipe (a hyper-parameter of ``--set``) has failed. Results go to stdout,
-everything else to stderr. Nothing of torch is imported before a command needs it; convert's ``--help`` does, for the
-recipes' settings that it shows.
+flags alone show; what is found with a file, a model or a recipe (a hyper-parameter of ``--set``) has failed.
+Results go to stdout, everything else to stderr. Nothing of torch is imported before a command needs it; convert's
+``--help`` does, for the recipes' settings that it shows.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from bivec.engine.evaluation.word_tasks import (
     shipped_word_data,
     words_markdown,
 )
+from bivec.engine.json_files import json_or_none
 from bivec.engine.run_files import RUN_FILE
 from bivec.models.files import write_text_atomic
 
@@ -103,7 +104,7 @@ class Study:
             return None
         for name in missing:
             self._train(name)
-        seconds = {name: _read(self._baseline(name) / "results.json")["seconds"] for name in BASELINES}
+        seconds = {name: json_or_none(self._baseline(name) / "results.json")["seconds"] for name in BASELINES}
         return Part("baselines", {"seconds": seconds}, sum(seconds.values()), reused=not missing)
 
     def pooling(self) -> Part | None:
@@ -237,11 +238,7 @@ class Study:
 
     def _is_trained(self, name: str) -> bool:
         """Whether the baseline of this run is there: of another run, or of a smoke test, it would be another one."""
-        try:
-            identity = json.loads(self._baseline(name).with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return bool(identity == self._identity(name))
+        return bool(json_or_none(self._baseline(name).with_suffix(".json")) == self._identity(name))
 
     def _identity(self, name: str) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(json.dumps({"run": fingerprint(self.run), "flags": self._flags(name)}))
@@ -265,7 +262,7 @@ class Study:
         """In a process of its own, as a user would; a run that was stopped goes on."""
         directory = self._baseline(name)
         identity, begun = self._identity(name), directory.with_suffix(".begun.json")
-        if _read(begun) != identity:  # nothing, or the beginning of another one
+        if json_or_none(begun) != identity:  # nothing, or the beginning of another one
             shutil.rmtree(directory, ignore_errors=True)
             begun.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(begun, json.dumps(identity, indent=1) + "\n")
@@ -287,13 +284,6 @@ def _settings(prefix: str, values: Mapping[str, Any]) -> list[str]:
             shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             flags += ["--set", f"{name}={shown.lower() if isinstance(value, bool) or value is None else shown}"]
     return flags
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _checksum(data: Any) -> str:

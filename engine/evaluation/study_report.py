@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from bivec.engine.evaluation.trends import (
     trends_table,
     word_trends,
 )
+from bivec.engine.run_files import installed_version
 from bivec.models.files import write_text_atomic
 
 # title, and what the part asks
@@ -66,7 +66,9 @@ def study_report(run: str, parts: Mapping[str, Part], images: Sequence[str], not
         f"# The paper's evaluations on {run}",
         "",
         f"{datetime.now().astimezone().date().isoformat()}, {platform.machine()}, {torch.get_num_threads()} threads, "
-        + ", ".join(f"{name} {_version(name)}" for name in ("bivec", "torch", "transformers", "mteb"))
+        + ", ".join(
+            f"{name} {installed_version(name) or '(none)'}" for name in ("bivec", "torch", "transformers", "mteb")
+        )
         + ". Uni: the decoder's own causal mask; Bi: bidirectional attention, no training.",
         "",
         *(f"* {note}" for note in notes),
@@ -104,10 +106,3 @@ def _times(parts: Mapping[str, Part]) -> str:
     rows = [f"| {name} | {part.seconds / 60:.1f} |" for name, part in parts.items()]
     total = sum(part.seconds for part in parts.values())
     return "\n".join(["| part | minutes |", "|---|---|", *rows, f"| all | {total / 60:.1f} |"])
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(none)"
