@@ -3,11 +3,13 @@
 ``bivec.kernels`` holds the operators, ``bivec.models`` the packed models, ``bivec.engine`` the training engine.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
 __all__ = ["Encoder", "__version__"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Encoder pulls in the engine: loaded on first use, so that `import bivec` stays light.
     if name == "Encoder":
         from bivec.engine.encoder import Encoder

@@ -14,6 +14,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,14 +65,15 @@ def save_checkpoint(directory: Path, state: TrainState, world: World = ALONE) ->
         else:
             whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(whole, temporary / WHOLE)
-        content = {"stage": state.stage, "step": state.step}
+        content: dict[str, Any] = {"stage": state.stage, "step": state.step}
         if sharded:
-            content["shards"] = {file.name: file.stat().st_size for file in temporary.iterdir()}
-            if len(content["shards"]) < world.size:
+            shards = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            if len(shards) < world.size:
                 raise CheckpointError(
-                    f"{final}: {len(content['shards'])} of {world.size} shards are there; the directory must be on a "
-                    "file system that all ranks share"
+                    f"{final}: {len(shards)} of {world.size} shards are there; the directory must be on a file system "
+                    "that all ranks share"
                 )
+            content["shards"] = shards
         (temporary / "state.json").write_text(json.dumps(content), encoding="utf-8")
     for old in list_checkpoints(directory, state.stage)[:-KEPT]:
         # first under a name that is no checkpoint's: a kill in between leaves nothing that looks like one
@@ -116,13 +118,7 @@ def load_checkpoint(path: Path, state: TrainState) -> TrainState:
         CheckpointError: a missing or truncated file, or tensors that do not fit; nothing was copied then.
     """
     try:
-        content = parse_json((path / "state.json").read_bytes(), allow_nan=False)
-        step = content["step"]
-        if type(step) is not int or path.name != f"{content['stage']}-{step:06d}":
-            raise ValueError(f"state.json is of stage {content['stage']!r}, step {step!r}")
-        for name, size in content.get("shards", {}).items():  # their reader would not miss one
-            if (found := (path / name).stat().st_size) != size:
-                raise ValueError(f"{name} has {found} bytes, {size} were written")
+        step = _stored_step(path)
         stored = _stored_shapes(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SafetensorError) as error:
         raise _not_whole(path, error) from error
@@ -144,6 +140,18 @@ def load_checkpoint(path: Path, state: TrainState) -> TrainState:
             slot, _, name = rest.partition("/")
             state.optimizer.state[state.parameters[name]][slot] = value
     return TrainState(state.stage, step, state.parameters, state.optimizer)
+
+
+def _stored_step(path: Path) -> int:
+    """The step that ``state.json`` names, which must be the directory's; all shards have the sizes written there."""
+    content = parse_json((path / "state.json").read_bytes(), allow_nan=False)
+    step = content["step"]
+    if type(step) is not int or path.name != f"{content['stage']}-{step:06d}":
+        raise ValueError(f"state.json is of stage {content['stage']!r}, step {step!r}")
+    for name, size in content.get("shards", {}).items():  # their reader would not miss one
+        if (found := (path / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found} bytes, {size} were written")
+    return step
 
 
 def _targets(path: Path, stored: dict[str, torch.Size], state: TrainState) -> dict[str, Tensor]:
@@ -185,11 +193,12 @@ def _stored_shapes(path: Path) -> dict[str, torch.Size]:
         with safe_open(file, framework="pt") as handle:
             return {key: torch.Size(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     if not stored:
         raise ValueError(f"neither {WHOLE} nor shards are there")
-    return {key: entry.size for key, entry in stored.items()}
+    return {key: entry.size for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _read(path: Path, targets: dict[str, Tensor]) -> None:

@@ -34,7 +34,7 @@ def plan_cuts(
 
     Args:
         recipe: of its stages those that train are planned.
-        options: memory and backend.
+        options: memory (None as "auto") and backend.
         inputs: what the recipe has read.
         rows: of the supervised stage.
         device: of the run.
@@ -44,7 +44,7 @@ def plan_cuts(
     Raises:
         RunError: a stage that does not fit however it is cut.
     """
-    asked = parse_memory(options.memory)
+    asked = None if options.memory is None else parse_memory(options.memory)
     sharing = world.local_size if device.type == "cpu" else 1
     available = free_memory(device) // sharing if asked is None else asked
     triton = resolve(options.backend, "flash_attention", device) == "triton"
@@ -70,15 +70,16 @@ def plan_cuts(
         plans["mntp"] = plan_mntp(
             setting("mntp"), world.shares(stage.batch_size)[0], stage.sequence_length, stage.mask_probability, available
         )
-    if "simcse" in recipe.stages:
+    if "simcse" in recipe.stages and inputs.sentences is not None:
         lengths, batch_size = inputs.sentences.lengths, world.shares(recipe.simcse.batch_size)[0]
         tokens = 2 * batch_tokens(lengths, batch_size)
         plans["simcse"] = plan_contrastive(
             setting("simcse"), "simcse", tokens, 2 * batch_size, int(lengths.max()), available
         )
     if rows is not None:
-        lengths = [rows.of(step, world=world).lengths for step in _sampled(rows.batches)]
-        tokens, sequences = round(MARGIN * max(map(np.sum, lengths))), round(MARGIN * max(map(len, lengths)))
+        of_steps = [rows.of(step, world=world).lengths for step in _sampled(rows.batches)]
+        tokens = round(MARGIN * max(int(one.sum()) for one in of_steps))
+        sequences = round(MARGIN * max(map(len, of_steps)))
         longest = min(tokens, rows.text_format.max_length)
         plans["supervised"] = plan_contrastive(
             setting("supervised"), "supervised", tokens, sequences, longest, available
@@ -87,14 +88,14 @@ def plan_cuts(
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """torch's dtype of this name.
+    """torch's dtype of weights of this name.
 
     Raises:
-        RunError: it has none.
+        RunError: it has none, or one of integers.
     """
     found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise RunError(f"--dtype {name}: no dtype of torch; expected float32, bfloat16 or float16")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise RunError(f"--dtype {name}: no floating-point dtype of torch; expected float32, bfloat16 or float16")
     return found
 
 

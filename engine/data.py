@@ -1,20 +1,14 @@
 """Texts in, token ids out: local files and hub data sets, MNTP's blocks, SimCSE's sentences, STS pairs.
 
 Everything that can be wrong with a file is found when it is opened, before any work, and named with file and line.
-Plain text is read line by line here, so that the shipped samples need no further package; JSON, CSV and Parquet files
+Plain text is read line by line, so that the shipped samples need no further package; JSON, CSV and Parquet files
 and hub ids go through ``datasets`` (imported only then), which keeps them memory mapped in its own cache
 (``HF_DATASETS_CACHE``), never beside the user's file.
 """
 
 from __future__ import annotations
 
-import csv
-import glob
-import gzip
 import math
-import re
-import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -23,21 +17,21 @@ from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
+from bivec.engine.data_files import (
+    BUILDERS,
+    TEXT_SUFFIX,
+    csv_rows,
+    data_suffix,
+    decoded_lines,
+    load_hub,
+    load_table,
+)
 from bivec.engine.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-TEXT_SUFFIX = ".txt"
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-HUB_ID = re.compile(
-    r"(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([\w./-]+))?"
-)  # the id, and the configuration or file behind a colon
-MOST_COLUMNS = 10_000  # pandas and datasets take minutes for ten times as many
-DEEPEST = 200
-JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
-LONGEST_CELL = 2**31 - 1
 TOKENIZE_ROWS = 1000  # rows of one tokenizer call, and of one group of METHOD 3.1
 STS_RANGE = (0.0, 5.0)
 STS_COLUMNS = ("sentence1", "sentence2", "score")
@@ -62,7 +56,8 @@ class TextColumn(Sequence[str]):
     @overload
     def __getitem__(self, item: slice) -> list[str]: ...
     def __getitem__(self, item: int | slice) -> str | list[str]:
-        return self.dataset[item][self.column]
+        texts: str | list[str] = self.dataset[item][self.column]
+        return texts
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), TOKENIZE_ROWS):
@@ -81,7 +76,8 @@ class BlockDataset:
 
     @property
     def block_size(self) -> int:
-        return self.input_ids.shape[1]
+        """Tokens of a block, special tokens included."""
+        return int(self.input_ids.shape[1])
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,8 @@ class SentenceDataset:
     def __getitem__(self, index: int) -> list[int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sentence {index} of {len(self)}")
-        return self.flat_ids[self.offsets[index] : self.offsets[index + 1]].tolist()
+        ids: list[int] = self.flat_ids[self.offsets[index] : self.offsets[index + 1]].tolist()
+        return ids
 
     @property
     def lengths(self) -> np.ndarray:
@@ -206,10 +203,10 @@ def mntp_blocks(
     rows = TOKENIZE_ROWS if per_block_bos else group_size
     blocks = [np.empty((0, body), np.int32)]
     rest, total = np.empty(0, np.int32), 0
-    for _, ids in _tokenized(texts, tokenizer, rows, add_special_tokens=not per_block_bos):
-        total += len(ids)
-        if per_block_bos:  # the rest of a group goes in front of the next one
-            ids = np.concatenate([rest, ids])
+    for _, found in _tokenized(texts, tokenizer, rows, add_special_tokens=not per_block_bos):
+        total += len(found)
+        # under per_block_bos the rest of a group goes in front of the next one
+        ids = np.concatenate([rest, found]) if per_block_bos else found
         whole = len(ids) // body * body
         blocks.append(ids[:whole].reshape(-1, body))
         rest = ids[whole:]
@@ -257,12 +254,12 @@ def load_sts(path: str | Path) -> list[STSPair]:
     if not path.is_file():
         raise DataError(f"{path} is no file: give a .csv or .tsv file; {form}")
     delimiter = "\t" if data_suffix(path) == ".tsv" else ","
-    columns, width = (0, 1, 2), 3
+    columns, width = [0, 1, 2], 3
     pairs: list[STSPair] = []
     seen = False
     for line, row in csv_rows(path, delimiter):
         if not seen and all(name in row for name in STS_COLUMNS):
-            columns, width = tuple(row.index(name) for name in STS_COLUMNS), len(row)
+            columns, width = [row.index(name) for name in STS_COLUMNS], len(row)
         elif row:
             if len(row) != width:
                 raise DataError(f"{path}, line {line}: {len(row)} columns instead of {width}; {form}")
@@ -274,18 +271,6 @@ def load_sts(path: str | Path) -> list[STSPair]:
     return pairs
 
 
-def csv_rows(path: Path, delimiter: str, quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV file, each with the number of its (last) line."""
-    if csv.field_size_limit() < LONGEST_CELL:  # a limit of the process; Python's own is less than an article
-        csv.field_size_limit(LONGEST_CELL)
-    reader = csv.reader(decoded_lines(path), delimiter=delimiter, quoting=quoting)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not a CSV file ({error})") from error
-
-
 def _score(text: str, where: str, form: str) -> float:
     try:
         score = float(text)
@@ -294,36 +279,6 @@ def _score(text: str, where: str, form: str) -> float:
     if not STS_RANGE[0] <= score <= STS_RANGE[1]:
         raise DataError(f"{where}: the score is {text!r}; {form}")
     return score
-
-
-def data_suffix(path: Path) -> str | None:
-    """``.csv`` for ``pairs.csv`` and ``pairs.CSV.gz``; None for kinds that are not read."""
-    name = path.name.lower()
-    plain = Path(name.removesuffix(".gz")).suffix
-    readable = plain in {TEXT_SUFFIX, *BUILDERS} and not name.endswith(".parquet.gz")  # parquet compresses by itself
-    return plain if readable else None
-
-
-def decoded_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, compressed or not, with their line ends; a byte-order mark is dropped."""
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8")
-                if "\0" in text:
-                    raise DataError(f"{path}, line {number}: a NUL character: no text, or UTF-16; save it as UTF-8")
-                yield text.removeprefix("\ufeff") if number == 1 else text
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at column {error.start + 1}): "
-            "save the file as UTF-8"
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: broken gzip file after line {number} ({error})") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _load_lines(path: Path, limit: int | None, drop_empty: bool, hint: str) -> list[str]:
@@ -339,108 +294,20 @@ def _load_lines(path: Path, limit: int | None, drop_empty: bool, hint: str) -> l
     return texts
 
 
-def load_table(path: Path, suffix: str, hint: str) -> Dataset:
-    """A JSON, CSV or Parquet file as a memory-mapped table."""
-    delimiter = "\t" if suffix == ".tsv" else ","
-    # a sum, not any(): all of the file is decoded before datasets sees it
-    if suffix != ".parquet" and not sum(bool(line.strip()) for line in decoded_lines(path)):
-        raise DataError(f"{path} is empty: {hint}")
-    if BUILDERS[suffix] == "csv":
-        _check_widths(path, delimiter)
-    elif BUILDERS[suffix] == "json":
-        _check_depth(path)
-    datasets = _datasets()
-    # keep_default_na: pandas would read the texts "None" and "NA" as missing
-    options = {"sep": delimiter, "keep_default_na": False} if BUILDERS[suffix] == "csv" else {}
-    try:
-        file = glob.escape(str(path.resolve()))
-        table = datasets.load_dataset(BUILDERS[suffix], data_files=file, split="train", **options)
-        if suffix == ".parquet":
-            table.data.table.validate(full=True)  # strings need not be UTF-8 there
-        return table
-    except Exception as error:  # datasets raises whatever its readers raise; the first cause says what is wrong
-        raise DataError(f"{path} cannot be read as {suffix[1:]} ({_first_cause(error)}): {hint}") from error
-
-
-def _check_widths(path: Path, delimiter: str) -> None:
-    """Every row has a cell for each column, and no column is there twice: pandas would shift or drop cells silently."""
-    header: list[str] = []
-    for line, row in csv_rows(path, delimiter):
-        if not header:
-            header = row
-            if len(header) > MOST_COLUMNS:
-                raise DataError(
-                    f"{path}, line {line}: {len(header)} columns, more than {MOST_COLUMNS}: no table of texts"
-                )
-            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
-                raise DataError(f"{path}, line {line}: the column {twice[0][:80]!r} is there twice: rename one of them")
-        elif row and len(row) != len(header):
-            raise DataError(
-                f"{path}, line {line}: {len(row)} columns instead of {len(header)}: put a cell that holds the "
-                "separator or a line end in double quotes"
-            )
-
-
-def _check_depth(path: Path) -> None:
-    """No value lies deeper than ``DEEPEST``: pyarrow's parser runs out of its stack, which ends the process."""
-    depth = 0
-    for number, line in enumerate(decoded_lines(path), start=1):
-        brackets = JSON_STRING.sub("", line)
-        opened = brackets.count("[") + brackets.count("{")
-        if opened == brackets.count("]") + brackets.count("}") and depth + opened <= DEEPEST:
-            continue  # as good as every line of a .jsonl
-        for character in brackets:
-            depth += (character in "[{") - (character in "]}")
-            if depth > DEEPEST:
-                raise DataError(f"{path}, line {number}: nested more than {DEEPEST} deep: no table of texts")
-
-
-def load_hub(source: str, split: str, hint: str) -> Dataset:
-    """A data set of the hub by its id, with ``:config`` or ``:file`` behind it; what looks like a path is none."""
-    hub_id = HUB_ID.fullmatch(source)
-    if hub_id is None or data_suffix(Path(hub_id[1])) is not None:
-        raise DataError(f"{source} does not exist: {hint}")
-    name, detail = hub_id.groups()
-    datasets = _datasets()
-    is_file = detail is not None and data_suffix(Path(detail)) is not None
-    selection = {"data_files": detail} if is_file else {"name": detail}
-    try:
-        return datasets.load_dataset(name, split=split, **selection)
-    except Exception as error:  # no network, an unknown id, config or split, an HTTP status: each has its own type
-        raise DataError(
-            f"no file {name} here, and no such data set ({detail or 'default'}, {split}) could be loaded from the hub "
-            f"({_first_cause(error)}): {hint}"
-        ) from error
-
-
-def _datasets():
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("only .txt files are read without the package datasets: pip install datasets") from error
-    return datasets
-
-
-def _first_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def _text_column(dataset: Dataset, column: str | None, source: str) -> str:
     """The column with the texts, checked: it exists, holds strings and no nulls."""
     kinds = {name: getattr(feature, "dtype", None) for name, feature in dataset.features.items()}
     strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
     if column is None:
         column = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
-    if column not in strings:
+    if column is None or column not in strings:
         wanted = "none named 'text' and not just one" if column is None else f"{column!r} is not one of them"
         found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise DataError(
             f"{source}: which column holds the texts? Columns of strings: {strings}, {wanted}; all: {found}"
         )
-    nulls = dataset.with_format("arrow")[column]
-    nulls = sum(chunk.null_count for chunk in getattr(nulls, "chunks", [nulls]))
+    values = dataset.with_format("arrow")[column]
+    nulls = sum(chunk.null_count for chunk in getattr(values, "chunks", [values]))
     if nulls:
         raise DataError(f"{source}: {nulls} of {len(dataset)} rows have no value in the column {column!r}")
     return column
@@ -450,7 +317,7 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     marks = encoded["special_tokens_mask"]
-    prefix = encoded["input_ids"][: marks.index(0)]
+    prefix: list[int] = encoded["input_ids"][: marks.index(0)]
     if not prefix:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} puts no BOS in front of a text; give one, --set bos_token=…, or "

@@ -18,16 +18,19 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from bivec.engine.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 PORT = 29500  # of the store, where SLURM starts the processes; the job's number is added
 BEAT_SECONDS = 2.0  # every so often a rank says that it is alive
@@ -78,7 +81,8 @@ class World:
             return list(numbers)
         values = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no GPU has to stop for it
         torch.distributed.all_reduce(values, getattr(torch.distributed.ReduceOp, operation))
-        return values.tolist()
+        reduced: list[float] = values.tolist()
+        return reduced
 
     def from_main(self, value: Any) -> Any:
         """What rank 0 has, a small object, on every rank."""
@@ -106,8 +110,9 @@ class World:
             return rows
         import torch.distributed._functional_collectives as collectives
 
-        gather = getattr(collectives, "all_gather_single_autograd", None)  # torch 2.13; its name before was:
-        gather = gather or collectives.all_gather_tensor_autograd
+        # torch 2.13; its name before was all_gather_tensor_autograd
+        newest = getattr(collectives, "all_gather_single_autograd", None)
+        gather: Callable[..., Tensor] = newest or collectives.all_gather_tensor_autograd
         most = max(counts)
         padded = nn.functional.pad(rows if rows.itemsize >= 4 else rows.float(), (0, 0, 0, most - len(rows)))
         gathered = gather(padded, 0, torch.distributed.group.WORLD).view(self.size, most, -1)
@@ -235,7 +240,8 @@ def _last_exchange() -> None:
     flag = torch.zeros(1)
     torch.distributed.all_reduce(flag)
     deadline = time.monotonic() + BEAT_SECONDS * MISSED_BEATS
-    while flag._use_count() > 1 and time.monotonic() < deadline:
+    # a method of torch._C that its stubs lack: holders of the C++ tensor
+    while flag._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]  # noqa: SLF001
         time.sleep(0.001)
 
 
@@ -253,11 +259,9 @@ class _Pulse:
         self.store.add(f"alive/{self.world.rank}", 1)
 
     def _run(self) -> None:
-        while not self._stopped.wait(BEAT_SECONDS):
-            try:
+        with suppress(RuntimeError):  # the store is gone with the process that held it
+            while not self._stopped.wait(BEAT_SECONDS):
                 self._beat()
-            except RuntimeError:  # the store is gone with the process that held it
-                return
 
     def stop(self, patience: float = BEAT_SECONDS) -> None:
         """Ends the beat; a thread that a dying interpreter meets in torch's C++ aborts it, so it is waited for."""
@@ -314,7 +318,8 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
 
 
-def is_sharded_tensor(tensor: Tensor) -> bool:
+def is_sharded_tensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether FSDP2 has spread the tensor over the ranks."""
     return hasattr(tensor, "full_tensor")
 
 

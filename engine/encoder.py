@@ -3,6 +3,8 @@
 Texts are tokenised (of long lists by a thread, while those before are encoded), sorted by token length, packed by a
 token budget, run without padding and pooled over spans of the packed hidden states, so neither the batch size nor the
 order changes a vector beyond rounding (METHOD 11: padded bf16 batches of the original did).
+
+The one class of the package that everybody meets is stated in one place; most of its lines say what its arguments mean.
 """
 
 from __future__ import annotations
@@ -15,18 +17,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bivec.engine.encoder_config import POOLINGS, EncoderConfig, text_format
-from bivec.engine.encoder_inputs import as_list, one_ahead, progress_bar, split_pair
-from bivec.engine.errors import BivecError
+from bivec.engine.encoder_inputs import as_list, as_texts, one_ahead, progress_bar, split_pair, text_head
 from bivec.engine.layouts import open_encoder
 from bivec.engine.lora import Adapter
 from bivec.engine.origin import Origin, loaded_fingerprint
 from bivec.engine.packing import token_budget_batches
-from bivec.engine.text_format import Prompt, Row, SpanError, encoding_head
+from bivec.engine.text_format import Row, RowFormat, SpanError, encoding_head
 from bivec.kernels import segment_pool
-from bivec.models import PackedBatch
+from bivec.models import Llama, PackedBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +44,7 @@ class Encoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Llama,
         tokenizer: PreTrainedTokenizerFast,
         config: EncoderConfig | None = None,
         *,
@@ -59,7 +60,7 @@ class Encoder:
         self.config = replace(config, max_length=min(config.max_length, positions))
         self.lm_head_weight = lm_head_weight
         self.prompts, self.adapter, self._origin = dict(prompts or {}), adapter, origin or Origin()
-        self._text_format = text_format(self.config, tokenizer)
+        self._text_format: RowFormat = text_format(self.config, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -86,7 +87,8 @@ class Encoder:
                 that holds an adapter alone (its base model is named inside), a ``.gguf`` file, or a hub id.
             adapters: PEFT adapters, directories or hub ids, merged into the weights in this order.
             merge: False leaves the last of ``adapters`` live, as ``encoder.adapter``: ``remove()`` takes it off again,
-                ``merge()`` puts it into the weights, which a save needs.
+                ``merge()`` puts it into the weights, which a save needs. The settings are that adapter's, taken off or
+                not: the decoder's own come with a decoder that is opened without it.
             tokenizer: directory, ``.gguf`` file or hub id of the tokenizer; None = the model's. Where it puts no BOS in
                 front of a text, one is added for a mere decoder; an encoder, whoever made it, keeps it as it is.
             pooling: "mean", "weighted_mean", "last_token", "eos_token" or "bos_token"; None = what the directory says,
@@ -137,6 +139,7 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are, and every batch is put."""
         return self.model.embed_tokens.weight.device
 
     @property
@@ -208,14 +211,7 @@ class Encoder:
         Raises:
             BivecError: an unknown name, or more than one argument.
         """
-        if sum(given is not None for given in (instruction, prompt, prompt_name)) > 1:
-            raise BivecError("give one of instruction, prompt and prompt_name")
-        if prompt_name is not None:
-            if prompt_name not in self.prompts:
-                names = ", ".join(self.prompts) or "none"
-                raise BivecError(f"prompt_name {prompt_name!r} is unknown; the encoder has {names}")
-            prompt = self.prompts[prompt_name]
-        return instruction or "" if prompt is None else Prompt(prompt)
+        return text_head(self.prompts, instruction, prompt, prompt_name)
 
     def embed_slices(
         self,
@@ -225,7 +221,7 @@ class Encoder:
         tokens_per_batch: int | None = None,
         max_text_length: int | None = None,
         normalize_embeddings: bool | None = None,
-        advance: Callable[[int], object] = lambda count: None,
+        advance: Callable[[int], object] = lambda _: None,
     ) -> Iterator[tuple[int, Tensor]]:
         """Embeds slices of texts that need not all be in memory; a thread reads and tokenises the next one meanwhile.
 
@@ -286,13 +282,10 @@ class Encoder:
         Raises:
             BivecError: an input that is not a text.
         """
-        single = isinstance(sentences, str)
-        texts = as_list(sentences)
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise BivecError(f"text {index} is {type(text).__name__}, expected a str")
-        encoded = self.tokenizer(texts, truncation=True, max_length=self.config.max_length) if texts else {}
-        rows = encoded.get("input_ids", [])
+        single, texts = isinstance(sentences, str), as_texts(sentences)
+        rows: list[list[int]] = []
+        if texts:
+            rows = self.tokenizer(texts, truncation=True, max_length=self.config.max_length).input_ids
         result: list[Tensor] = [torch.empty(0)] * len(rows)
         for hidden, cu_seqlens, indices in self.hidden_states(
             rows, batch_size=batch_size, tokens_per_batch=tokens_per_batch, show_progress_bar=show_progress_bar
@@ -410,14 +403,15 @@ class Encoder:
     def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, rows: list[Row]) -> Tensor:
         """[B, D] float32 on the device: every row's span of the packed hidden states."""
         begins = cu_seqlens[:-1].long()
-        return segment_pool(
+        pooled = segment_pool(
             hidden,
             cu_seqlens,
             mode=POOLINGS[self.config.pooling],
             span_starts=begins + self._index([row.start for row in rows]),
             span_ends=begins + self._index([row.end for row in rows]),
             backend=self.backend,
-        ).float()
+        )
+        return pooled.float()
 
     def _index(self, values: list[int]) -> Tensor:
         """int64 on the device; a GPU need not stop for the copy."""

@@ -13,10 +13,10 @@ from bivec.engine.foreign_settings import (
     POOLING_PATTERN,
     PROMPTS_FILE,
     WEIGHTS_PATTERN,
-    read_json,
     read_llm2vec,
     read_sentence_transformers,
 )
+from bivec.engine.json_files import read_json
 from bivec.engine.origin import Origin
 from bivec.engine.records import check_types
 from bivec.engine.text_format import TextFormat, expand_template
@@ -94,14 +94,15 @@ def read_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig:
     Raises:
         ConfigError: a file that is not JSON, holds unknown fields or asks for a pooling that bivec does not have.
     """
-    return stored_encoder_config(folder, config) or EncoderConfig(causal=bool(config.is_causal))
+    return stored_encoder_config(folder, is_causal=config.is_causal) or EncoderConfig(causal=bool(config.is_causal))
 
 
-def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig | None:
+def stored_encoder_config(folder: Path, *, is_causal: bool | None) -> EncoderConfig | None:
     """See :func:`read_encoder_config`; None where the directory says nothing.
 
-    Of several files the first of ours, LLM2Vec's and sentence-transformers' counts. A folder of sentence-transformers
-    whose config.json does not say ``is_causal`` is causal, since that library runs it so.
+    Of several files the first of ours, LLM2Vec's and sentence-transformers' counts. ``is_causal`` is what the decoder's
+    config.json says, and counts where they do not say; a folder of sentence-transformers whose config.json does not say
+    it either is causal, since that library runs it so.
     """
     if folder.is_file():
         return _gguf_encoder_config(folder)
@@ -113,7 +114,7 @@ def stored_encoder_config(folder: Path, config: DecoderConfig) -> EncoderConfig 
         if file.is_file():
             settings = read(file)
             try:
-                causal = config.is_causal is not False if file.name == MODULES_FILE else bool(config.is_causal)
+                causal = is_causal is not False if file.name == MODULES_FILE else bool(is_causal)
                 return EncoderConfig(**{"causal": causal, **settings})
             except ConfigError as error:
                 raise ConfigError(f"{file}: {error}") from error

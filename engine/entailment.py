@@ -15,7 +15,6 @@ contradiction.
 
 from __future__ import annotations
 
-import csv
 import json
 import warnings
 from collections import defaultdict
@@ -23,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bivec.engine.data import csv_rows, data_suffix, decoded_lines
+from bivec.engine.data_files import csv_rows, data_suffix, decoded_lines
 from bivec.engine.errors import DataError
 from bivec.engine.triples import Triple
 from bivec.models.plain_json import parse_json
@@ -109,7 +108,8 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if suffix not in SUFFIXES or not path.is_file():
         what = "is of a kind that is not read" if path.is_file() else "is no file"
         raise DataError(f"{path} {what}: give files of entailment data, {', '.join(SUFFIXES)}; {FORM}")
-    return _json_records(path) if suffix == ".jsonl" else _table_records(path, SUFFIXES[suffix])
+    delimiter = SUFFIXES[suffix]
+    return _json_records(path) if delimiter is None else _table_records(path, delimiter)
 
 
 def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -127,9 +127,8 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _table_records(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # quotes in SNLI's are part of the text
     header: list[str] = []
-    for line, row in csv_rows(path, delimiter, quoting):
+    for line, row in csv_rows(path, delimiter, quoted=delimiter != "\t"):  # quotes in SNLI's are part of the text
         if not header:
             header = row
         elif row:

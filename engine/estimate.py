@@ -83,8 +83,10 @@ def describe(recipe: Recipe, config: DecoderConfig) -> str:
     """The text of ``--dry-run``."""
     lines = [
         f"{recipe.name}: {recipe.model}",
-        f"  parameters   {config.num_parameters():,} in the trunk "
-        f"({config.num_parameters(lm_head=True):,} with the LM head)",
+        (
+            f"  parameters   {config.num_parameters():,} in the trunk "
+            f"({config.num_parameters(lm_head=True):,} with the LM head)"
+        ),
     ]
     for stage in (recipe.mntp, recipe.simcse, recipe.supervised):
         half, full = estimate_stage(config, stage, 2, "cuda"), estimate_stage(config, stage, 4, "cpu")
@@ -99,7 +101,9 @@ def describe(recipe: Recipe, config: DecoderConfig) -> str:
             f"    trainable parameters   {full.trainable_parameters:,}",
             f"    tokens per step        {full.tokens_per_step:,}{sentences}",
             f"    FLOPs per step         {full.flops_per_step:.3g}",
-            f"    predicted memory       {half.memory_bytes / 2**30:.1f} GiB in bfloat16 (GPU), "
-            f"{full.memory_bytes / 2**30:.1f} GiB in float32 (CPU)",
+            (
+                f"    predicted memory       {half.memory_bytes / 2**30:.1f} GiB in bfloat16 (GPU), "
+                f"{full.memory_bytes / 2**30:.1f} GiB in float32 (CPU)"
+            ),
         ]
     return "\n".join(lines)

@@ -1,5 +1,7 @@
-"""An encoder on the disk as other libraries take it: a folder of sentence-transformers whose root is a plain Hugging
-Face model, with its tokenizer, our own settings and a model card.
+"""An encoder on the disk as other libraries take it.
+
+It is a folder of sentence-transformers whose root is a plain Hugging Face model, with its tokenizer, our own settings
+and a model card.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from bivec.engine.encoder_config import (
     stored_origin,
 )
 from bivec.engine.errors import CheckpointError, ConfigError
-from bivec.engine.foreign_settings import read_json
+from bivec.engine.json_files import read_json
+from bivec.engine.lora import ADAPTER_CONFIG
 from bivec.engine.model_card import CARD_FILE, ModelCard, is_ours, render_card
 from bivec.engine.sentence_transformers_files import sentence_transformers_files
 from bivec.engine.tokenizer import append_eos, prefix_length
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 
     from bivec.engine.encoder import Encoder
 
-ADAPTER_CONFIG = "adapter_config.json"
 # of an earlier save: what would still be read
 STALE = (*MODEL_PATTERNS, "chat_template*")
 

@@ -8,9 +8,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from bivec.engine.json_files import read_json
 from bivec.engine.text_format import SLOT
 from bivec.models.errors import ConfigError
-from bivec.models.plain_json import parse_json
 
 MODULES_FILE = "modules.json"
 LENGTH_FILE, PROMPTS_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -64,6 +64,24 @@ def read_sentence_transformers(file: Path) -> dict[str, Any]:
         settings["pool_bos"] = _prefix_counts(modules[WEIGHTS], modules.get(TRANSFORMER, file.parent))
     prompts_file = file.parent / PROMPTS_FILE
     prompts = read_json(prompts_file, dict) if prompts_file.is_file() else {}
+    settings |= _prompt_settings(prompts_file, prompts, settings)
+    similarity = prompts.get("similarity_fn_name")
+    similarity = "cosine" if similarity is None else similarity
+    if not isinstance(similarity, str):
+        raise ConfigError(f"{prompts_file}: similarity_fn_name is {repr(similarity)[:80]}, expected a string")
+    if similarity in SIMILARITIES:  # others are no matter of the vectors
+        settings["similarity"] = SIMILARITIES[similarity]
+    return settings | _stored_length(modules.get(TRANSFORMER, file.parent))
+
+
+def _prompt_settings(prompts_file: Path, prompts: dict[str, Any], settings: dict[str, Any]) -> dict[str, str]:
+    """The template that a default prompt is.
+
+    Args:
+        prompts_file: for errors.
+        prompts: its content.
+        settings: what the modules say.
+    """
     named, default = prompts.get("prompts") or {}, prompts.get("default_prompt_name")
     if not isinstance(named, dict) or not isinstance(default, (str, type(None))):
         raise ConfigError(
@@ -75,9 +93,9 @@ def read_sentence_transformers(file: Path) -> dict[str, Any]:
             f"{prompts_file}: default_prompt_name is {default[:80]!r}, which prompts does not have; add it there, or "
             "set it to null"
         )
-    head = named.get(default)
+    head = None if default is None else named[default]
     if not isinstance(head, (str, type(None))):
-        raise ConfigError(f"{prompts_file}: the prompt {default[:80]!r} is {repr(head)[:80]}, expected a string")
+        raise ConfigError(f"{prompts_file}: the prompt {str(default)[:80]!r} is {repr(head)[:80]}, expected a string")
     if (
         settings.get("skip_instruction")
         and settings["pooling"] in ("weighted_mean", "bos_token")
@@ -87,15 +105,7 @@ def read_sentence_transformers(file: Path) -> dict[str, Any]:
             f"{prompts_file}: has prompts that the pooling {settings['pooling']!r} leaves out (include_prompt is "
             "false), from where on sentence-transformers counts differently; remove the prompts there"
         )
-    if head:  # put before every text
-        settings["template"] = f"{head}{SLOT}"
-    similarity = prompts.get("similarity_fn_name")
-    similarity = "cosine" if similarity is None else similarity
-    if not isinstance(similarity, str):
-        raise ConfigError(f"{prompts_file}: similarity_fn_name is {repr(similarity)[:80]}, expected a string")
-    if similarity in SIMILARITIES:  # others are no matter of the vectors
-        settings["similarity"] = SIMILARITIES[similarity]
-    return settings | _stored_length(modules.get(TRANSFORMER, file.parent))
+    return {"template": f"{head}{SLOT}"} if head else {}  # put before every text
 
 
 def module_folders(file: Path) -> dict[str, Path]:
@@ -172,7 +182,7 @@ def _prefix_counts(folder: Path, tokenizer: Path) -> bool:
     return False
 
 
-def _stored_length(folder: Path) -> dict[str, int]:
+def _stored_length(folder: Path) -> dict[str, int | float]:
     """``max_length``, if the folder says it: from version 6 on it is the tokenizer's."""
     own = read_json(folder / LENGTH_FILE, dict) if (folder / LENGTH_FILE).is_file() else {}
     lower = own.get("do_lower_case")
@@ -198,22 +208,3 @@ def _stored_length(folder: Path) -> dict[str, int]:
     if isinstance(length, bool) or not isinstance(length, (int, float, type(None))):
         raise ConfigError(f"{file}: model_max_length is {repr(length)[:80]}, expected a number of tokens")
     return {"max_length": length} if length is not None and length < UNLIMITED else {}
-
-
-def read_json(file: Path, kind: type) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        ConfigError: no such file, no JSON, or another kind of value.
-    """
-    try:
-        content = parse_json(file.read_bytes(), allow_nan=False)
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(content, kind):
-        raise ConfigError(f"{file}: expected a JSON {kind.__name__}, found {type(content).__name__}")
-    return content

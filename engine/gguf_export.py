@@ -49,7 +49,7 @@ def save_gguf(encoder: Encoder, path: str | Path, *, dtype: str = "f16") -> None
     path, config, shape = Path(path), encoder.config, encoder.model.config
     _check(encoder, path, dtype)
     package = gguf_package()
-    parameters = dict(encoder.model.named_parameters())
+    parameters: dict[str, Tensor] = dict(encoder.model.named_parameters())
     if any(".base." in name or "lora_" in name for name in parameters):
         raise CheckpointError(f"{path}: the model carries an adapter; merge it first")
     with atomic_file(path) as temporary:
@@ -181,8 +181,8 @@ def _write_tokenizer(writer: Any, encoder: Encoder, path: Path) -> None:
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     if rules["model"].get("type") != "BPE":
         raise ConfigError(f"{path}: a tokenizer of kind {rules['model'].get('type')!r}; GGUF export knows BPE")
-    words = tokenizer.convert_ids_to_tokens(range(min(rows, len(tokenizer))))
-    words = [f"[PAD{i}]" if word is None else word for i, word in enumerate(words)]
+    found = tokenizer.convert_ids_to_tokens(list(range(min(rows, len(tokenizer)))))
+    words = [f"[PAD{i}]" if word is None else word for i, word in enumerate(found)]
     words += [f"[PAD{i}]" for i in range(len(words), rows)]  # rows of the embedding without a token
     added = {entry["id"]: entry for entry in rules["added_tokens"]}
     splits = None if rules["model"].get("byte_fallback") else _split_name(tokenizer, path)
@@ -217,14 +217,15 @@ def _write_tokenizer(writer: Any, encoder: Encoder, path: Path) -> None:
     writer.add_add_eos_token(tokenizer("a").input_ids[-1] == tokenizer.eos_token_id)
 
 
-def _scores(words: list[str], merges: list) -> list[float]:
+def _scores(words: list[str], merges: list[str | list[str]]) -> list[float]:
     """SentencePiece merges whatever makes the token of the best score: the order of what the merges make."""
     made = dict.fromkeys("".join(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in merges)
     ranks = {word: rank for rank, word in enumerate(made)}
     return [-float(ranks.get(word, len(ranks))) for word in words]
 
 
-def _token_type(number: int, word: str, added: dict, model: dict, *, sentencepiece: bool) -> int:
+def _token_type(number: int, word: str, added: dict[int, Any], model: dict[str, Any], *, sentencepiece: bool) -> int:
+    """llama.cpp's number for the kind of a token."""
     if number in added:
         if word == model.get("unk_token") and sentencepiece:
             return UNKNOWN
@@ -252,7 +253,7 @@ def _check_written(file: Path, encoder: Encoder, path: Path) -> None:
     """Reads the file's header and tokenizer back: GGUF has no place for some settings, and nobody would see it."""
     header = read_header(file)
     ours = encoder.model.config
-    differing = {
+    differing: dict[str, Any] = {
         "model_type": "mistral" if ours.sliding_window else ARCHITECTURES[ours.model_type],
         "tie_word_embeddings": True,
         "is_causal": encoder.config.causal,
@@ -266,8 +267,8 @@ def _check_written(file: Path, encoder: Encoder, path: Path) -> None:
         if not (value == other or (isinstance(value, float) and math.isclose(value, other, rel_tol=1e-6))):
             raise ConfigError(f"{path}: GGUF cannot say {name} = {value!r} (it would be read as {other!r})")
     again = load_tokenizer(file, add_bos=False)
-    texts, ours = [PROBE, *PROBE.split(), "A man plays the guitar."], exported_tokenizer(encoder)
-    for text, row, ours_row in zip(texts, again(texts).input_ids, ours(texts).input_ids, strict=True):
+    texts, exported = [PROBE, *PROBE.split(), "A man plays the guitar."], exported_tokenizer(encoder)
+    for text, row, ours_row in zip(texts, again(texts).input_ids, exported(texts).input_ids, strict=True):
         if row != ours_row:
             at = next((i for i, (one, other) in enumerate(zip(row, ours_row, strict=False)) if one != other), -1)
             part = slice(max(at - 3, 0), at + 5) if at >= 0 else slice(-8, None)

@@ -42,7 +42,7 @@ class StepRows:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[S] int64"""
+        """[S] int64: tokens of every sequence."""
         return np.fromiter(map(len, self.input_ids), dtype=np.int64, count=len(self.input_ids))
 
 
@@ -57,10 +57,12 @@ class PackedRows:
     @classmethod
     def of(cls, rows: StepRows, places: Sequence[int]) -> PackedRows:
         """The rows at these places, on the CPU."""
-        places = np.asarray(places, dtype=np.int64)
-        batch = PackedBatch.from_sequences([rows.input_ids[place] for place in places], rows.sample_ids[places])
-        spans = torch.from_numpy(rows.spans[places]) + batch.cu_seqlens[:-1, None]
-        return cls(torch.from_numpy(places), batch, spans)
+        chosen = np.asarray(places, dtype=np.int64)
+        batch = PackedBatch.from_sequences(
+            [rows.input_ids[place] for place in chosen], rows.sample_ids[chosen].tolist()
+        )
+        spans = torch.from_numpy(rows.spans[chosen]) + batch.cu_seqlens[:-1, None]
+        return cls(torch.from_numpy(chosen), batch, spans)
 
     def to(self, device: torch.device | str) -> PackedRows:
         """The same on another device, which is not waited for."""

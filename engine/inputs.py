@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -19,13 +19,13 @@ from bivec.engine.encoder_config import is_encoder, weights_directory
 from bivec.engine.errors import BivecError, CheckpointError, ConfigError, DataError, RunError
 from bivec.engine.fingerprint import tokenizer_checksum
 from bivec.engine.hub import prefer_offline
-from bivec.engine.lora import read_adapter_config
-from bivec.engine.masking import MaskingConfig
+from bivec.engine.lora import ADAPTER_CONFIG, read_adapter_config
+from bivec.engine.masking import MaskingConfig, MaskStyle
 from bivec.engine.recipe import PACKAGED_MODEL, Recipe
 from bivec.engine.text_format import resolve_template
 from bivec.engine.tokenizer import load_tokenizer, mask_token_id
 from bivec.engine.triple_batches import TripleBatches
-from bivec.engine.triples import TripleSet, load_triples
+from bivec.engine.triples import OnBadLine, TripleSet, load_triples
 from bivec.models import DecoderConfig
 from bivec.models.gguf import find_smollm2
 from bivec.models.weights import CONFIG_FILE, inspect_checkpoint, resolve_checkpoint
@@ -58,9 +58,9 @@ class Inputs:
         """Size and checksum of the training tokens by stage: a resumed run must meet the same."""
         found = {}
         if self.blocks is not None:
-            found["mntp"] = f"{len(self.blocks)} blocks, crc32 {zlib.crc32(self.blocks.input_ids):08x}"
+            found["mntp"] = f"{len(self.blocks)} blocks, crc32 {zlib.crc32(self.blocks.input_ids.data):08x}"
         if self.sentences is not None:
-            checksum = zlib.crc32(self.sentences.offsets, zlib.crc32(self.sentences.flat_ids))
+            checksum = zlib.crc32(self.sentences.offsets.data, zlib.crc32(self.sentences.flat_ids.data))
             found["simcse"] = f"{len(self.sentences)} sentences, crc32 {checksum:08x}"
         if self.triples is not None:
             sets = [f"{one.name} {one.fingerprint()}" for one in self.triples]
@@ -82,11 +82,11 @@ class _Problems:
             self.found.append(f"{flag}: {error}")
             return None
 
-    def check(self) -> None:
+    def error(self) -> RunError:
+        """One that names all of them."""
         if len(self.found) == 1:
-            raise RunError(f"the recipe cannot start: {self.found[0]}")
-        if self.found:
-            raise RunError("\n  ".join(["the recipe cannot start:", *self.found]))
+            return RunError(f"the recipe cannot start: {self.found[0]}")
+        return RunError("\n  ".join(["the recipe cannot start:", *self.found]))
 
 
 def resolve_model(name: str) -> Path:
@@ -129,50 +129,80 @@ def load_inputs(recipe: Recipe) -> Inputs:
     model = [] if recipe.model == PACKAGED_MODEL else [recipe.model]
     prefer_offline(model + [source for stage, source in sources.items() if stage in recipe.stages])
     problems = _Problems()
-    config = tokenizer = masking = mntp_texts = simcse_texts = triples = None
-    path = problems.attempt(MODEL_FLAG, lambda: resolve_model(recipe.model))
-    if path is not None:
-        config = problems.attempt(MODEL_FLAG, lambda: _checked_config(recipe, path))
-        add_bos = recipe.bos_token is not None or not is_encoder(path)  # an encoder keeps the tokenizer it has
-        tokenizer = problems.attempt(
-            MODEL_FLAG, lambda: load_tokenizer(path, bos_token=recipe.bos_token, add_bos=add_bos)
-        )
-    if "mntp" in recipe.stages:
-        if config is not None and tokenizer is not None:
-            masking = problems.attempt("--set mntp.mask_token", lambda: _masking(recipe, config, tokenizer))
-        if config is not None:
-            _check_length(problems, "mntp.sequence_length", recipe.mntp.sequence_length, config)
-        mntp_texts = problems.attempt(MNTP_FLAG, lambda: _texts(recipe, "mntp"))
-    if "simcse" in recipe.stages:
-        if config is not None:
-            _check_length(problems, "simcse.max_length", recipe.simcse.max_length, config)
-        simcse_texts = problems.attempt(SIMCSE_FLAG, lambda: _texts(recipe, "simcse"))
+    decoder = _open_decoder(problems, recipe)
+    masking = triples = None
+    if "mntp" in recipe.stages and decoder is not None:
+        masking = problems.attempt("--set mntp.mask_token", partial(_masking, recipe, decoder))
+    texts = {
+        stage: problems.attempt(flag, partial(_texts, recipe, stage))
+        for stage, flag in (("mntp", MNTP_FLAG), ("simcse", SIMCSE_FLAG))
+        if stage in recipe.stages
+    }
     if "supervised" in recipe.stages:
-        if config is not None:
-            _check_length(problems, "supervised.max_length", recipe.supervised.max_length, config)
-        triples = problems.attempt(SUPERVISED_FLAG, lambda: _triples(recipe))
-        template, start, dims = (getattr(recipe.supervised, x) for x in ("template", "init_adapter", "matryoshka_dims"))
-        if config is not None:
-            problems.attempt("--set supervised.matryoshka_dims", partial(_check_dims, dims, config))
-        problems.attempt(
-            "--set supervised.template", lambda: resolve_template(None if template == "auto" else template, "")
-        )
-        if start is not None and not (start == "simcse" and "simcse" in recipe.stages):
-            problems.attempt("--set supervised.init_adapter", partial(_check_start, recipe, start))
+        triples = problems.attempt(SUPERVISED_FLAG, partial(_triples, recipe))
+        _check_supervised(problems, recipe)
     for adapter in recipe.adapters:
         problems.attempt("--adapters", partial(_check_adapter, adapter))
     sts = {
-        split: problems.attempt(f"--sts-{split}", partial(_sts_pairs, source, recipe.eval_pairs))
+        split: pairs
         for split, source in (("dev", recipe.sts_dev), ("test", recipe.sts_test))
+        if (pairs := problems.attempt(f"--sts-{split}", partial(_sts_pairs, source, recipe.eval_pairs))) is not None
     }
-    problems.check()
+    if decoder is None or problems.found:
+        raise problems.error()
     blocks = sentences = None
-    if mntp_texts is not None:
-        blocks = problems.attempt(MNTP_FLAG, lambda: _blocks(recipe, config, tokenizer, mntp_texts))
-    if simcse_texts is not None:
-        sentences = problems.attempt(SIMCSE_FLAG, lambda: _sentences(recipe, config, tokenizer, simcse_texts))
-    problems.check()
-    return Inputs(config, path, tokenizer, masking, blocks, sentences, sts, triples)
+    if (rows := texts.get("mntp")) is not None:
+        blocks = problems.attempt(MNTP_FLAG, partial(_blocks, recipe, decoder, rows))
+    if (rows := texts.get("simcse")) is not None:
+        sentences = problems.attempt(SIMCSE_FLAG, partial(_sentences, recipe, decoder, rows))
+    if problems.found:
+        raise problems.error()
+    return Inputs(decoder.config, decoder.path, decoder.tokenizer, masking, blocks, sentences, sts, triples)
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """The model of a recipe, but for its weights."""
+
+    path: Path
+    config: DecoderConfig
+    tokenizer: PreTrainedTokenizerFast
+
+
+def _open_decoder(problems: _Problems, recipe: Recipe) -> _Decoder | None:
+    path = problems.attempt(MODEL_FLAG, partial(resolve_model, recipe.model))
+    if path is None:
+        return None
+    config = problems.attempt(MODEL_FLAG, partial(_checked_config, recipe, path))
+    if config is not None:
+        _check_sizes(problems, recipe, config)
+    tokenizer = problems.attempt(MODEL_FLAG, partial(_tokenizer, recipe, path))
+    return None if config is None or tokenizer is None else _Decoder(path, config, tokenizer)
+
+
+def _tokenizer(recipe: Recipe, path: Path) -> PreTrainedTokenizerFast:
+    add_bos = recipe.bos_token is not None or not is_encoder(path)  # an encoder keeps the tokenizer it has
+    return load_tokenizer(path, bos_token=recipe.bos_token, add_bos=add_bos)
+
+
+def _check_sizes(problems: _Problems, recipe: Recipe, config: DecoderConfig) -> None:
+    """The settings of the stages that a model may be too small for."""
+    for stage, key in (("mntp", "sequence_length"), ("simcse", "max_length"), ("supervised", "max_length")):
+        if stage in recipe.stages:
+            _check_length(problems, f"{stage}.{key}", getattr(getattr(recipe, stage), key), config)
+    if "supervised" in recipe.stages:
+        dims = recipe.supervised.matryoshka_dims
+        problems.attempt("--set supervised.matryoshka_dims", partial(_check_dims, dims, config))
+
+
+def _check_supervised(problems: _Problems, recipe: Recipe) -> None:
+    """The settings of the supervised stage that name a template or an adapter."""
+    stage = recipe.supervised
+    template = None if stage.template == "auto" else stage.template
+    problems.attempt("--set supervised.template", partial(resolve_template, template, ""))
+    start = stage.init_adapter
+    if start is not None and not (start == "simcse" and "simcse" in recipe.stages):
+        problems.attempt("--set supervised.init_adapter", partial(_check_start, recipe, start))
 
 
 def _checked_config(recipe: Recipe, path: Path) -> DecoderConfig:
@@ -185,12 +215,13 @@ def _checked_config(recipe: Recipe, path: Path) -> DecoderConfig:
     return config
 
 
-def _masking(recipe: Recipe, config: DecoderConfig, tokenizer: PreTrainedTokenizerFast) -> MaskingConfig:
+def _masking(recipe: Recipe, decoder: _Decoder) -> MaskingConfig:
     stage = recipe.mntp
-    token = mask_token_id(tokenizer, stage.mask_token)
-    _check_vocabulary(token, config)
+    token = mask_token_id(decoder.tokenizer, stage.mask_token)
+    _check_vocabulary(token, decoder.config)
+    style = cast(MaskStyle, stage.mask_style)  # as the stage has checked
     # random replacements are real tokens: the embedding may have rows beyond the tokenizer's
-    return MaskingConfig(token, min(len(tokenizer), config.vocab_size), stage.mask_probability, stage.mask_style)
+    return MaskingConfig(token, min(len(decoder.tokenizer), decoder.config.vocab_size), stage.mask_probability, style)
 
 
 def _texts(recipe: Recipe, stage: str) -> Sequence[str]:
@@ -211,29 +242,25 @@ def _sts_pairs(source: str, limit: int | None) -> list[STSPair]:
     return pairs
 
 
-def _blocks(
-    recipe: Recipe, config: DecoderConfig, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
-) -> BlockDataset:
+def _blocks(recipe: Recipe, decoder: _Decoder, texts: Sequence[str]) -> BlockDataset:
     stage = recipe.mntp
-    blocks = mntp_blocks(texts, tokenizer, stage.sequence_length, per_block_bos=stage.bos_in_every_block)
-    _check_vocabulary(blocks.input_ids, config)
+    blocks = mntp_blocks(texts, decoder.tokenizer, stage.sequence_length, per_block_bos=stage.bos_in_every_block)
+    _check_vocabulary(blocks.input_ids, decoder.config)
     _check_enough(len(blocks), f"blocks of {stage.sequence_length} tokens", "mntp.batch_size", stage.batch_size)
     return blocks
 
 
-def _sentences(
-    recipe: Recipe, config: DecoderConfig, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
-) -> SentenceDataset:
-    sentences = sentence_ids(texts, tokenizer, recipe.simcse.max_length)
-    _check_vocabulary(sentences.flat_ids, config)
+def _sentences(recipe: Recipe, decoder: _Decoder, texts: Sequence[str]) -> SentenceDataset:
+    sentences = sentence_ids(texts, decoder.tokenizer, recipe.simcse.max_length)
+    _check_vocabulary(sentences.flat_ids, decoder.config)
     _check_enough(len(sentences), "sentences", "simcse.batch_size", recipe.simcse.batch_size)
     return sentences
 
 
 def _check_adapter(directory: str) -> None:
-    if not (Path(directory) / "adapter_config.json").is_file():
+    if not (Path(directory) / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{directory}: no adapter_config.json there; give the directory of a PEFT adapter, such as a run's simcse/"
+            f"{directory}: no {ADAPTER_CONFIG} there; give the directory of a PEFT adapter, such as a run's simcse/"
         )
 
 
@@ -245,7 +272,7 @@ def _check_start(recipe: Recipe, start: str) -> None:
         raise ConfigError(
             f"{start} is merged into the model already, by --model or --adapters; give the model as it was before it"
         )
-    theirs, ours = read_adapter_config(directory / "adapter_config.json"), recipe.supervised.lora
+    theirs, ours = read_adapter_config(directory / ADAPTER_CONFIG), recipe.supervised.lora
     if (theirs.rank, theirs.alpha, set(theirs.targets)) != (ours.rank, ours.alpha, set(ours.targets)):
         raise ConfigError(
             f"{start} has rank {theirs.rank}, alpha {theirs.alpha:g} and targets {','.join(theirs.targets)}; give the "
@@ -263,7 +290,7 @@ def _triples(recipe: Recipe) -> list[TripleSet]:
         raise DataError("none was given; recipes/entailment_triples.py makes some of entailment data")
     found = load_triples(
         recipe.supervised_data,
-        on_bad_line=recipe.supervised.on_bad_line,
+        on_bad_line=cast(OnBadLine, recipe.supervised.on_bad_line),  # as the stage has checked
         limit=recipe.data_limit,
         argument="--supervised-data",
     )

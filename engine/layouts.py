@@ -27,21 +27,20 @@ from bivec.engine.encoder_config import (
 )
 from bivec.engine.errors import CheckpointError, ConfigError
 from bivec.engine.foreign_settings import MODULES_FILE, TRANSFORMER, module_folders
-from bivec.engine.lora import Adapter, adapter_base, load_adapter
+from bivec.engine.json_files import json_or_none
+from bivec.engine.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, adapter_base, load_adapter
 from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint, shown_name
 from bivec.engine.recipe import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
 from bivec.models.gguf import find_smollm2
-from bivec.models.plain_json import parse_json
 from bivec.models.weights import CONFIG_FILE as MODEL_CONFIG
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, Checkpoint, resolve_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_PATTERNS = (ADAPTER_CONFIG, "adapter_model.safetensors")
+ADAPTER_PATTERNS = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 # early versions of sentence-transformers gave the decoder a folder
 NESTED_PATTERNS = tuple(f"0_Transformer/{name}" for name in (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS))
 PATTERNS = (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS, *ADAPTER_PATTERNS, *NESTED_PATTERNS)
@@ -123,7 +122,7 @@ def open_encoder(
             adapter, origin = None, with_it
         names += [str(folder), *([recorded] if recorded else [])]
         if number >= own:
-            config = stored_encoder_config(folder, checkpoint.config) or config
+            config = stored_encoder_config(folder, is_causal=checkpoint.config.is_causal) or config
     add_bos, token = _bos(source, folders)
     words = load_tokenizer(source.tokenizer if tokenizer is None else tokenizer, bos_token=token, add_bos=add_bos)
     # tokens that somebody added may have no embedding, as long as no text holds them
@@ -218,19 +217,15 @@ def _beside(folder: Path, base: str | None) -> str | None:
 
 def _names(path: str | Path, folder: Path) -> tuple[str, ...]:
     """Under which the weights of a folder may be known: as they were asked for, by their config.json, by the run."""
-    names = [str(_json(folder / MODEL_CONFIG).get("_name_or_path") or "")]
-    for place in (folder, folder.parent):
-        names.append(str((_json(place / RUN_FILE).get("recipe") or {}).get("model") or ""))
-    return tuple(dict.fromkeys(name for name in (*names, str(path), folder.name) if name))
+    own = _json(folder / MODEL_CONFIG).get("_name_or_path")
+    of_runs = [(_json(place / RUN_FILE).get("recipe") or {}).get("model") for place in (folder, folder.parent)]
+    return tuple(dict.fromkeys(str(name) for name in (own, *of_runs, path, folder.name) if name))
 
 
-def _json(file: Path) -> Any:
+def _json(file: Path) -> dict[str, Any]:
     """A file that may be missing or damaged; whoever needs it complains."""
-    try:
-        content = parse_json(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, (dict, list)) else {}
+    content = json_or_none(file)
+    return content if isinstance(content, dict) else {}
 
 
 def _nothing_known(folder: Path) -> str:

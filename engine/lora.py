@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bivec.engine.distributed import ALONE, World, whole
+from bivec.engine.json_files import read_json
 from bivec.kernels import fold_seed, lora_linears
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.files import atomic_directory
-from bivec.models.plain_json import parse_json
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 # fields of adapter_config.json that change what the adapter computes, in ways that no tensor of the file shows
 UNSUPPORTED = (
     "use_dora",
@@ -70,6 +71,7 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
+        """What B A is multiplied by before it is added to the weight."""
         return self.alpha / self.rank
 
 
@@ -93,6 +95,7 @@ class LoraLinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=torch.float32, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[T, in_features] -> [T, out_features]."""
         return self.project_jointly(x, (self,), None)[0]
 
     @staticmethod
@@ -111,7 +114,7 @@ class LoraLinear(nn.Module):
             config.scaling,
             biases=[layer.base.bias for layer in layers],
             dropout_p=dropout_p,
-            seed=fold_seed(noise.seed, layers[0].site) if dropout_p else None,
+            seed=None if noise.seed is None or not dropout_p else fold_seed(noise.seed, layers[0].site),
             token_ids=noise.token_ids if dropout_p else None,
             backend=backend,
         )
@@ -172,7 +175,7 @@ class Adapter:
         directory: str | Path,
         base_model_name: str,
         world: World = ALONE,
-        write_more: Callable[[Path], object] = lambda folder: None,
+        write_more: Callable[[Path], object] = lambda _: None,
     ) -> None:
         """Writes ``adapter_model.safetensors`` and ``adapter_config.json`` as PEFT reads them.
 
@@ -205,10 +208,10 @@ class Adapter:
             "fan_in_fan_out": False,
             "inference_mode": True,
         }
-        with atomic_directory(directory, last="adapter_config.json") as temporary:
+        with atomic_directory(directory, last=ADAPTER_CONFIG) as temporary:
             write_more(temporary)
-            save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-            (temporary / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            (temporary / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> Adapter:
@@ -254,7 +257,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapter:
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise ConfigError(f"{directory}: the model already carries a LoRA adapter; merge or remove it first")
     config, tensors = read_adapter(directory)
-    file, base_model = directory / "adapter_model.safetensors", adapter_base(directory)
+    file, base_model = directory / ADAPTER_WEIGHTS, adapter_base(directory)
     told = f" (adapter_config.json names {base_model})" if base_model else ""
     try:
         projections = _target_projections(model, config.targets)
@@ -303,13 +306,13 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         CheckpointError: as :func:`load_adapter`.
     """
     directory = Path(directory)
-    config = read_adapter_config(directory / "adapter_config.json")
-    return config, _read_adapter_tensors(directory / "adapter_model.safetensors")
+    config = read_adapter_config(directory / ADAPTER_CONFIG)
+    return config, _read_adapter_tensors(directory / ADAPTER_WEIGHTS)
 
 
 def adapter_base(directory: str | Path) -> str | None:
     """The base model that an adapter_config.json names; None where it names none."""
-    file = Path(directory) / "adapter_config.json"
+    file = Path(directory) / ADAPTER_CONFIG
     name = _read_adapter_json(file).get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):
         raise CheckpointError(f"{file}: base_model_name_or_path is {str(name)[:80]!r}, expected a string")
@@ -317,6 +320,11 @@ def adapter_base(directory: str | Path) -> str | None:
 
 
 def read_adapter_config(file: Path) -> LoraConfig:
+    """The settings in an adapter_config.json of PEFT.
+
+    Raises:
+        CheckpointError: as :func:`load_adapter`.
+    """
     raw = _read_adapter_json(file)
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
@@ -331,35 +339,30 @@ def read_adapter_config(file: Path) -> LoraConfig:
         )
     if raw.get("bias", "none") != "none":
         raise CheckpointError(f"{file}: bias={raw['bias']!r} is not supported, expected 'none'")
-    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    dropout = raw.get("lora_dropout")
-    for field, value in (("r", rank), ("lora_alpha", alpha), ("lora_dropout", 0.0 if dropout is None else dropout)):
-        kinds = int if field == "r" else (int, float)
-        # the bound is the largest float: an integer beyond it cannot become one
-        if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= sys.float_info.max:
-            raise CheckpointError(f"{file}: {field} is {str(value)[:80]!r}, expected a number")
+    rank, targets = raw.get("r"), raw.get("target_modules")
+    if type(rank) is not int or abs(rank) > sys.float_info.max:  # the scaling is divided by it
+        raise CheckpointError(f"{file}: r is {str(rank)[:80]!r}, expected a number")
+    alpha, dropout = _number(file, "lora_alpha", raw.get("lora_alpha")), raw.get("lora_dropout")
+    dropout = 0.0 if dropout is None else _number(file, "lora_dropout", dropout)
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise CheckpointError(f"{file}: target_modules={repr(targets)[:80]} are not usable, expected a list of names")
     try:
-        return LoraConfig(rank, float(alpha), float(dropout or 0.0), tuple(sorted(targets)))
+        return LoraConfig(rank, alpha, dropout, tuple(sorted(targets)))
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
+def _number(file: Path, field: str, value: object) -> float:
+    # the bound is the largest float: an integer beyond it cannot become one
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise CheckpointError(f"{file}: {field} is {str(value)[:80]!r}, expected a number")
+    return float(value)
+
+
 def _read_adapter_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = parse_json(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{file}: no such file; an adapter directory holds it beside adapter_model.safetensors"
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not a JSON file ({error})") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    hint = "; an adapter directory holds it beside adapter_model.safetensors"
+    settings: dict[str, Any] = read_json(file, dict, CheckpointError, hint=hint, allow_nan=True)
+    return settings
 
 
 def _read_adapter_tensors(file: Path) -> dict[str, Tensor]:

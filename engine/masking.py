@@ -23,6 +23,8 @@ from torch import Tensor
 
 from bivec.models.batch import PackedBatch
 
+MaskStyle = Literal["bert", "all_mask"]
+
 MASK_STREAM = 2  # the last word of the Philox counter: keeps these draws apart from those of packing.py
 BERT_MASKED = 0.8  # shares of the selected tokens under the style "bert"; the rest stays as it is
 BERT_RANDOM = 0.1
@@ -39,7 +41,7 @@ class MaskingConfig:
     mask_token_id: int
     vocab_size: int
     probability: float = 0.2  # share of the candidates that is selected
-    style: Literal["bert", "all_mask"] = "bert"
+    style: MaskStyle = "bert"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.probability <= 1.0:

@@ -30,7 +30,8 @@ class StepLog(Generic[Record]):
     """Appends records to a file, and cuts them back to a checkpoint when a run is resumed."""
 
     def __init__(self, path: Path, record: type[Record]):
-        self.path, self.record = path, record
+        self.path = path
+        self.record: type[Record] = record
 
     def append(self, record: Record) -> None:
         """Adds one line.
@@ -39,7 +40,7 @@ class StepLog(Generic[Record]):
             RunError: the disk is full, or the file may not be written.
         """
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(record)) + "\n")
         except OSError as error:
             raise RunError(
@@ -62,7 +63,7 @@ class StepLog(Generic[Record]):
                 record = self.record(**parse_json(line))
                 check_types(record)
                 records.append(record)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError) as error:  # noqa: PERF203 - of one line, which the message names
                 if number == len(lines):
                     break
                 raise RunError(f"{self.path}, line {number}: not a line of this log ({error}); delete it") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import Field, dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -16,7 +16,22 @@ from bivec.models.recompute import LEVELS as RECOMPUTE_LEVELS
 
 LORA_SITE, ATTENTION_SITE = 1, 2  # folded into the stage's seed: the two dropouts must not share bits
 
-AnyObjective = TypeVar("AnyObjective")
+
+class CutObjective(Protocol):
+    """A dataclass of an objective that says how its step is cut."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def recompute(self) -> str:
+        """See :meth:`bivec.models.Llama.forward`."""
+
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        """Tokens of one forward and backward; None = the whole step."""
+
+
+AnyObjective = TypeVar("AnyObjective", bound=CutObjective)
 
 
 @dataclass(frozen=True)

@@ -177,14 +177,20 @@ def _usage(config: EncoderConfig, shape: DecoderConfig, name: str) -> str:
     tei = {"cls": "cls", "mean": "mean", "last": "last-token"}.get(pooling or "")
     blocks = [
         "## How to load it",
-        f'bivec:\n\n```python\nfrom bivec import Encoder\n\nencoder = Encoder.from_pretrained("{name}")\n'
-        'vectors = encoder.encode(["A man plays the guitar.", "Someone makes music."])\n```',
-        "sentence-transformers (5.4 or later, over transformers 5.2 or later):\n\n```python\n"
-        f'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("{name}")\n'
-        'vectors = model.encode(["A man plays the guitar.", "Someone makes music."])\n```',
+        (
+            f'bivec:\n\n```python\nfrom bivec import Encoder\n\nencoder = Encoder.from_pretrained("{name}")\n'
+            'vectors = encoder.encode(["A man plays the guitar.", "Someone makes music."])\n```'
+        ),
+        (
+            "sentence-transformers (5.4 or later, over transformers 5.2 or later):\n\n```python\n"
+            f'from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer("{name}")\n'
+            'vectors = model.encode(["A man plays the guitar.", "Someone makes music."])\n```'
+        ),
         _transformers_block(config, shape, name),
-        f'vLLM:\n\n```python\nfrom vllm import LLM\n\nllm = LLM(model="{name}", runner="pooling")\n'
-        'outputs = llm.embed(["A man plays the guitar."])\n```',
+        (
+            f'vLLM:\n\n```python\nfrom vllm import LLM\n\nllm = LLM(model="{name}", runner="pooling")\n'
+            'outputs = llm.embed(["A man plays the guitar."])\n```'
+        ),
     ]
     if tei:
         blocks.append(
@@ -215,8 +221,10 @@ def _transformers_block(config: EncoderConfig, shape: DecoderConfig, name: str) 
         f'tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModel.from_pretrained("{name}"{keyword})',
         'texts = ["A man plays the guitar.", "Someone makes music."]',
         *([] if config.template is None else [f"head, tail = {head!r}, {tail!r}  # the template"]),
-        f"batch = tokenizer({'texts' if config.template is None else '[head + text + tail for text in texts]'}, "
-        'padding=True, return_offsets_mapping=True, return_tensors="pt")',
+        (
+            f"batch = tokenizer({'texts' if config.template is None else '[head + text + tail for text in texts]'}, "
+            'padding=True, return_offsets_mapping=True, return_tensors="pt")'
+        ),
         "with torch.no_grad():",
         "    hidden = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state",
         *(_mask_lines(config, head) if of_span else []),

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bivec.engine.data import BlockDataset
+from bivec.engine.data import BlockDataset, SentenceDataset
 from bivec.engine.distributed import ALONE, World, is_sharded, sync_gradients
 from bivec.engine.grad_cache import Embedder, StepRows, cached_losses, less_memory, loss_workspace, memory_setting
 from bivec.engine.lora import Adapter
@@ -24,7 +25,7 @@ from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
 from bivec.engine.micro_loss import ATTENTION_SITE, MicroLoss, lora_noise, with_more_recomputation
 from bivec.engine.packing import indices_for_step
 from bivec.kernels import fold_seed, info_nce, linear_cross_entropy, segment_pool
-from bivec.models import PackedBatch
+from bivec.models import Llama, PackedBatch
 
 
 def mntp_loss(
@@ -35,7 +36,7 @@ def mntp_loss(
     normalizer: Tensor | float | None = None,
     softcap: float | None = None,
     attention_dropout: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     recompute: str = "none",
     backend: str | None = None,
 ) -> Tensor:
@@ -75,7 +76,7 @@ def simcse_loss(
     pooling: str = "mean",
     skip_prefix: int = 0,
     attention_dropout: float = 0.3,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     recompute: str = "none",
     backend: str | None = None,
 ) -> Tensor:
@@ -130,8 +131,10 @@ class MntpObjective:
     world: World = ALONE
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
+        """The losses of this rank's micro-batches of a step."""
         device = next(self.model.parameters()).device
-        config = getattr(self.model, "module", self.model).config  # of the trunk inside DistributedDataParallel
+        model: Any = self.model
+        trunk: Llama = getattr(model, "module", model)  # inside DistributedDataParallel
         mine = self.world.share(self.batch_size)
         rows = indices_for_step(len(self.blocks), self.batch_size, self.seed, step)[mine.start : mine.stop]
         # one id per block ever drawn: a block met again in the next epoch gets other masks and other dropout
@@ -151,8 +154,8 @@ class MntpObjective:
         own = len(micro_batches)
         if is_sharded(self.model):  # what others have more of is run here too, for nothing
             micro_batches += micro_batches[-1:] * (self.world.max(own) - own)
-        for number, micro in enumerate(micro_batches, start=1):
-            micro = micro.to(device)
+        for number, on_host in enumerate(micro_batches, start=1):
+            micro = on_host.to(device)
             sync_gradients(self.model, last=number == len(micro_batches))
             with lora_noise(self.adapter, self.seed, micro.batch):
                 loss = mntp_loss(
@@ -160,7 +163,7 @@ class MntpObjective:
                     self.lm_head_weight,
                     micro,
                     normalizer=float(max(1, labels)),
-                    softcap=config.final_logit_softcapping,
+                    softcap=trunk.config.final_logit_softcapping,
                     attention_dropout=self.attention_dropout,
                     seed=fold_seed(self.seed, ATTENTION_SITE),
                     recompute=self.recompute,
@@ -194,7 +197,7 @@ class SimcseObjective:
 
     model: nn.Module
     adapter: Adapter | None
-    sentences: Sequence[Sequence[int]]  # token ids, special tokens included
+    sentences: SentenceDataset | Sequence[Sequence[int]]  # token ids, special tokens included
     batch_size: int
     seed: int
     device: torch.device | str = "cpu"
@@ -219,6 +222,7 @@ class SimcseObjective:
         return StepRows(views, spans, np.concatenate([first, first + self.batch_size]))
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
+        """The losses of this rank's micro-batches of a step; see :func:`cached_losses`."""
         embedder = Embedder(
             self.model,
             self.adapter,

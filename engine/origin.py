@@ -65,17 +65,18 @@ class Origin:
         Raises:
             ConfigError: not what :meth:`to_dict` writes.
         """
+        told = f"{source}: origin is {repr(stored)[:200]}, not what bivec writes"
         try:
             adapters = tuple(
                 MergedAdapter(one["name"], one["sha256"], one.get("whole", False)) for one in stored["adapters"]
             )
             base = stored["base_model"]
-            told = ["" if base is None else base, *(text for one in adapters for text in (one.name, one.sha256))]
-            if not all(isinstance(text, str) for text in told) or any(type(one.whole) is not bool for one in adapters):
-                raise TypeError("a name that is no string, or whole that is neither true nor false")
-            return cls(base, adapters)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{source}: origin is {repr(stored)[:200]}, not what bivec writes ({error!r})") from None
+            raise ConfigError(f"{told} ({error!r})") from None
+        texts = ["" if base is None else base, *(text for one in adapters for text in (one.name, one.sha256))]
+        if not all(isinstance(text, str) for text in texts) or any(type(one.whole) is not bool for one in adapters):
+            raise ConfigError(f"{told} (a name that is no string, or whole that is neither true nor false)")
+        return cls(base, adapters)
 
     def with_adapter(self, folder: str | Path, sha256: str, *, whole: bool = False) -> Origin:
         """With one adapter more, or one stage that trained all weights.
@@ -132,7 +133,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name in ("norm.weight", "layers.0.input_layernorm.weight", "layers.0.self_attn.q_proj.weight"):
         digest.update(name.encode())
-        digest.update(model.get_parameter(name).detach().float().cpu().contiguous().numpy())
+        digest.update(model.get_parameter(name).detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -141,7 +142,7 @@ def adapter_fingerprint(config: LoraConfig, tensors: Mapping[str, Tensor]) -> st
     digest = hashlib.sha256(f"{config.scaling:.8g}".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -86,6 +86,7 @@ class MemoryPrediction:
 
     @property
     def total(self) -> int:
+        """The peak."""
         return self.resident + self.kept + self.temporaries
 
 
@@ -297,7 +298,7 @@ def plan_contrastive(
 
 def batch_tokens(lengths: np.ndarray, batch_size: int) -> int:
     """Tokens that a batch of sentences of these lengths will hardly ever pass: four deviations above the mean."""
-    return round(batch_size * lengths.mean() + 4 * math.sqrt(batch_size) * lengths.std())
+    return round(batch_size * float(lengths.mean()) + 4 * math.sqrt(batch_size) * float(lengths.std()))
 
 
 def _too_small(stage: str, memory_bytes: int, least: MemoryPrediction, advice: str) -> str:
@@ -317,10 +318,10 @@ def parse_memory(text: str) -> int | None:
     if text.strip().lower() == "auto":
         return None
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    unit = UNITS.get(found[2].upper()) if found else None
-    if unit is None or float(found[1]) <= 0:
+    number, unit = (0.0, None) if found is None else (float(found[1]), UNITS.get(found[2].upper()))
+    if unit is None or number <= 0:
         raise RunError(f"--memory {text}: expected auto, or a size such as 24GiB or 500MB")
-    return int(float(found[1]) * unit)
+    return int(number * unit)
 
 
 def free_memory(device: torch.device) -> int:

@@ -45,34 +45,30 @@ PAPER = Recipe(
     ),
 )
 
-LLAMA_2_7B = replace(
-    PAPER,
-    name="llm2vec-llama-2-7b",
-    model="meta-llama/Llama-2-7b-chat-hf",
-    shape=DecoderConfig(
-        model_type="llama",
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=4096,
-        rope_theta=1e4,
-        bos_token_id=1,
-        eos_token_id=2,
-        dtype="bfloat16",
-    ),
+LLAMA_2_SHAPE = DecoderConfig(
+    model_type="llama",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=4096,
+    rope_theta=1e4,
+    bos_token_id=1,
+    eos_token_id=2,
+    dtype="bfloat16",
 )
+LLAMA_2_7B = replace(PAPER, name="llm2vec-llama-2-7b", model="meta-llama/Llama-2-7b-chat-hf", shape=LLAMA_2_SHAPE)
 
 LLAMA_3_8B = replace(
     PAPER,
     name="llm2vec-llama-3-8b",
     model="meta-llama/Meta-Llama-3-8B-Instruct",
     shape=replace(
-        LLAMA_2_7B.shape,
+        LLAMA_2_SHAPE,
         vocab_size=128256,
         intermediate_size=14336,
         num_kv_heads=8,
@@ -90,7 +86,7 @@ MISTRAL_7B = replace(
     model="mistralai/Mistral-7B-Instruct-v0.2",
     mntp=replace(PAPER.mntp, mask_probability=0.8, mask_style="all_mask"),
     shape=replace(
-        LLAMA_2_7B.shape,
+        LLAMA_2_SHAPE,
         model_type="mistral",
         intermediate_size=14336,
         num_kv_heads=8,
@@ -105,7 +101,7 @@ SHEARED_LLAMA_1B = replace(
     model="princeton-nlp/Sheared-LLaMA-1.3B",
     simcse=replace(PAPER.simcse, batch_size=32),  # the paper's; the repository's configuration says 128 (METHOD 13)
     shape=replace(
-        LLAMA_2_7B.shape, hidden_size=2048, intermediate_size=5504, num_layers=24, num_heads=16, num_kv_heads=16
+        LLAMA_2_SHAPE, hidden_size=2048, intermediate_size=5504, num_layers=24, num_heads=16, num_kv_heads=16
     ),
 )
 
@@ -117,7 +113,7 @@ SMOLLM2_135M = Recipe(
     simcse_data=str(DATA / "wikipedia_sentences.txt.gz"),
     sts_dev=STS_DEV,
     sts_test=STS_TEST,
-    bos_token="<|endoftext|>",  # the tokenizer adds none; the first token of a sequence becomes the attention sink
+    bos_token="<|endoftext|>",  # noqa: S106 - the tokenizer adds none; the first token of a sequence becomes the attention sink
     pool_bos=True,  # plain mean pooling, so that every other library gives the same vectors
     mntp=MntpStage(
         optim=OptimConfig(learning_rate=3e-3, steps=40, warmup_steps=4),

@@ -38,7 +38,7 @@ class MntpStage:
     bos_in_every_block: bool = False  # False: rows with their BOS are joined and cut anywhere, as in the repository
     mask_probability: float = 0.2
     mask_style: str = "bert"  # "bert" (80/10/10) | "all_mask"
-    mask_token: str = "blank"  # "blank" (_) | "eos" | "mask"
+    mask_token: str = "blank"  # noqa: S105 - "blank" (_) | "eos" | "mask"
     lora: LoraConfig = field(default_factory=LoraConfig)
     tuning: str = "lora"  # "lora" | "full": all weights of the trunk, with fp32 masters of bf16 ones
     # "frozen" | "trained", then thrown away: the repository's, where the head is not the embedding (METHOD 3.4)
@@ -231,7 +231,8 @@ def _check_at_least(settings: Any, least: dict[str, float]) -> None:
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values (tuples become lists)."""
-    return json.loads(json.dumps(asdict(recipe)))
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(recipe)))
+    return plain
 
 
 def with_horizon(optim: OptimConfig, decay_epochs: int | None, samples: int, batch_size: int) -> OptimConfig:

@@ -95,6 +95,14 @@ def recipe_parser(recipe: Recipe, description: str | None, **options: Any) -> ar
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
     )
+    _add_input_flags(parser, recipe)
+    _add_run_flags(parser, recipe)
+    _add_ways(parser, recipe)
+    return parser
+
+
+def _add_input_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    """What the recipe reads."""
     add = parser.add_argument
     add("--model", default=recipe.model, help="decoder: a directory, a .gguf file or a hub id (default: %(default)s)")
     add(
@@ -134,6 +142,11 @@ def recipe_parser(recipe: Recipe, description: str | None, **options: Any) -> ar
         default=recipe.sts_test,
         help="the same, read once at the end (default: the STS-B test set that ships)",
     )
+
+
+def _add_run_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    """Where it runs, and which of its stages."""
+    add = parser.add_argument
     add(
         "--output-dir",
         type=Path,
@@ -172,6 +185,11 @@ def recipe_parser(recipe: Recipe, description: str | None, **options: Any) -> ar
         metavar="SECONDS",
         help="how long a process waits for the others before the run ends (default: %(default)g)",
     )
+
+
+def _add_ways(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    """How it runs: whole or in small, anew or from where it was; and every hyper-parameter, by ``--set``."""
+    add = parser.add_argument
     add(
         "--on-bad-line",
         choices=("error", "skip"),
@@ -209,7 +227,6 @@ def recipe_parser(recipe: Recipe, description: str | None, **options: Any) -> ar
         metavar="KEY=VALUE",
         help="any other hyper-parameter, e.g. mntp.optim.steps=500 or simcse.batch_size=64 (repeatable)",
     )
-    return parser
 
 
 def apply_arguments(recipe: Recipe, given: argparse.Namespace) -> tuple[Recipe, RunOptions]:
@@ -233,8 +250,8 @@ def apply_arguments(recipe: Recipe, given: argparse.Namespace) -> tuple[Recipe, 
     recipe = replace(recipe, **flags | {"stages": stages, "adapters": adapters})
     recipe = replace(recipe, supervised=replace(recipe.supervised, on_bad_line=given.on_bad_line))
     if "supervised" not in recipe.stages and given.supervised_data != before.supervised_data:
-        stages = ",".join([*recipe.stages, "supervised"])
-        raise RunError(f"--supervised-data {given.supervised_data}: is not read without --stages {stages}")
+        needed = ",".join([*recipe.stages, "supervised"])
+        raise RunError(f"--supervised-data {given.supervised_data}: is not read without --stages {needed}")
     if given.smoke:
         recipe = smoke(recipe)
     if given.full_eval:
@@ -285,7 +302,7 @@ def _assign(settings: Any, path: list[str], text: str, key: str) -> Any:
         return replace(settings, **{name: _assign(current, path[1:], text, key)})
     if is_dataclass(current):
         raise RunError(f"--set {key}: give one of its parts: {', '.join(f.name for f in fields(current))}")
-    return replace(settings, **{name: _parse(text, known[name].type, key)})
+    return replace(settings, **{name: _parse(text, str(known[name].type), key)})
 
 
 def _parse(text: str, annotation: str, key: str) -> Any:

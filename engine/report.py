@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from bivec.engine.evaluation.figure import new_figure, save_figure
 
 CAUSAL, BIDIRECTIONAL = "#9aa5b1", "#2f6fb5"
 
@@ -18,7 +20,8 @@ class StageResult:
     sts_dev_spearman: float
     sts_test_spearman: float | None = None  # read at the end of the run
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """As ``results.json`` holds it."""
         return asdict(self)
 
 
@@ -61,11 +64,7 @@ def draw_results(
         results: the stages.
         losses: (step, loss) of every logged step, by stage.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.5 + 3.2 * len(losses), 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.5 + 3.2 * len(losses), 3.6)
     axes = figure.subplots(1, 1 + len(losses), width_ratios=[1.5] + [1] * len(losses), squeeze=False)[0]
     names = [result.stage for result in results]
     values = [result.sts_dev_spearman for result in results]
@@ -79,9 +78,4 @@ def draw_results(
         axis.set(title=f"{stage} loss", xlabel="step")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=150)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -25,8 +25,8 @@ import torch
 from bivec.engine.checkpoint import list_checkpoints
 from bivec.engine.cuts import as_cut, named_dtype, plan_cuts
 from bivec.engine.distributed import ALONE, World
-from bivec.engine.encoder import Encoder, EncoderConfig
-from bivec.engine.encoder_config import POOLINGS, stored_encoder_config, stored_prompts, text_format
+from bivec.engine.encoder import Encoder
+from bivec.engine.encoder_config import POOLINGS, EncoderConfig, stored_encoder_config, stored_prompts, text_format
 from bivec.engine.errors import RunError
 from bivec.engine.evaluation import sts_spearman
 from bivec.engine.export import rewrite_card
@@ -57,6 +57,7 @@ from bivec.engine.text_format import resolve_template
 from bivec.engine.tokenizer import prefix_length
 from bivec.engine.trainer import Intervals, Objective, StepMetrics, peak_memory_bytes, train
 from bivec.engine.triple_batches import TripleBatches
+from bivec.engine.triples import TripleSet
 from bivec.kernels import fold_seed
 from bivec.models.files import remove_abandoned, write_text_atomic
 
@@ -84,16 +85,17 @@ class Run:
         self.inputs = load_inputs(recipe)
         check_same_data(earlier, self.inputs, self.directory)
         self.results, self._earlier_seconds, self._earlier_peak = read_results(self.directory, options.resume)
-        self.stored = stored = stored_encoder_config(self.inputs.model_path, self.inputs.config)
+        self.stored = stored = stored_encoder_config(self.inputs.model_path, is_causal=self.inputs.config.is_causal)
         # METHOD 2.5: the BOS is no part of a text
         self.pool_bos = bool(stored and stored.pool_bos) if recipe.pool_bos is None else recipe.pool_bos
         for name in TRAINED:
             if name in recipe.stages:
                 world.share(getattr(recipe, name).batch_size)  # is there something for every rank?
-        self.template = self.triple_rows = None
-        if "supervised" in recipe.stages:
+        self.template: str | None = None
+        self.triple_rows: TripleRows | None = None
+        if self.inputs.triples is not None:
             self.template = self._chosen_template(stored)
-            self.triple_rows = self._triple_rows()
+            self.triple_rows = self._triple_rows(self.inputs.triples)
         # bf16 as the paper, but for the CPU, where it runs a hundred times slower than fp32
         self.dtype = named_dtype(recipe.dtype or ("float32" if device_type(options) == "cpu" else "bfloat16"))
         self.cuts = world.from_main(self._cuts(earlier))
@@ -141,7 +143,7 @@ class Run:
         A resumed run keeps its first cut, on which the rounding of its sums depends, unless another ``--memory`` or
         number of processes is given.
         """
-        before = (earlier or {}).get("cuts", {})
+        before: dict[str, dict[str, Any]] = (earlier or {}).get("cuts", {})
         asked = self._asked()
         if self.options.memory is None or (earlier and asked == {key: earlier.get(key) for key in asked}):
             return before
@@ -154,11 +156,11 @@ class Run:
         kept = {name: before[name] for name in done if name in before}
         return kept | {name: as_cut(name, plan) for name, plan in plans.items()}
 
-    def _triple_rows(self) -> TripleRows:
+    def _triple_rows(self, triples: Sequence[TripleSet]) -> TripleRows:
         stage, seed = self.recipe.supervised, fold_seed(self.recipe.seed, SUPERVISED_SEED, ORDER)
         rules = replace(self._encoder_config("supervised"), max_length=stage.max_length)
         return TripleRows(
-            TripleBatches(self.inputs.triples, stage.batch_size, seed),
+            TripleBatches(triples, stage.batch_size, seed),
             text_format(rules, self.inputs.tokenizer),
             symmetric_instruction=stage.symmetric_instruction,
             vocab_size=self.inputs.config.vocab_size,
@@ -193,50 +195,50 @@ class Run:
 
     def mntp(self) -> None:
         """Masked next-token prediction with LoRA, then the adapter is saved to ``mntp/`` and merged (METHOD 3)."""
-        stage = self.recipe.mntp
-        if "mntp" not in self.recipe.stages:
+        stage, blocks, masking = self.recipe.mntp, self.inputs.blocks, self.inputs.masking
+        if blocks is None or masking is None:  # not a stage of this run
             return
         objective = partial(
             MntpObjective,
-            blocks=self.inputs.blocks,
-            masking=self.inputs.masking,
+            blocks=blocks,
+            masking=masking,
             batch_size=stage.batch_size,
             seed=fold_seed(self.recipe.seed, MNTP_SEED),
             backend=self.options.backend,
             **{"micro_batch_tokens": stage.micro_batch_tokens} | self.cuts.get("mntp", {}),
         )
-        self._train("mntp", stage, len(self.inputs.blocks), objective)
+        self._train("mntp", stage, len(blocks), objective)
 
     def simcse(self) -> None:
         """Unsupervised SimCSE with a fresh LoRA, then the adapter is saved to ``simcse/`` and merged (METHOD 4)."""
-        stage = self.recipe.simcse
-        if "simcse" not in self.recipe.stages:
+        stage, sentences = self.recipe.simcse, self.inputs.sentences
+        if sentences is None:
             return
+        pools_first = self.pool_bos or stage.pooling == "bos_token"  # the special tokens in front
         objective = partial(
             SimcseObjective,
-            sentences=self.inputs.sentences,
+            sentences=sentences,
             batch_size=stage.batch_size,
             seed=fold_seed(self.recipe.seed, SIMCSE_SEED),
             device=self.device,
             scale=stage.scale,
             pooling=POOLINGS[stage.pooling],
             causal=stage.causal,
-            skip_prefix=0 if self._pools_first(stage.pooling) else prefix_length(self.inputs.tokenizer),
+            skip_prefix=0 if pools_first else prefix_length(self.inputs.tokenizer),
             attention_dropout=stage.attention_dropout,
             backend=self.options.backend,
             **{"micro_batch_tokens": stage.micro_batch_tokens} | self.cuts.get("simcse", {}),
         )
-        self._train("simcse", stage, len(self.inputs.sentences), objective)
+        self._train("simcse", stage, len(sentences), objective)
 
     def supervised(self) -> None:
         """Supervised contrastive training, then the adapter is saved to ``supervised/`` and merged (METHOD 5).
 
         It goes on with the adapter of ``init_adapter``; without one a fresh adapter is put on the merged weights.
         """
-        stage = self.recipe.supervised
-        if "supervised" not in self.recipe.stages:
+        stage, rows = self.recipe.supervised, self.triple_rows
+        if rows is None:
             return
-        rows = self.triple_rows
         objective = partial(
             SupervisedObjective,
             rows=rows,
@@ -265,11 +267,12 @@ class Run:
             for log in (self.metrics, self.evaluations):
                 log.truncate(name, int(saved[-1].name.rpartition("-")[2]) if saved else 0)
         # the state's length, so that every stage starts from another draw
-        self.weights.prepare(name, stage, fold_seed(self.recipe.seed, LORA_SEED, len(self.state)))
+        trained = self.weights.prepare(name, stage, fold_seed(self.recipe.seed, LORA_SEED, len(self.state)))
+        head = {"lm_head_weight": trained.lm_head_weight} if name == "mntp" else {}
         train(
             name,
-            self._objective(name, make_objective),
-            self.weights.trained.parameters,
+            make_objective(trained.model, adapter=trained.adapter, world=self.world, **head),
+            trained.parameters,
             with_horizon(stage.optim, stage.decay_epochs, samples, stage.batch_size),
             intervals=Intervals(log=1, evaluate=stage.evaluate_every, save=stage.save_every),
             checkpoints=checkpoints,
@@ -286,11 +289,6 @@ class Run:
         """The name of the model's state begins with the mask of the last stage."""
         mask = "uni" if getattr(stage, "causal", False) else "bi"
         return "+".join([mask, *self.state.split("+")[1:], name])
-
-    def _objective(self, name: str, make_objective: Callable[..., Objective]) -> Objective:
-        trained = self.weights.trained
-        head = {"lm_head_weight": trained.lm_head_weight} if name == "mntp" else {}
-        return make_objective(trained.model, adapter=trained.adapter, world=self.world, **head)
 
     @staticmethod
     def _without_start(stage: Stage, names: Sequence[str]) -> list[str]:
@@ -346,7 +344,7 @@ class Run:
                 origin=self.weights.origin(),
             )
             encoder.save_pretrained(self.directory / "merged", card=card_of_run(self.directory))
-        return self._encoder(config).encode(list(SHOWN), normalize_embeddings=True)
+        return np.asarray(self._encoder(config).encode(list(SHOWN), normalize_embeddings=True))
 
     def _test_all_stages(self) -> None:
         """Walks once more from the decoder through the saved adapters: no choice could have seen the test set."""
@@ -364,7 +362,7 @@ class Run:
 
     def _encoder_config(self, stage: str, causal: bool | None = None, pooling: str | None = None) -> EncoderConfig:
         """How a stage has trained the model to be used; ``causal`` and ``pooling`` count where they are given."""
-        rules = {"pooling": "mean", "pool_bos": self.pool_bos, "causal": False}
+        rules: dict[str, Any] = {"pooling": "mean", "pool_bos": self.pool_bos, "causal": False}
         if self.stored is not None:  # what no recipe says stays as the model's folder has it
             rules |= {name: getattr(self.stored, name) for name in KEPT}
         if stage in ("simcse", "supervised"):
@@ -374,10 +372,6 @@ class Run:
             rules |= {"pool_tail": trained.pool_tail, "template": self.template}
         asked = {"pooling": pooling, "causal": causal}
         return EncoderConfig(**rules | {name: value for name, value in asked.items() if value is not None})
-
-    def _pools_first(self, pooling: str) -> bool:
-        """Whether SimCSE pools the special tokens in front."""
-        return self.pool_bos or pooling == "bos_token"
 
     def _encoder(self, config: EncoderConfig) -> Encoder:
         """The model as it stands."""

@@ -43,8 +43,8 @@ VERSIONS_OF = (
 
 def write_run_file(directory: Path, recipe: Recipe, inputs: Inputs, device: str, **fields: Any) -> None:
     """Everything that the run's result depends on; ``fields`` do not belong to the recipe."""
-    versions = {"bivec": _version("bivec"), "python": platform.python_version()}
-    versions |= {name: version for name in VERSIONS_OF if (version := _version(name))}
+    versions = {"bivec": installed_version("bivec"), "python": platform.python_version()}
+    versions |= {name: version for name in VERSIONS_OF if (version := installed_version(name))}
     content = {
         "recipe": as_dict(recipe),
         "seed": recipe.seed,
@@ -82,12 +82,16 @@ def earlier_run(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
     if not options.resume:
         raise RunError(f"{directory}: holds a run already; give --resume to go on with it, or another --output-dir")
     try:
-        earlier = parse_json(file.read_bytes(), allow_nan=False)
+        earlier: dict[str, Any] = parse_json(file.read_bytes(), allow_nan=False)
         changed = differences(earlier["recipe"], as_dict(recipe))
-        if not isinstance(earlier.get("data", {}), dict):
-            raise TypeError(f"data is {repr(earlier['data'])[:80]}, expected an object")
+        data = earlier.get("data", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{file}: not the {RUN_FILE} of a recipe ({error}); choose another --output-dir") from error
+    if not isinstance(data, dict):
+        raise RunError(
+            f"{file}: not the {RUN_FILE} of a recipe (data is {repr(data)[:80]}, expected an object); choose another "
+            "--output-dir"
+        )
     if changed:
         raise RunError(
             f"{directory}: --resume with other hyper-parameters than the run was started with: {'; '.join(changed)}"
@@ -131,7 +135,7 @@ def check_same_device(earlier: dict[str, Any] | None, device: str, directory: Pa
 
 
 def device_type(options: RunOptions) -> str:
-    """ "cpu" or "cuda"."""
+    """The kind of device, "cpu" or "cuda": the one asked for, else a GPU where there is one."""
     return (options.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
 
 
@@ -164,19 +168,23 @@ def read_results(directory: Path, resume: bool) -> tuple[list[StageResult], floa
     if not (resume and file.is_file()):
         return [], 0.0, 0
     try:
-        raw = parse_json(file.read_bytes(), allow_nan=False)
-        results = [StageResult(**stage) for stage in raw["stages"]]
-        for result in results:
-            check_types(result)
-        seconds, peak = raw["seconds"], raw["peak_memory_bytes"]
-        if type(seconds) not in (int, float) or type(peak) is not int:
-            raise ValueError(f"seconds and peak_memory_bytes are {seconds!r} and {peak!r}, expected numbers")
-        return results, float(seconds), peak
+        return _results_of(parse_json(file.read_bytes(), allow_nan=False))
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise RunError(f"{file}: not a results file of this version ({error}); delete it to evaluate again") from error
 
 
-def _version(package: str) -> str | None:
+def _results_of(raw: Any) -> tuple[list[StageResult], float, int]:
+    results = [StageResult(**stage) for stage in raw["stages"]]
+    for result in results:
+        check_types(result)
+    seconds, peak = raw["seconds"], raw["peak_memory_bytes"]
+    if type(seconds) not in (int, float) or type(peak) is not int:
+        raise ValueError(f"seconds and peak_memory_bytes are {seconds!r} and {peak!r}, expected numbers")
+    return results, float(seconds), peak
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

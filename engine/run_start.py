@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 
 from bivec.engine.distributed import ALONE, World, launched, process_group
 from bivec.engine.errors import BivecError, RunError
@@ -92,7 +93,8 @@ def opened_run(recipe: Recipe, options: RunOptions, world: World) -> Iterator[Ru
     """
     with ExitStack() as stack:
         if not world.is_main:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
         of_one = options.shard or recipe.trains_all_weights()
         stack.enter_context(process_group(world, device_type(options), options.timeout, of_one=of_one))
         yield Run(recipe, options, world)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bivec.engine.distributed import World, data_parallel, is_sharded
 from bivec.engine.encoder_config import EncoderConfig, stored_origin, stored_trained_on, write_settings
 from bivec.engine.errors import ConfigError
-from bivec.engine.lora import Adapter, add_lora, load_adapter, read_adapter
+from bivec.engine.lora import ADAPTER_CONFIG, Adapter, add_lora, load_adapter, read_adapter
 from bivec.engine.origin import Origin, adapter_fingerprint, shown_name, weights_fingerprint
 from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
 from bivec.engine.run_files import base_model
@@ -32,13 +32,12 @@ from bivec.models.weights import CONFIG_FILE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ADAPTER_FILE = "adapter_config.json"
 Stage = MntpStage | SimcseStage | SupervisedStage
 
 
 def stage_is_done(directory: Path) -> bool:
     """Whether a stage has left its result there."""
-    return any((directory / file).is_file() for file in (ADAPTER_FILE, CONFIG_FILE))
+    return any((directory / file).is_file() for file in (ADAPTER_CONFIG, CONFIG_FILE))
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,13 @@ class RunWeights:
     """The trunk of a run as it stands.
 
     ``model`` may be replaced by every method. ``merged`` names the stages whose result is in it, ``trained`` is what a
-    stage is training.
+    stage is training, between :meth:`prepare` and :meth:`keep`.
     """
+
+    model: Llama
+    lm_head_weight: Tensor | None
+    merged: list[str]
+    trained: Trainable
 
     def __init__(
         self,
@@ -71,7 +75,6 @@ class RunWeights:
     ):
         self.recipe, self.model_path, self.directory = recipe, model_path, directory
         self.device, self.dtype, self.world, self.sharded = device, dtype, world, sharded
-        self.trained: Trainable | None = None
         self.load()
 
     def load(self, names: Sequence[str] = (), dtype: torch.dtype | None = None) -> None:
@@ -81,7 +84,8 @@ class RunWeights:
             names: stages that are done, in their order.
             dtype: of the weights; None = the run's.
         """
-        self.model = self.lm_head_weight = None  # the memory of the old one first
+        for old in ("model", "lm_head_weight"):  # their memory first
+            vars(self).pop(old, None)
         dtype = dtype or self.dtype
         # what is to be sharded need not fit on the device
         home = "cpu" if self.sharded or (dtype != self.dtype and self.world.size > 1) else self.device
@@ -109,7 +113,7 @@ class RunWeights:
             origin.check_trained_on(folder, stored_trained_on(folder))
             origin = with_it
         for folder in (self.directory / name for name in self.merged):
-            if (folder / ADAPTER_FILE).is_file():
+            if (folder / ADAPTER_CONFIG).is_file():
                 origin = origin.with_adapter(folder, adapter_fingerprint(*read_adapter(folder)))
             else:
                 origin = stored_origin(folder)  # with what was there before
@@ -148,7 +152,8 @@ class RunWeights:
             self.load(names, masters)
         else:
             self.merge(names)
-        model, adapter, head = self.model, None, self.lm_head_weight if name == "mntp" else None
+        model, adapter = self.model, None
+        head: Tensor | Callable[[], Tensor] | None = self.lm_head_weight if name == "mntp" else None
         self.lm_head_weight = None  # MNTP alone needs it: 1 GB of a Llama-3-8B
         if full:
             model.requires_grad_(True)
@@ -156,18 +161,18 @@ class RunWeights:
             adapter = add_lora(model, stage.lora, seed)
         else:
             adapter = load_adapter(model, self.directory / "simcse" if start == "simcse" else start)
-        learns = name == "mntp" and stage.lm_head == "trained"
+        learns = isinstance(stage, MntpStage) and stage.lm_head == "trained"
         if learns and not full and head is model.embed_tokens.weight:
             raise ConfigError(
                 "mntp.lm_head is 'trained', but the head is the input embedding here (tie_word_embeddings), which LoRA "
                 "leaves frozen; give mntp.lm_head=frozen, or mntp.tuning=full"
             )
         split = full or self.sharded
-        if head is not None and (split or learns):
+        if isinstance(head, Tensor) and (split or learns):
             head = attach_head(model, head, trained=learns)
         if split:
             shard(model, self.world, self.device, self.dtype)
-        parameters = dict(model.named_parameters()) if adapter is None else adapter.named_parameters()
+        parameters = dict(model.named_parameters() if adapter is None else adapter.named_parameters())
         if adapter is not None and learns:
             parameters[HEAD] = getattr(model, HEAD)
         parameters = {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
@@ -186,7 +191,7 @@ class RunWeights:
         bos_token = next(iter(tokenizer.convert_ids_to_tokens(prefix_ids(tokenizer))), None)
         for parameter in self.trained.parameters.values():
             parameter.grad = None
-        self.trained = None
+        del self.trained
         detach_head(self.model)
         if adapter is not None:
             write_more = partial(write_settings, config=config, bos_token=bos_token, trained_on=before)

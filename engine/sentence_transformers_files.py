@@ -146,13 +146,13 @@ def sentence_transformers_files(
     if skipped_head and not config.pool_bos and prefix_length(tokenizer) and "" in prompts.values():
         found.other.append("with an empty prompt the BOS is pooled there, not here")
     if config.template is not None:
-        _template_differences(found, config, tail, skipped_head, tokenizer, pooling)
+        _template_differences(found, config, skipped_head, tokenizer, pooling)
     if not config.pool_bos and prefix_length(tokenizer) and of_span and not skipped_head:
         _leave_out_prefix(found, tokenizer, pooling, rows=encoder.model.config.vocab_size)
     if not config.pool_tail and config.template is None and pooling != "bos_token" and _suffix_length(tokenizer):
         found.plain.append("the special tokens that the tokenizer puts behind a text are pooled there, not here")
     if not whole:
-        _instruction_differences(found, config, tokenizer, pooling)
+        _instruction_differences(found, tokenizer, pooling)
     if config.pooling == "eos_token":
         found.other.append("a text that itself ends with the EOS gets a second one there")
     found.other.append("sentence-transformers 5 strips white space around a text")
@@ -162,11 +162,11 @@ def sentence_transformers_files(
 def _template_differences(
     found: SentenceTransformersFiles,
     config: EncoderConfig,
-    tail: str,
     skipped: bool,
     tokenizer: PreTrainedTokenizerFast,
     pooling: str,
 ) -> None:
+    head, _, tail = (config.template or SLOT).partition(SLOT)
     if tail:
         found.plain.append(
             f"every text is put into the template {config.template!r} here, and there taken as it is; what stands "
@@ -174,7 +174,7 @@ def _template_differences(
         )
     elif skipped and pooling == "weighted_mean":
         found.plain.append("weights count from the text's first token here, from the row's there")
-    elif skipped and not _measured_alike(found.prompts[found.default_prompt], tokenizer):
+    elif skipped and not _measured_alike(head, tokenizer):
         found.plain.append("the template's head takes other tokens alone than before a text: the text's first is lost")
 
 
@@ -185,7 +185,7 @@ def _leave_out_prefix(
         found.plain.append("the BOS is pooled with weight 1 there and left out here, so all weights are shifted by one")
         return
     found.weightless = sorted(set(prefix_ids(tokenizer)))
-    words = tokenizer.convert_ids_to_tokens(range(max(rows, len(tokenizer))))
+    words = tokenizer.convert_ids_to_tokens(list(range(max(rows, len(tokenizer)))))
     found.vocabulary = [word or "" for word in words]
     found.other += [
         "an empty text gives zeros there, the BOS here; a BOS written in a text is left out there",
@@ -194,7 +194,7 @@ def _leave_out_prefix(
 
 
 def _instruction_differences(
-    found: SentenceTransformersFiles, config: EncoderConfig, tokenizer: PreTrainedTokenizerFast, pooling: str
+    found: SentenceTransformersFiles, tokenizer: PreTrainedTokenizerFast, pooling: str
 ) -> None:
     if pooling == "weighted_mean":
         found.other.append("behind an instruction the weights begin with the text here, with the row there")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # piece types, the same numbers in GGUF files
 SPACE = "▁"
-MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+MODEL_TYPES: dict[int | bytes, str] = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 # Compared against SentencePiece itself on every load: spaces at the ends and doubled, tabs and newlines, digits, code,
 # characters that a normaliser would change (ligature, full width, combining accent), scripts, emoji, a literal "▁"
 PROBE = (
@@ -31,6 +31,7 @@ PROBE = (
 )
 
 Piece = tuple[str, float, int]  # text, score, type
+Fields = dict[int, "int | bytes"]  # of a protobuf message, by number
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     model_type = MODEL_TYPES.get(trainer.get(3, 1), "unknown")
     reasons = {
         f"model type {model_type}": model_type != "bpe",
-        f"text normalisation {normaliser.get(1, b'').decode('utf-8')!r}": bool(normaliser.get(2)),
+        f"text normalisation {_bytes(normaliser.get(1, b'')).decode('utf-8')!r}": bool(normaliser.get(2)),
         "removal of extra white space": bool(normaliser.get(4, 1)),
         "white space as suffix": bool(trainer.get(24, 0)),
         "unescaped white space": not normaliser.get(5, 1),
@@ -102,25 +103,39 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     return SentencePieceModel(path, processor, pieces, bool(normaliser.get(3, 1)), bool(trainer.get(35, 0)))
 
 
-def _model_parts(message: bytes) -> tuple[list[Piece], dict[int, int | bytes], dict[int, int | bytes]]:
+def _model_parts(message: bytes) -> tuple[list[Piece], Fields, Fields]:
     """Pieces, trainer's and normaliser's fields by number.
 
     The processor does not tell user-defined pieces, nor its own settings: they are read from the message itself.
     """
     pieces: list[Piece] = []
-    trainer: dict[int, int | bytes] = {}
-    normaliser: dict[int, int | bytes] = {}
+    trainer: Fields = {}
+    normaliser: Fields = {}
     for number, value in _message_fields(message):
+        if number not in (1, 2, 3):
+            continue
+        part = dict(_message_fields(_bytes(value)))
         if number == 1:
-            piece = dict(_message_fields(value))
-            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
+            score = struct.unpack("<f", _bytes(part.get(2, bytes(4))))[0]
+            pieces.append((_bytes(part[1]).decode("utf-8"), score, _number(part.get(3, NORMAL))))
         elif number == 2:
-            trainer = dict(_message_fields(value))
-        elif number == 3:
-            normaliser = dict(_message_fields(value))
-    str(normaliser.get(1, b""), "utf-8")  # its name, which goes into an error
+            trainer = part
+        else:
+            normaliser = part
+    _bytes(normaliser.get(1, b"")).decode("utf-8")  # its name, which goes into an error
     return pieces, trainer, normaliser
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError("a number where a text or a message belongs")
+    return value
+
+
+def _number(value: int | bytes) -> int:
+    if not isinstance(value, int):
+        raise TypeError("a text where a number belongs")
+    return value
 
 
 def _message_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bivec.engine.distributed import World, is_sharded, whole
+from bivec.engine.distributed import World, whole
 from bivec.models import Llama
 
 HEAD = "lm_head_weight"  # an LM head of its own, as a parameter of the trunk while it is sharded or trained
 
 
-def attach_head(model: Llama, weight: Tensor | None, *, trained: bool) -> Callable[[], Tensor]:
+def attach_head(model: Llama, weight: Tensor, *, trained: bool) -> Callable[[], Tensor]:
     """Puts an LM head under the engine that shards or reduces the trunk.
 
     Args:
@@ -44,8 +44,8 @@ def attach_head(model: Llama, weight: Tensor | None, *, trained: bool) -> Callab
 
 def detach_head(model: Llama) -> None:
     """The trunk as it was, with the head out of its parameters."""
-    if HEAD in model._parameters:
-        del model._parameters[HEAD]
+    if hasattr(model, HEAD):
+        delattr(model, HEAD)
 
 
 def shard(model: Llama, world: World, device: torch.device | str, compute_dtype: torch.dtype | None = None) -> None:
@@ -79,8 +79,10 @@ def gathered(model: Llama, world: World, dtype: torch.dtype | None = None) -> Ll
 
     Every rank must call it. ``dtype`` is that of the result; None = the parameters'.
     """
-    for module in model.modules():  # what the last forward has left whole is in the dtype of the computation
-        if is_sharded(module):
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # what the last forward has left whole is in the dtype of the computation
             module.reshard()
     with torch.device("meta"):
         plain = type_of(model)(model.config)

@@ -49,7 +49,7 @@ class DocumentIds:
             groups.join(("text", triple.query), ("text", triple.positive))
             groups.join(("text", triple.positive), _name(triple.positive_id, triple.positive))
             for i, text in enumerate(triple.negatives):
-                groups.join(("text", text), _name(triple.negative_ids and triple.negative_ids[i], text))
+                groups.join(("text", text), _name(triple.negative_ids[i] if triple.negative_ids else None, text))
         numbers: dict[tuple[str, str], int] = {}
 
         def number(texts: Iterable[str]) -> Tensor:
@@ -173,6 +173,7 @@ class SupervisedObjective:
     world: World = ALONE
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
+        """The losses of this rank's micro-batches of a step; see :func:`cached_losses`."""
         triples = self.rows.batches.triples(step)
         embedder = Embedder(
             self.model,
@@ -205,10 +206,6 @@ class SupervisedObjective:
         ends = np.cumsum(shares)
         owned = [sum(counts[end - share : end]) for end, share in zip(ends, shares, strict=True)]
         has_negatives = sum(owned) > 0
-        same = {}
-        if ids is not None:
-            same = {"query_ids": ids.positives[mine.start : mine.stop], "candidate_ids": ids.positives}
-            same |= {"hard_negative_ids": ids.negatives} if has_negatives else {}
         summed = info_nce(
             queries,
             self.world.gather(positives, shares),
@@ -218,9 +215,11 @@ class SupervisedObjective:
             margin=None if self.margin is None else -self.margin,
             matryoshka_dims=self.matryoshka_dims,
             reduction="sum",
+            query_ids=None if ids is None else ids.positives[mine.start : mine.stop],
+            candidate_ids=None if ids is None else ids.positives,
+            hard_negative_ids=ids.negatives if ids is not None and has_negatives else None,
             workspace_bytes=loss_workspace(queries.device),
             backend=self.backend,
-            **same,
         )
         return summed / batch_size
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bivec.engine.errors import BivecError, ConfigError
 from bivec.engine.tokenizer import prefix_length
@@ -130,6 +130,20 @@ class Row:
     input_ids: list[int]
     start: int  # first pooled token
     end: int  # behind the last pooled one
+
+
+class RowFormat(Protocol):
+    """A rule by which texts become rows; see :meth:`TextFormat.rows`."""
+
+    def rows(
+        self,
+        heads: Sequence[str],
+        texts: Sequence[str],
+        *,
+        allow_empty: bool = False,
+        max_text_length: int | None = None,
+    ) -> list[Row]:
+        """A row per text."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bivec.engine.json_files import read_json
 from bivec.engine.sentencepiece_bpe import read_sentencepiece, sentencepiece_backend
 from bivec.models.errors import BivecError, CheckpointError, ConfigError
 from bivec.models.gguf import read_header
-from bivec.models.plain_json import parse_json
 from bivec.models.weights import TOKENIZER_PATTERNS, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
-DOCUMENT_TOKEN = "<|endoftext|>"  # begins every document in the pretraining of GPT-2-style vocabularies
+DOCUMENT_TOKEN = "<|endoftext|>"  # noqa: S105 - begins every document in the pretraining of GPT-2-style vocabularies
 BLANK = "_"  # LLM2Vec hides a token behind an underscore: a token of every vocabulary that text seldom uses
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 LARGEST_ID = 2**22  # the largest vocabularies have a quarter of that
@@ -108,12 +108,13 @@ def mask_token_id(tokenizer: PreTrainedTokenizerFast, kind: str = "blank") -> in
     """
     if kind not in ("blank", "eos", "mask"):
         raise ConfigError(f"mask token {kind!r}: expected 'blank', 'eos' or 'mask'")
-    if tokenizer.mask_token_id is not None:
-        return tokenizer.mask_token_id
+    own: int | None = tokenizer.mask_token_id
+    if own is not None:
+        return own
     if kind == "mask":
         raise ConfigError("mask token 'mask': the tokenizer has no mask token of its own; use 'blank' or 'eos'")
     token = tokenizer.eos_token if kind == "eos" else BLANK
-    token_id = None if token is None else tokenizer.backend_tokenizer.token_to_id(token)
+    token_id: int | None = None if token is None else tokenizer.backend_tokenizer.token_to_id(token)
     if token_id is None:
         missing = "the tokenizer has no eos token" if token is None else f"{token!r} is not one token of the vocabulary"
         raise ConfigError(f"mask token {kind!r}: {missing}; use {'blank' if kind == 'eos' else 'eos'!r}")
@@ -169,7 +170,7 @@ def _ensure_bos(backend: Tokenizer, settings: dict[str, Any], asked: str | None,
         raise ConfigError(f"{path}: bos_token {asked!r} is not in the tokenizer's vocabulary")
     prefix = _prefix(backend)
     if prefix:
-        own = backend.id_to_token(prefix[0])
+        own = backend.id_to_token(prefix[0]) or ""  # an id that it gave has a token
         if asked not in (None, own):
             raise ConfigError(
                 f"{path}: bos_token {asked!r} was asked for, but the tokenizer already puts {own!r} in front"
@@ -226,36 +227,38 @@ def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 def _check_sizes(file: Path) -> None:
     """Whether the numbers in a tokenizer.json are no larger than any in use: by them tokenizers reserves memory."""
     try:
-        rules = json.loads(file.read_bytes())  # not parse_json: large, and its keys are the library's matter
-        vocabulary, padding = rules["model"]["vocab"], rules.get("padding")
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
-        strategy = padding["strategy"] if isinstance(padding, dict) else None
-        fixed = strategy.values() if isinstance(strategy, dict) else ()
-        multiple = padding.get("pad_to_multiple_of") if isinstance(padding, dict) else None
-        numbers = [*ids, *(token["id"] for token in rules.get("added_tokens") or ()), *fixed, multiple or 0]
-        largest = max(numbers, default=0)
-        if not 0 <= largest <= LARGEST_ID:
-            raise ValueError(f"the number {str(largest)[:40]} is out of range")
+        largest = max(_sizes(json.loads(file.read_bytes())))  # not parse_json: large, its keys are the library's matter
+        in_range = 0 <= largest <= LARGEST_ID
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file.parent}: tokenizer.json cannot be read ({error!r}); download it again") from None
+    if not in_range:
+        raise CheckpointError(
+            f"{file.parent}: tokenizer.json cannot be read (the number {str(largest)[:40]} is out of range); "
+            "download it again"
+        )
+
+
+def _sizes(rules: Any) -> list[int]:
+    """Ids of tokens and lengths of padding; one number at least."""
+    vocabulary, padding = rules["model"]["vocab"], rules.get("padding")
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    strategy = padding["strategy"] if isinstance(padding, dict) else None
+    fixed = strategy.values() if isinstance(strategy, dict) else ()
+    multiple = padding.get("pad_to_multiple_of") if isinstance(padding, dict) else None
+    return [*ids, *(token["id"] for token in rules.get("added_tokens") or ()), *fixed, multiple or 0]
 
 
 def _read_tokenizer_config(path: Path) -> dict[str, Any]:
     """The content of tokenizer_config.json, nothing where there is none."""
     file = path / "tokenizer_config.json"
-    try:
-        config = parse_json(file.read_bytes()) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a JSON file ({error})") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    config: dict[str, Any] = read_json(file, dict, CheckpointError, allow_nan=True) if file.is_file() else {}
     return config
 
 
 def _from_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     model = read_sentencepiece(path / "tokenizer.model")
     backend = sentencepiece_backend(model.pieces, dummy_prefix=model.dummy_prefix, byte_fallback=model.byte_fallback)
-    settings = model.special_tokens()
+    settings: dict[str, Any] = dict(model.special_tokens())
     settings["chat_template"] = _read_tokenizer_config(path).get("chat_template")
     model.check_same_ids(backend)
     if settings.get("bos_token"):
@@ -350,10 +353,10 @@ def _byte_level_backend(
             "give a directory with tokenizer.json instead"
         )
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     try:
+        pairs = [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
         backend = Tokenizer(BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # a merge of what is no token
+    except Exception as error:  # noqa: BLE001 - tokenizers raises no other, of a merge of what is no token
         raise CheckpointError(f"{path}: tokenizer.ggml.merges do not fit the tokens ({error})") from None
     backend.pre_tokenizer = splits[pre]()
     backend.decoder = decoders.ByteLevel()

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from bivec.engine.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from bivec.engine.distributed import ALONE, World, whole
@@ -21,13 +22,21 @@ from bivec.engine.optim import OptimConfig, learning_rate_at, make_optimizer
 
 
 class Objective(Protocol):
-    """Anything that yields the losses of a step's micro-batches.
+    """Anything that yields the losses of a step's micro-batches."""
 
-    It may also have ``with_less_memory() -> Objective | None``, the same step in less memory or None where there is no
-    way, and ``memory_setting() -> str``, what that changed: then a step that runs out of memory is done again.
-    """
+    def micro_losses(self, step: int) -> Iterator[MicroLoss]:
+        """See :class:`MicroLoss`."""
 
-    def micro_losses(self, step: int) -> Iterator[MicroLoss]: ...
+
+@runtime_checkable
+class ShrinkableObjective(Objective, Protocol):
+    """One whose step is done again, in less memory, where it ran out of memory."""
+
+    def with_less_memory(self) -> ShrinkableObjective | None:
+        """The same step in less memory; None = there is no way."""
+
+    def memory_setting(self) -> str:
+        """What that changes, in words."""
 
 
 # of torch's CPU allocator; of the CUDA driver, through Triton as it loads a kernel; of cuBLAS
@@ -167,7 +176,7 @@ def _step_within_memory(
         except RuntimeError as error:
             if world.size > 1 or not is_out_of_memory(error):
                 raise
-            smaller = objective.with_less_memory() if hasattr(objective, "with_less_memory") else None
+            smaller = objective.with_less_memory() if isinstance(objective, ShrinkableObjective) else None
             if smaller is None:
                 raise
             reason = str(error).splitlines()[0]
@@ -178,7 +187,7 @@ def _step_within_memory(
         objective = smaller
         tqdm.write(
             f"{state.stage}, step {state.step + 1}: out of memory ({reason}); going on with "
-            f"{objective.memory_setting()}. The effective batch stays"
+            f"{smaller.memory_setting()}. The effective batch stays"
         )
 
 
@@ -194,7 +203,8 @@ def _optimizer_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.zero_grad(set_to_none=True)
-    loss, tokens = 0.0, 0
+    loss: Tensor | float = 0.0
+    tokens = 0
     for micro in objective.micro_losses(state.step):
         # the engines average gradients over the ranks, whose losses are to be added up
         (micro.loss * world.size if world.size > 1 else micro.loss).backward()
@@ -202,7 +212,7 @@ def _optimizer_step(
         loss, tokens = loss + value, tokens + micro.tokens
     norm = torch.nn.utils.clip_grad_norm_(state.parameters.values(), config.max_grad_norm)
     norm_value = float(whole(norm))
-    loss_value, tokens = world.sums(float(loss), tokens)
+    loss_value, all_tokens = world.sums(float(loss), tokens)
     if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
         saved = list_checkpoints(checkpoints, state.stage) if checkpoints is not None else []
         raise RunError(
@@ -217,7 +227,7 @@ def _optimizer_step(
         loss=loss_value,
         lr=learning_rate,
         grad_norm=norm_value,
-        tokens=int(tokens),
+        tokens=int(all_tokens),
         tokens_per_s=0.0,
         peak_memory_bytes=world.max(peak_memory_bytes()),
     )

@@ -31,7 +31,8 @@ class TripleBatches:
     """
 
     def __init__(self, sets: Sequence[TripleSet], batch_size: int, seed: int) -> None:
-        """
+        """Of sets that were opened.
+
         Args:
             sets: see above; one with fewer triples than a batch contributes nothing, with a warning.
             batch_size: see above.

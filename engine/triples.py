@@ -27,19 +27,22 @@ import warnings
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from bivec.engine.data import data_suffix, load_hub, load_table
+from bivec.engine.data_files import data_suffix, load_hub, load_table
 from bivec.engine.errors import DataError
-from bivec.models.plain_json import parse_json
+from bivec.engine.triple_records import FIELDS, REQUIRED, BadRowError, Triple, parse_line, parse_record
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+__all__ = ["ECHO_INSTRUCTIONS", "JsonLines", "OnBadLine", "Source", "Triple", "TripleSet", "load_triples"]
 
 WIKIPEDIA_PASSAGES = "Given a question, retrieve Wikipedia passages that answer the question"
 CHINESE_PASSAGES = "Given a Chinese search query, retrieve web passages that answer the question"
@@ -68,27 +71,11 @@ ECHO_INSTRUCTIONS: dict[str, tuple[str, ...]] = {  # file stem -> of all its row
 SYMMETRIC_SETS = ("allnli", "quora_duplicates")
 ECHO_PART = re.compile(r"(allnli|quora_duplicates)_split\d")  # their rows a second time, for an older loader
 SUFFIXES = (".jsonl", ".parquet")
-REQUIRED = ("query", "positive")
-OPTIONAL = ("negative", "negatives", "instruction", "positive_id", "negative_id", "negative_ids", "symmetric")
-FIELDS = (*REQUIRED, *OPTIONAL)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 FIX = "correct it, or leave such rows out with --on-bad-line skip"
 SCAN_ROWS = 1000  # rows of a table that are looked at in one go
 
 OnBadLine = Literal["error", "skip"]
-
-
-@dataclass(frozen=True)
-class Triple:
-    """A query, a text that answers it, and hard negatives: texts that look like answers and are none."""
-
-    query: str
-    positive: str
-    negatives: tuple[str, ...] = ()
-    instruction: str = ""  # of the query, without separator
-    positive_id: str | None = None  # identity of the positive document, for filtering false negatives
-    negative_ids: tuple[str, ...] | None = None  # one a negative
-    symmetric: bool = False  # query and documents are of one kind: the instruction may stand before both
 
 
 @dataclass(frozen=True)
@@ -99,10 +86,6 @@ class Source:
     place: str  # the path or the hub id, for error messages
     instructions: tuple[str, ...] = ("",)  # for rows without their own: all, or the even and the odd ones
     symmetric: bool = False
-
-
-class _BadRow(ValueError):
-    """What is wrong with a row; whoever catches it adds where the row stands."""
 
 
 class JsonLines:
@@ -116,7 +99,7 @@ class JsonLines:
         self.path = path
         self.offsets = offsets  # [rows + 1] int64: the start of every row, and the end of the last
         self.size = size  # of the file, in bytes
-        self._file = None
+        self._file: FileIO | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -125,14 +108,14 @@ class JsonLines:
         start, end = self.offsets[number : number + 2].tolist()
         try:
             if self._file is None:
-                self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - kept open for the next rows
+                self._file = self.path.open("rb", buffering=0)  # kept open for the next rows
             size = os.fstat(self._file.fileno()).st_size
             line = os.pread(self._file.fileno(), end - start, start)
         except OSError as error:
             raise DataError(f"{self.path}: can no longer be read ({error.strerror}): put the file back") from error
         if size != self.size:
-            raise _BadRow(f"{size} bytes instead of {self.size}")
-        return _parse_line(line)
+            raise BadRowError(f"{size} bytes instead of {self.size}")
+        return parse_line(line)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -147,7 +130,8 @@ class TripleSet(Sequence[Triple]):
     """
 
     def __init__(self, source: Source, records: JsonLines | Dataset, skipped: Sequence[int], checksum: int) -> None:
-        """
+        """Of a source that was checked.
+
         Args:
             source: where the rows come from.
             records: all rows of the source.
@@ -164,7 +148,8 @@ class TripleSet(Sequence[Triple]):
     def __len__(self) -> int:
         return len(self._records) - self.bad_lines
 
-    def __getitem__(self, row: int) -> Triple:
+    # one row at a time: a slice of a million triples would read all of them
+    def __getitem__(self, row: int) -> Triple:  # type: ignore[override]
         row = operator.index(row)
         if not 0 <= row < len(self):
             raise IndexError(f"triple {row} of {len(self)} of {self.name}")
@@ -172,8 +157,8 @@ class TripleSet(Sequence[Triple]):
         instructions = self._source.instructions
         try:
             instruction = instructions[number % len(instructions)]
-            return _parse_record(self._records[number], instruction, self._source.symmetric)
-        except _BadRow as error:
+            return parse_record(self._records[number], instruction, self._source.symmetric)
+        except BadRowError as error:
             raise DataError(
                 f"{self._source.place} has changed since it was opened (row {number} from 0, blank lines not counted: "
                 f"{error}): put the old file back, or start anew"
@@ -285,14 +270,14 @@ def _load_lines(source: Source, path: Path, on_bad_line: OnBadLine, limit: int |
     bad, offsets, checksum, start = _BadRows(on_bad_line), array("q"), 0, 0
     size = path.stat().st_size
     options = {"unit": "B", "unit_scale": True, "delay": 2, "leave": False, "disable": None}
-    with open(path, "rb") as file, tqdm(total=size, desc=f"checking {path.name}", **options) as progress:
+    with path.open("rb") as file, tqdm(total=size, desc=f"checking {path.name}", **options) as progress:
         for line_number, line in enumerate(file, start=1):
             content = line.removeprefix(BYTE_ORDER_MARK) if line_number == 1 else line
             if content.strip():
                 offsets.append(start + len(line) - len(content))
                 try:
-                    _parse_record(_parse_line(content))
-                except _BadRow as error:
+                    parse_record(parse_line(content))
+                except BadRowError as error:
                     bad.add(len(offsets) - 1, f"{path}, line {line_number}: {error}")
             start += len(line)
             checksum = zlib.crc32(line, checksum)
@@ -314,8 +299,8 @@ def _load_table(source: Source, dataset: Dataset, on_bad_line: OnBadLine, limit:
     bad, rows, checksum = _BadRows(on_bad_line), 0, 0
     for record in _records(dataset):
         try:
-            _parse_record(record)
-        except _BadRow as error:
+            parse_record(record)
+        except BadRowError as error:
             bad.add(rows, f"{source.place}, row {rows + 1}: {error}")
         rows += 1
         checksum = zlib.crc32(json.dumps(record, default=str).encode(), checksum)
@@ -329,81 +314,3 @@ def _records(dataset: Dataset) -> Iterator[dict[str, Any]]:
     for columns in dataset.iter(batch_size=SCAN_ROWS):
         for values in zip(*columns.values(), strict=True):
             yield dict(zip(columns, values, strict=True))
-
-
-def _parse_line(line: bytes) -> Any:
-    """The JSON value of a line."""
-    try:
-        return parse_json(line.rstrip())
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.object[error.start]:#04x} at column {error.start + 1}"
-        raise _BadRow(f"not UTF-8 ({byte})") from error
-    except json.JSONDecodeError as error:
-        raise _BadRow(f"not JSON ({error.msg} at column {error.colno})") from error
-    except ValueError as error:  # a number of 5,000 digits, 5,000 brackets, a key twice
-        raise _BadRow(f"not JSON that can be read ({error})") from error
-
-
-def _parse_record(record: Any, instruction: str = "", symmetric: bool = False) -> Triple:
-    """The triple of a row; ``instruction`` and ``symmetric`` are for a row without its own."""
-    if not isinstance(record, dict):
-        raise _BadRow(f"a row must be an object with {' and '.join(REQUIRED)}, this is {_kind(record)}")
-    query, positive = (_text(record.get(field), field) for field in REQUIRED)
-    negatives = _one_or_list(record, "negative", "negatives", _text)
-    negative_ids = _one_or_list(record, "negative_id", "negative_ids", _identity)
-    if negative_ids is not None and len(negative_ids) != len(negatives or ()):
-        raise _BadRow(f"{len(negative_ids)} ids of negatives for {len(negatives or ())} negatives: give one for each")
-    own, positive_id = record.get("instruction"), record.get("positive_id")
-    if own is not None:
-        instruction = _text(own, "instruction", blank=True).strip()
-    if positive_id is not None:
-        positive_id = _identity(positive_id, "positive_id")
-    stated = record.get("symmetric")
-    if stated is not None and not isinstance(stated, bool):
-        raise _BadRow(f"the field 'symmetric' must be true or false, this is {_kind(stated)}")
-    symmetric = symmetric if stated is None else stated
-    return Triple(query, positive, negatives or (), instruction, positive_id, negative_ids, symmetric)
-
-
-def _one_or_list(
-    record: dict[str, Any], one: str, several: str, read: Callable[[Any, str], str]
-) -> tuple[str, ...] | None:
-    """The values of a field that holds one, or of its namesake that holds a list; None where the row has neither."""
-    single, values = record.get(one), record.get(several)
-    if single is not None and values is not None:
-        raise _BadRow(f"the fields {one!r} and {several!r} are both there: give one of them")
-    if single is not None:
-        return (read(single, one),)
-    if values is None:
-        return None
-    if not isinstance(values, list):
-        raise _BadRow(f"the field {several!r} must be a list, this is {_kind(values)}")
-    return tuple(read(value, f"{several}[{index}]") for index, value in enumerate(values))
-
-
-def _text(value: Any, field: str, *, blank: bool = False) -> str:
-    if not isinstance(value, str):
-        raise _BadRow(f"the field {field!r} must be a string, this is {_kind(value)}")
-    if not (blank or value.strip()):
-        raise _BadRow(f"the field {field!r} is blank: give it a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud83d" in JSON; a tokenizer could not take it
-        raise _BadRow(f"the field {field!r} holds half a surrogate pair at character {error.start}") from error
-    return value
-
-
-def _identity(value: Any, field: str) -> str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise _BadRow(f"the field {field!r} must be a string or an integer, this is {_kind(value)}")
-    if not value.strip():  # all documents without an id would be taken for the same one
-        raise _BadRow(f"the field {field!r} is blank: give an id or leave the field out")
-    return value
-
-
-def _kind(value: Any) -> str:
-    """What a value is called in JSON."""
-    names = {type(None): "missing", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return {**names, list: "a list", dict: "an object"}.get(type(value), type(value).__name__)

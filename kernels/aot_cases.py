@@ -1,20 +1,19 @@
-"""The calls that ``kernels/aot.py`` checks: those of attention, and where those of the other operators are."""
+"""The calls that ``kernels/aot.py`` checks: those of attention, and all that the other operators' files state.
+
+An operator's own are in a function ``cases`` of its file, or of ``aot_cases_….py`` beside it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from importlib import import_module
 from itertools import product
+from pathlib import Path
+from pkgutil import iter_modules
 
 import torch
 
-from bivec.kernels import (
-    aot_cases_cross_entropy,
-    aot_cases_info_nce,
-    aot_cases_layers,
-    aot_cases_lora,
-    aot_cases_segment_pool,
-)
 from bivec.kernels.aot import Case
 from bivec.kernels.attention_long import long_forward
 from bivec.kernels.attention_long_backward import long_backward
@@ -34,6 +33,12 @@ PASSES = ("forward", "backward")
 HEAD_DIMS = (64, 128, 256)  # as the tables know them
 LONG_KERNELS = frozenset({"attention_forward", "attention_backward_q", "attention_backward_kv"})
 SHORT_KERNELS = frozenset({"attention_short_forward", "attention_short_backward"})
+# every other file of the folder, so that a new operator's is found without being named anywhere
+MODULES = [
+    import_module(f"bivec.kernels.{module.name}")
+    for module in iter_modules([str(Path(__file__).parent)])
+    if module.name != "aot_cases"
+]
 
 
 def attention_problem(
@@ -120,9 +125,8 @@ def cases() -> list[Case]:
 
 
 def other_cases() -> list[Case]:
-    """Those of the other operators."""
-    modules = (aot_cases_cross_entropy, aot_cases_info_nce, aot_cases_segment_pool, aot_cases_layers, aot_cases_lora)
-    return [case for module in modules for case in module.cases()]
+    """Those of the other operators: of every module of this folder that has a function ``cases``."""
+    return [case for module in MODULES if hasattr(module, "cases") for case in module.cases()]
 
 
 def attention_cases(fp16_head_dims: Collection[int] = (128,)) -> list[Case]:

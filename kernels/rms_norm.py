@@ -16,6 +16,8 @@ Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019); the off
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -55,6 +57,30 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight, None, None
 
 
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: None = None,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, residual: Tensor, weight_offset: float = 0.0, backend: str | None = None
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor,
     weight: Tensor,

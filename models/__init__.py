@@ -1,5 +1,8 @@
 """Packed decoder models and their checkpoints: the architecture, nothing of training."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from bivec.models.batch import PackedBatch
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import BivecError, CheckpointError, ConfigError
@@ -28,3 +31,6 @@ __all__ = [
     "load_pretrained",
     "save_pretrained",
 ]
+
+for _module in iter_modules(__path__):  # the file of a new family registers its class without being named anywhere
+    import_module(f"{__name__}.{_module.name}")

@@ -76,11 +76,31 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
+        """T."""
         return self.input_ids.shape[0]
 
     @property
     def num_sequences(self) -> int:
+        """B, empty sequences included."""
         return self.cu_seqlens.shape[0] - 1
+
+    def check(self, positions: int, vocabulary: int) -> None:
+        """Raises ValueError unless a model of so many positions and tokens can run it.
+
+        On a CPU the ids are looked at too; reading them would stall a GPU.
+        """
+        if self.max_seqlen > positions:
+            raise ValueError(
+                f"a sequence of {self.max_seqlen} tokens exceeds the model's {positions} positions "
+                "(max_position_embeddings); shorten it (max_length)"
+            )
+        if self.input_ids.device.type == "cpu" and self.num_tokens:
+            lowest, highest = (int(bound) for bound in self.input_ids.aminmax())
+            if lowest < 0 or highest >= vocabulary:
+                raise ValueError(
+                    f"token ids {lowest} … {highest} are not all inside the model's vocabulary of {vocabulary}; "
+                    "use the tokenizer of this checkpoint"
+                )
 
     def token_ids(self) -> Tensor:
         """[T] int64: one number per (sample, position), the key of per-token dropout (LoRA inputs)."""

@@ -61,7 +61,7 @@ def atomic_directory(path: str | Path, *, stale: Sequence[str] = (), last: str |
             if existed:
                 _move_files(temporary, path, stale, last)
             else:
-                os.rename(temporary, path)
+                temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -75,7 +75,7 @@ def _move_files(source: Path, target: Path, stale: Sequence[str], last: str | No
             old.unlink()
     for file in sorted(files, key=lambda file: (str(file) == last, file)):
         (target / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source / file, target / file)
+        (source / file).replace(target / file)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -88,11 +88,11 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with _readable_disk_errors(path, BivecError):
-            with open(temporary, "w", encoding="utf-8") as file:
+            with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -110,9 +110,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         with _readable_disk_errors(path, CheckpointError):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            with open(temporary, "rb") as file:
+            with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -130,5 +130,5 @@ def _sync(directory: Path) -> None:
     """Forces the files of the directory to the disk before it gets its final name."""
     for file in directory.rglob("*"):
         if file.is_file():
-            with open(file, "rb") as handle:
+            with file.open("rb") as handle:
                 os.fsync(handle.fileno())

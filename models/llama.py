@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bivec.kernels import AttentionPlan, apply_rotary, attention_plan, flash_attention, fold_seed, rms_norm, swiglu
 from bivec.models.batch import PackedBatch
-from bivec.models.config import FULL, SLIDING, DecoderConfig
+from bivec.models.config import DecoderConfig
+from bivec.models.config_fields import FULL, SLIDING
+from bivec.models.families import LLAMA_TOKENS, Family, register
 from bivec.models.projection import project, project_gated, project_onto
 from bivec.models.recompute import LEVELS, Recipes
 from bivec.models.rope import rotary_tables
@@ -39,6 +41,8 @@ class AttentionContext:
 
 
 class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension."""
+
     def __init__(self, config: DecoderConfig, size: int | None = None):
         super().__init__()
         self.eps, self.offset = config.rms_norm_eps, config.family.norm_offset
@@ -47,10 +51,13 @@ class RMSNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, backend: str | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x [..., size]``; with ``residual`` that of their sum, and the sum."""
         return rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.offset, backend=backend)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, between its four projections."""
+
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer, self.layer_type, self.head_dim = layer, config.layer_type(layer), config.head_dim
@@ -72,6 +79,7 @@ class Attention(nn.Module):
         projected = project(x, self.q_proj, self.k_proj, self.v_proj, backend=context.backend)
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # [T, H or Hkv, Dh]
         q, k = self.positioned(q, k, context)
+        seed = fold_seed(context.seed, self.layer) if context.dropout_p and context.seed is not None else None
         attended = flash_attention(
             q,
             k,
@@ -83,7 +91,7 @@ class Attention(nn.Module):
             softmax_scale=self.scale,
             softcap=self.softcap,
             dropout_p=context.dropout_p,
-            seed=fold_seed(context.seed, self.layer) if context.dropout_p else None,
+            seed=seed,
             sample_ids=batch.sample_ids,
             plan=context.plan,
             backend=context.backend,
@@ -92,6 +100,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The gated feed-forward block."""
+
     gated_unit = staticmethod(swiglu)
 
     def __init__(self, config: DecoderConfig):
@@ -112,6 +122,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm."""
+
     attention, feed_forward = Attention, MLP
 
     def __init__(self, config: DecoderConfig, layer: int):
@@ -130,7 +142,8 @@ class DecoderLayer(nn.Module):
         normed, x = self._normed(self.input_layernorm, x, update, context)
         x, update = self.self_attn(normed, x, context)
         normed, x = self._normed(self.post_attention_layernorm, x, update, context)
-        return self.mlp(normed, x, context)
+        x, update = self.mlp(normed, x, context)
+        return x, update
 
     def whole(self, x: Tensor, context: AttentionContext) -> Tensor:
         """The residual stream after the layer, its last addition done: one tensor in, one out."""
@@ -148,6 +161,15 @@ class DecoderLayer(nn.Module):
         return normed, x
 
 
+@register(
+    "llama",
+    Family(
+        "LlamaModel",
+        "LlamaForCausalLM",
+        reads=frozenset({"attention_bias", "mlp_bias"}),
+        defaults={**LLAMA_TOKENS, "max_position_embeddings": 2048},
+    ),
+)
 class Llama(nn.Module):
     """The trunk: token ids to hidden states after the final norm. The LM head lives outside (``Checkpoint``)."""
 
@@ -163,10 +185,10 @@ class Llama(nn.Module):
 
     def rotary(self, length: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
         """The tables for at least ``length`` positions by type of layer, grown by powers of two and kept."""
-        cos = None if self._rotary is None else self._rotary[FULL][0]
-        if cos is None or len(cos) < length or cos.device != device:
-            self._rotary = rotary_tables(self.config, 1 << max(length - 1, 63).bit_length(), device)
-        return self._rotary
+        tables = self._rotary
+        if tables is None or len(tables[FULL][0]) < length or tables[FULL][0].device != device:
+            tables = self._rotary = rotary_tables(self.config, 1 << max(length - 1, 63).bit_length(), device)
+        return tables
 
     def forward(
         self,
@@ -192,15 +214,15 @@ class Llama(nn.Module):
             backend: None, "torch" or "triton".
 
         Returns:
-            hidden_states [T, D]; with ``output_hidden_states`` the pair (hidden_states, num_layers + 1 tensors).
+            hidden_states [T, D], whose graph can be walked backward once, as a backward overwrites activations that it
+            has read; with ``output_hidden_states`` the pair (hidden_states, num_layers + 1 tensors).
 
         Raises:
-            ValueError: a sequence longer than the model's positions, dropout without a seed, an unknown level of
-                recomputation; on CPU also a token id outside the vocabulary.
-
-        A backward overwrites activations that it has read, so the graph can be walked once.
+            ValueError: what ``PackedBatch.check`` refuses, dropout without a seed, an unknown ``recompute``.
         """
-        self._check(batch, attention_dropout, seed)
+        batch.check(self.config.max_position_embeddings, self.config.vocab_size)
+        if attention_dropout and seed is None:
+            raise ValueError(f"attention_dropout={attention_dropout} needs a seed: an int, or an int64 tensor")
         if recompute not in LEVELS:
             raise ValueError(f"recompute is {recompute!r}, expected one of {', '.join(LEVELS)}")
         context = AttentionContext(
@@ -227,20 +249,3 @@ class Llama(nn.Module):
                 context.recipes.forget()
         hidden_states = self.norm(x, backend=backend) if update is None else self.norm(update, x, backend=backend)[0]
         return (hidden_states, (*states, hidden_states)) if output_hidden_states else hidden_states
-
-    def _check(self, batch: PackedBatch, attention_dropout: float, seed: int | Tensor | None) -> None:
-        positions, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
-        if batch.max_seqlen > positions:
-            raise ValueError(
-                f"a sequence of {batch.max_seqlen} tokens exceeds the model's {positions} positions "
-                "(max_position_embeddings); shorten it (max_length)"
-            )
-        if attention_dropout and seed is None:
-            raise ValueError(f"attention_dropout={attention_dropout} needs a seed: an int, or an int64 tensor")
-        if batch.input_ids.device.type == "cpu" and batch.num_tokens:  # reading the values would stall a GPU
-            lowest, highest = (int(bound) for bound in batch.input_ids.aminmax())
-            if lowest < 0 or highest >= vocabulary:
-                raise ValueError(
-                    f"token ids {lowest} … {highest} are not all inside the model's vocabulary of {vocabulary}; "
-                    "use the tokenizer of this checkpoint"
-                )

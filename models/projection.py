@@ -22,18 +22,21 @@ def project(x: Tensor, *projections: nn.Module, backend: str | None) -> tuple[Te
     first = type(projections[0])
     jointly = getattr(first, "project_jointly", None)
     if jointly is not None and all(type(projection) is first for projection in projections):
-        return jointly(x, projections, backend)
-    if _fused(x, *projections, backend=backend):
-        return tuple(linear_torch.linear(x, projection.weight, projection.bias) for projection in projections)
+        joint: tuple[Tensor, ...] = jointly(x, projections, backend)
+        return joint
+    plain = _fusible(x, *projections, backend=backend)
+    if plain is not None:
+        return tuple(linear_torch.linear(x, projection.weight, projection.bias) for projection in plain)
     return tuple(projection(x) for projection in projections)
 
 
 def project_gated(x: Tensor, gate: nn.Module, up: nn.Module, *, backend: str | None) -> Tensor | None:
     """``silu(gate(x)) * up(x)`` with no pass of its own; None where that cannot be done."""
-    if not _fused(x, gate, up, backend=backend):
+    plain = _fusible(x, gate, up, backend=backend)
+    if plain is None:
         return None
-    activated = linear_torch.linear(x, gate.weight, gate.bias, silu=True)
-    return linear_torch.linear(x, up.weight, up.bias, factor=activated)
+    activated = linear_torch.linear(x, plain[0].weight, plain[0].bias, silu=True)
+    return linear_torch.linear(x, plain[1].weight, plain[1].bias, factor=activated)
 
 
 def project_onto(
@@ -43,17 +46,24 @@ def project_onto(
 
     No stream: (None, ``projection(x)``), for an update that is changed before it is added.
     """
-    if stream is not None and _fused(x, projection, backend=backend, stream=stream):
-        return linear_torch.linear(x, projection.weight, projection.bias, addend=stream), None
+    plain = None if stream is None else _fusible(x, projection, backend=backend, stream=stream)
+    if plain is not None:
+        return linear_torch.linear(x, plain[0].weight, plain[0].bias, addend=stream), None
     (update,) = project(x, projection, backend=backend)
     return stream, update
 
 
-def _fused(x: Tensor, *projections: nn.Module, backend: str | None, stream: Tensor | None = None) -> bool:
-    """Whether nobody but us would see the products: plain layers without hooks, no graph, the torch backend."""
-    if not all(type(p) is nn.Linear and "forward" not in vars(p) for p in projections):
-        return False
-    if any(p._forward_hooks or p._forward_pre_hooks for p in projections):
-        return False
-    parameters = [parameter for p in projections for parameter in (p.weight, p.bias)]
-    return linear_torch.applies(x, stream, *parameters) and resolve(backend, "linear", x.device) == "torch"
+def _fusible(
+    x: Tensor, *projections: nn.Module, backend: str | None, stream: Tensor | None = None
+) -> list[nn.Linear] | None:
+    """The projections, if nobody but us would see their products; else None.
+
+    That is: plain layers without hooks, no graph, the torch backend.
+    """
+    plain = [p for p in projections if type(p) is nn.Linear and "forward" not in vars(p)]
+    hooked = any(p._forward_hooks or p._forward_pre_hooks for p in plain)  # noqa: SLF001 - no public way to ask
+    if hooked or len(plain) < len(projections):
+        return None
+    parameters = [parameter for p in plain for parameter in (p.weight, p.bias)]
+    applies = linear_torch.applies(x, stream, *parameters) and resolve(backend, "linear", x.device) == "torch"
+    return plain if applies else None

@@ -16,12 +16,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing has it from Python 3.11 on
+
 LEVELS = ("none", "selective", "layer")
+
+
+def _version(x: Tensor) -> int:
+    return x._version  # noqa: SLF001 - autograd's own counter of what has been written to x; there is no public one
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class _Saved:
     version: int
 
     def unchanged(self) -> Tensor:
-        if self.tensor._version != self.version:
+        if _version(self.tensor) != self.version:
             raise RuntimeError(
                 "an activation needed for the backward has been modified by an inplace operation; a model's graph can "
                 "be walked backward once, as the backward reuses the memory of what it has read"
@@ -44,8 +52,9 @@ class _Recipe:
     """Stands for a saved tensor."""
 
     def __init__(self, make: Callable[[], Tensor], reads: Sequence[Tensor]):
-        self._make, self._uses, self._made = make, 0, None
-        self._reads = [_Saved(x, x._version) for x in reads]
+        self._make, self._uses = make, 0
+        self._made: Tensor | None = None
+        self._reads = [_Saved(x, _version(x)) for x in reads]
 
     def saved(self) -> _Recipe:
         self._uses += 1
@@ -89,7 +98,7 @@ class Recipes:
         """Lets go of the tensors added so far; what has been saved of them stays replaced."""
         self._known.clear()
 
-    def __enter__(self) -> Recipes:
+    def __enter__(self) -> Self:
         if self._active:
             self._hooks.__enter__()
         return self
@@ -100,10 +109,11 @@ class Recipes:
             self._hooks.__exit__(*exception)
 
     def _pack(self, tensor: Tensor) -> _Saved | _Recipe:
-        known, recipe = self._known.get(tensor.data_ptr(), (None, None))
-        whole = known is not None and tensor.shape == known.shape and tensor.stride() == known.stride()
-        same = whole and tensor.dtype == known.dtype
-        return recipe.saved() if same else _Saved(tensor, tensor._version)
+        if tensor.data_ptr() in self._known:
+            known, recipe = self._known[tensor.data_ptr()]
+            if (tensor.shape, tensor.stride(), tensor.dtype) == (known.shape, known.stride(), known.dtype):
+                return recipe.saved()
+        return _Saved(tensor, _version(tensor))
 
     @staticmethod
     def _unpack(saved: _Saved | _Recipe) -> Tensor:

@@ -8,31 +8,34 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bivec.models.config import FULL, ROPE_TYPES, SLIDING, DecoderConfig
+from bivec.models.config import DecoderConfig
+from bivec.models.config_fields import FULL, ORIGINAL_LENGTH, ROPE_TYPES, SLIDING
 from bivec.models.errors import ConfigError
 
 
-def _original_length(config: DecoderConfig) -> int:
+def _original_length(config: DecoderConfig, scaling: dict[str, Any]) -> int:
     """The context length before it was extended; where the scaling does not say, transformers takes the whole one."""
-    return config.rope_scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    return scaling.get(ORIGINAL_LENGTH) or config.max_position_embeddings
 
 
-def _llama3(config: DecoderConfig, frequencies: Tensor, scaling: dict) -> Tensor:
+def _llama3(config: DecoderConfig, frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
     """Long wavelengths are interpolated by ``factor``, short ones kept, those between blended."""
-    original = _original_length(config)
+    original = _original_length(config, scaling)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     rotations = original * frequencies / (2 * math.pi)  # turns over the original context
     blend = ((rotations - low) / (high - low)).clamp(0, 1)
-    return frequencies * (blend + (1 - blend) / scaling["factor"])
+    interpolated: Tensor = frequencies * (blend + (1 - blend) / scaling["factor"])
+    return interpolated
 
 
-def _yarn(config: DecoderConfig, frequencies: Tensor, scaling: dict) -> tuple[Tensor, float]:
+def _yarn(config: DecoderConfig, frequencies: Tensor, scaling: dict[str, Any]) -> tuple[Tensor, float]:
     factor, dim = scaling["factor"], config.head_dim
-    original = _original_length(config)
+    original = _original_length(config, scaling)
 
     def dimension_of(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
@@ -69,9 +72,9 @@ def rotary_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
-    kind = scaling["rope_type"] if scaling else "default"
-    if kind == "default":
+    if scaling is None or scaling["rope_type"] == "default":
         return frequencies, 1.0
+    kind = scaling["rope_type"]
     if kind == "linear":
         return frequencies / scaling["factor"], 1.0
     if kind == "llama3":

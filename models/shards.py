@@ -75,12 +75,15 @@ def _weight_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(parse_json(index_file.read_bytes())["weight_map"].values()))
             # a name with a path could lead anywhere on the disk
-            if odd := [name for name in names if not name or Path(name).name != name or "\0" in name]:
-                raise ValueError(f"weight_map names {odd[0][:80]!r}, expected the name of a file beside it")
+            odd = next((name for name in names if not name or Path(name).name != name or "\0" in name), None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{index_file}: not a safetensors index ({type(error).__name__}: {error}); download it again"
             ) from None
+        if odd is not None:
+            raise CheckpointError(
+                f"{index_file}: weight_map names {odd[:80]!r}, expected the name of a file beside it; download it again"
+            )
         files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -109,4 +112,5 @@ def read_stored(entries: dict[str, StoredTensor]) -> Iterator[tuple[str, Tensor]
 
 
 def some_of(names: Sequence[str]) -> str:
+    """The first of the names, for an error."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

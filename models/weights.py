@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bivec.models import gguf
-from bivec.models.classes import MODEL_CLASSES
 from bivec.models.config import DecoderConfig
 from bivec.models.errors import CheckpointError
+from bivec.models.families import MODEL_CLASSES
 from bivec.models.files import atomic_directory
 from bivec.models.llama import Llama
 from bivec.models.shards import INDEX_FILE, WEIGHTS_FILE, read_stored, some_of, stored_tensors
@@ -166,7 +166,9 @@ def resolve_checkpoint(
 class _NoInitialisation(TorchFunctionMode):
     """Skips ``torch.nn.init``: on meta tensors it would only import torch's decompositions (2.4 s and 150 MB)."""
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if "tensor" in kwargs else args[0]

@@ -1,8 +1,9 @@
 """The command ``bivec``: one module a command, each with ``main(arguments) -> exit code``.
 
-Exit codes: 0 done, 1 failed (the error is on stderr), 2 wrong usage, 130 stopped by Ctrl-C. Results go to stdout,
-everything else to stderr. Nothing of torch is imported before a command needs it; convert's ``--help`` does, for the
-recipes' settings that it shows.
+Exit codes: 0 done, 1 failed (the error is on stderr), 2 wrong usage, 130 stopped by Ctrl-C. Wrong usage is what the
+flags alone show; what is found with a file, a model or a recipe (a hyper-parameter of ``--set``) has failed.
+Results go to stdout, everything else to stderr. Nothing of torch is imported before a command needs it; convert's
+``--help`` does, for the recipes' settings that it shows.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from bivec import __version__
 from bivec.engine.cli.output import explained, say
@@ -54,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return USAGE
     name = parser.parse_args(words[:1]).command
-    command = import_module(f"bivec.engine.cli.{COMMANDS[name][0]}")
+    command: Callable[[Sequence[str]], int] = import_module(f"bivec.engine.cli.{COMMANDS[name][0]}").main
     try:
-        return command.main(words[1:])
+        return command(words[1:])
     except KeyboardInterrupt:
         say("stopped")
         return STOPPED
     except BrokenPipeError:  # whoever read the results has gone, as `head` does
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for what Python still flushes at its end
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for what Python still flushes at its end
         return FAILED
     except Exception as error:
         reason = explained(error)

@@ -75,8 +75,7 @@ def devices() -> list[Check]:
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
     cpu = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{memory}"
     found = [Check("devices", "cpu", OK, cpu)]
-    for number in range(torch.cuda.device_count()):
-        found.append(_gpu(number))
+    found += [_gpu(number) for number in range(torch.cuda.device_count())]
     if len(found) == 1:
         built = torch.version.cuda or torch.version.hip
         why = "torch sees none" if built else "this torch is built for CPUs only"
@@ -96,7 +95,7 @@ def _gpu(number: int) -> Check:
         torch.ones(8, device=device).sum().item()
         memory = properties.total_memory / 2**30
         return Check("devices", name, OK, f"{properties.name}, {architecture(device)}, {memory:.0f} GiB")
-    except Exception as error:  # a driver can fail in any way
+    except Exception as error:  # noqa: BLE001 - a driver can fail in any way
         return Check("devices", name, FAILED, _first_line(error))
 
 
@@ -243,7 +242,8 @@ def _python(*arguments: str, interpret: bool) -> subprocess.CompletedProcess[str
     """Another Python with Triton's interpreter on or off, which it must know before it imports anything."""
     environment = {name: value for name, value in os.environ.items() if name != INTERPRETER}
     environment |= {INTERPRETER: "1"} if interpret else {}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def _last(done: subprocess.CompletedProcess[str]) -> str:

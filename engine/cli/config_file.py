@@ -70,7 +70,9 @@ def as_flags(path: str | Path, settings: dict[str, Any], parser: argparse.Argume
     Raises:
         ConfigError: a key that is neither a flag nor a hyper-parameter, or a value that none can have.
     """
-    flags = {action.dest: action for action in parser._actions if action.dest not in (*NOT_IN_A_FILE, "set")}
+    # argparse has no public way to list a parser's flags
+    actions = parser._actions  # noqa: SLF001
+    flags = {action.dest: action for action in actions if action.dest not in (*NOT_IN_A_FILE, "set")}
     known = [*flags, *(name for name in setting_names(recipe) if name not in OWN_FLAGS)]
     words = []
     for key, value in settings.items():
@@ -109,7 +111,7 @@ def _values(part: Any, known: dict[int, int]) -> int:
     return known[id(part)]
 
 
-def _flat(content: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(content: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         name = prefix + str(key).replace("-", "_")
         if isinstance(value, dict):
@@ -151,20 +153,22 @@ def _read_json(path: Path, text: str) -> Any:
 def _read_yaml(path: Path, text: str) -> Any:
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         """Safe, and no key of a mapping twice: of two, YAML's would keep the last without a word."""
 
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            """As its parent's, of keys that differ."""
             met = set()
             for key, _ in node.value:
                 if isinstance(key.value, str) and key.value in met:
                     line = key.start_mark.line + 1
                     raise ConfigError(f"{path}, line {line}: the key {key.value!r} is there twice")
                 met.add(str(key.value))
-            return super().construct_mapping(node, deep)
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
 
     try:
-        return yaml.load(text, Loader) or {}
+        return yaml.load(text, Loader) or {}  # noqa: S506 - a SafeLoader
     except ConfigError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # a date with a thirteenth month

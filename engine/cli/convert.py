@@ -46,6 +46,7 @@ presets: {", ".join(PRESETS)}"""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Turns a decoder into an encoder; returns the exit code."""
     recipe, options, as_json = parse(arguments)
     world = launched()
     with results_only() as stdout:
@@ -114,8 +115,8 @@ def parse(arguments: Sequence[str]) -> tuple[Recipe, RunOptions, bool]:
         of_the_file = first.config is not None and not text.startswith((first.config, *flags))
         raise RunError(f"{first.config}: {text}" if of_the_file else text) from error
     last = _parser(recipe)
-    of_the_file = [name for name in OF_THE_RUN if settings.get(name) is not None]
-    last.set_defaults(**{name: getattr(given, name) for name in of_the_file})
+    from_file = [name for name in OF_THE_RUN if settings.get(name) is not None]
+    last.set_defaults(**{name: getattr(given, name) for name in from_file})
     given = last.parse_args(arguments)
     if not given.model:
         last.error("--model is needed, or a --preset that has one")
@@ -156,11 +157,11 @@ def _preset(name: str | None, model: str | None) -> Recipe:
 
 def _parser(recipe: Recipe) -> argparse.ArgumentParser:
     parser = recipe_parser(recipe, __doc__, prog="bivec convert", epilog=EPILOG, allow_abbrev=False)
-    if not recipe.model:
-        parser._option_string_actions["--model"].help = "decoder: a directory, a .gguf file or a hub id"
     kinds = {"device": device, "dtype": dtype, "stages": _stages}
-    for action in parser._actions:
+    for action in parser._actions:  # noqa: SLF001 - argparse has no public way to list a parser's flags
         action.type = kinds.get(action.dest, action.type)
+        if action.dest == "model" and not recipe.model:
+            action.help = "decoder: a directory, a .gguf file or a hub id"
     add = parser.add_argument
     add("--preset", metavar="NAME", help=f"start from these settings: {', '.join(PRESETS)} (default: by the model)")
     add("--config", metavar="FILE", help="a .yaml or .json file of flags and hyper-parameters")

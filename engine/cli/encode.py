@@ -46,6 +46,7 @@ class Encoded:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Embeds a file of texts; returns the exit code."""
     given = _parser().parse_args(arguments)
 
     from bivec.engine.distributed import launched
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def summary(done: Encoded) -> str:
+    """One line of what was written."""
     return f"{done.output}: {done.texts} embeddings of {done.dimension}, {done.seconds:.1f} s"
 
 
@@ -108,7 +110,8 @@ def encode(given: argparse.Namespace, world: World) -> Encoded:
         raise ConfigError(f"{world.size} processes cannot share standard input; give a file")
     with ExitStack() as stack:
         if not world.is_main:
-            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
         stack.enter_context(process_group(world, device_type(options), given.timeout))
         texts, ids = read(given, world)
         encoder = open_model(given, chosen_device(options, world))
@@ -157,12 +160,12 @@ def _lines(given: argparse.Namespace) -> list[str]:
 
     if given.column is not None or given.id_column is not None:
         raise ConfigError("standard input is plain text, a text a line: it has no --column and no --id-column")
-    texts = []
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        try:
-            texts.append(line.decode("utf-8").rstrip("\r\n"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"standard input, line {number}: not UTF-8 (column {error.start + 1})") from error
+    texts: list[str] = []
+    try:
+        for line in sys.stdin.buffer:
+            texts.append(line.decode("utf-8").rstrip("\r\n"))  # noqa: PERF401 - counted for the error
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input, line {len(texts) + 1}: not UTF-8 (column {error.start + 1})") from error
     return texts[: given.limit]
 
 

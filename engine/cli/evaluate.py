@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ The exit code is 1 where a task has no score."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Scores an encoder; returns the exit code."""
     given = _parser().parse_args(arguments)
     with results_only() as stdout:
         encoder = open_model(given)
@@ -56,8 +58,9 @@ def sts_scores(encoder: Encoder, given: argparse.Namespace) -> list[dict[str, An
     files = {"STS-B dev": STS_DEV, "STS-B test": STS_TEST} if not given.sts else {name: name for name in given.sts}
     pairs = {name: load_sts(file)[: given.pairs] for name, file in files.items()}  # all read before any work
     found = []
+    embed = partial(encoder.encode, instruction=given.instruction)
     for name, rows in pairs.items():
-        result = evaluate_sts(lambda texts: encoder.encode(texts, instruction=given.instruction), rows)
+        result = evaluate_sts(embed, rows)
         found.append({"data": name, "pairs": result.num_pairs, "spearman": result.spearman})
     return found
 

@@ -24,6 +24,7 @@ EPILOG = """examples:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Writes an encoder for other libraries; returns the exit code."""
     parser = _parser()
     given = parser.parse_args(arguments)
     kind = given.format or ("gguf" if given.output.suffix == ".gguf" else "sentence-transformers")

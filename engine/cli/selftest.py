@@ -53,6 +53,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
+        """Whether it was computed, and nothing is off by more than the tolerance."""
         return not self.problem
 
 
@@ -76,8 +77,9 @@ def _outcome(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outco
     try:
         here = ({name: x.to(device) for name, x in part.items()} for part in (leaves, fixed))
         found = _run(lambda **x: case.ours(backend=backend, **x), *here)
-    except Exception as error:  # of any kind: the next cases are still to be tested
-        return Outcome(*names, None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    except Exception as failure:  # noqa: BLE001 - of any kind: the next cases are still to be tested
+        reason = str(failure).splitlines()[0] if str(failure) else ""
+        return Outcome(*names, None, f"{type(failure).__name__}: {reason}")
     worst, problems = 0.0, []
     for name, expected in exact.items():
         error = _error(found[name], expected) / TOLERANCES[dtype]
@@ -113,6 +115,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the outcomes as JSON; returns 1 where a case has failed."""
     parser = argparse.ArgumentParser("python -m bivec.engine.cli.selftest", description=__doc__.split("\n")[0])
     parser.add_argument("--backend", choices=("torch", "triton"), default="torch")
     parser.add_argument("--device", default="cpu")

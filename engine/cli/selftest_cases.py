@@ -7,8 +7,9 @@ weight, and who wants a gradient. Shapes are small, and multiples of nothing whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Case:
 
     op: str
     label: str
-    shapes: dict[str, tuple[int, ...]]  # of the inputs that get gradients, by name
+    shapes: Mapping[str, tuple[int, ...]]  # of the inputs that get gradients, by name
     ours: Call  # inputs, and backend=
     exact: Call  # the same inputs in float64
     fixed: dict[str, Tensor] = field(default_factory=dict)  # inputs without a gradient; float64 = of the case's dtype
@@ -50,7 +51,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _attention_cases() -> list[Case]:
-    every = {"causal": True, "window": (9, -1), "softcap": 5.0, "dropout_p": 0.2}
+    every: dict[str, Any] = {"causal": True, "window": (9, -1), "softcap": 5.0, "dropout_p": 0.2}
     far = every | {"window": (99, -1)}
     return [
         _attention("bidirectional, grouped heads", SHORT, (6, 2, 40)),
@@ -62,17 +63,18 @@ def _attention_cases() -> list[Case]:
     ]
 
 
-def _attention(label: str, offsets: tuple[int, ...], heads: tuple[int, int, int], **options) -> Case:
+def _attention(label: str, offsets: tuple[int, ...], heads: tuple[int, int, int], **options: Any) -> Case:
     """``heads``: of the queries, of the keys, dims."""
     queries, keys, dims = heads
     cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
     longest = int(cu_seqlens.diff().max())
-    seeded = {"seed": SEED} if "dropout_p" in options else {}
+    seeded: dict[str, Any] = {"seed": SEED} if "dropout_p" in options else {}
 
-    def ours(q, k, v, cu_seqlens, backend):
-        return kernels.flash_attention(q, k, v, cu_seqlens, longest, backend=backend, **options, **seeded)
+    def ours(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
+        attended: Tensor = kernels.flash_attention(q, k, v, cu_seqlens, longest, backend=backend, **options, **seeded)
+        return attended
 
-    def exact(q, k, v, cu_seqlens):
+    def exact(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
         keep = attention_dropout_mask(SEED, cu_seqlens, queries, options["dropout_p"]) if seeded else None
         return reference.attention(q, k, v, cu_seqlens, keep_masks=keep, **options)[0]
 
@@ -85,8 +87,8 @@ def _loss_cases() -> list[Case]:
     targets[4] = -100  # ignored
     index = torch.arange(13) * 3 % 17
     ids = {"query_ids": torch.arange(7), "candidate_ids": torch.tensor([0, 1, 2, 1, 4, 5, 6])}  # 3 is 1 again: left out
-    own = {"scale": 20.0, "margin": 0.05, "reduction": "none"}
-    prefixes = {"normalize": False, "matryoshka_dims": (24, 40)}
+    own: dict[str, Any] = {"scale": 20.0, "margin": 0.05, "reduction": "none"}
+    prefixes: dict[str, Any] = {"normalize": False, "matryoshka_dims": (24, 40)}
     return [
         Case(
             "linear_cross_entropy",
@@ -155,7 +157,7 @@ def _layer_cases() -> list[Case]:
         angles = torch.arange(48.0)[:, None] * 100.0 ** -(torch.arange(half) / half)
         return {"cos": angles.cos(), "sin": angles.sin(), "position_ids": torch.arange(13) * 5 % 48}
 
-    def norm(label: str, shapes: dict[str, tuple[int, ...]], **fixed: Tensor) -> Case:
+    def norm(label: str, shapes: Mapping[str, tuple[int, ...]], **fixed: Tensor) -> Case:
         return Case(
             "rms_norm",
             label,
@@ -165,7 +167,7 @@ def _layer_cases() -> list[Case]:
             fixed,
         )
 
-    def sliced(both, backend):
+    def sliced(both: Tensor, backend: str) -> Tensor:
         both = both.clone()  # which is overwritten
         return kernels.swiglu(both[:, :1100], both[:, 1100:], overwrite=True, backend=backend)
 
@@ -214,10 +216,10 @@ def _pool_cases() -> list[Case]:
         ("last", 40, {}),
     ):
 
-        def ours(hidden, backend, mode=mode, **x):
+        def ours(hidden: Tensor, backend: str, mode: str = mode, **x: Tensor) -> Tensor:
             return kernels.segment_pool(hidden, mode=mode, backend=backend, **x)
 
-        def exact(hidden, mode=mode, **x):
+        def exact(hidden: Tensor, mode: str = mode, **x: Tensor) -> Tensor:
             return reference.segment_pool(hidden, mode=mode, **x)
 
         fixed = {"cu_seqlens": torch.tensor(SHORT, dtype=torch.int32), **given}
@@ -233,11 +235,13 @@ def _lora_cases() -> list[Case]:
     def keep(x: Tensor) -> Tensor:
         return linear_keep_mask(SEED, torch.arange(len(x)), x.shape[1], 0.25)
 
-    def ours(x, a1, b1, a2, b2, w1, w2, backend):
-        return kernels.lora_linears(x, [w1, w2], [a1, a2], [b1, b2], 2.0, backend=backend)
+    def ours(x: Tensor, *, backend: str, **by_name: Tensor) -> tuple[Tensor, ...]:
+        w, a, b = ([by_name[f"{kind}{i}"] for i in (1, 2)] for kind in "wab")
+        return kernels.lora_linears(x, w, a, b, 2.0, backend=backend)
 
-    def exact(x, a1, b1, a2, b2, w1, w2):
-        return tuple(reference.lora_linear(x, w, a, b, 2.0) for w, a, b in ((w1, a1, b1), (w2, a2, b2)))
+    def exact(x: Tensor, **by_name: Tensor) -> tuple[Tensor, ...]:
+        sets = [[by_name[f"{kind}{i}"] for kind in "wab"] for i in (1, 2)]
+        return tuple(reference.lora_linear(x, w, a, b, 2.0) for w, a, b in sets)
 
     return [
         Case(

@@ -12,15 +12,15 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from bivec.engine.encoder import DEFAULT_TOKENS_PER_BATCH, Encoder, progress_bar
+from bivec.engine.encoder import DEFAULT_TOKENS_PER_BATCH, Encoder
 from bivec.engine.encoder_config import CONFIG_PATTERNS, EncoderConfig, stored_encoder_config
+from bivec.engine.encoder_inputs import progress_bar
 from bivec.engine.errors import CheckpointError, ConfigError
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, resolve_checkpoint
 
@@ -49,8 +49,9 @@ class AutoEncoder(Encoder):
     Special tokens are pooled too, as in sentence-transformers. The model is in evaluation mode: no dropout.
     """
 
+    # fewer settings than a decoder's: there is no mask to choose, no template, no adapter, no kernel of ours
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         path: str | Path,
         *,
@@ -82,7 +83,7 @@ class AutoEncoder(Encoder):
                 f"max_length {max_length} exceeds the {positions} positions of {folder}; give at most these"
             )
         # an encoder-only model has no mask to choose; what the files say of a mask is not asked
-        config = stored_encoder_config(folder, SimpleNamespace(is_causal=False)) or EncoderConfig()
+        config = stored_encoder_config(folder, is_causal=False) or EncoderConfig()
         config = replace(
             config,
             pooling=pooling or config.pooling,
@@ -95,6 +96,7 @@ class AutoEncoder(Encoder):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are, and every batch is put."""
         return next(self.model.parameters()).device
 
     def hidden_states(
@@ -118,7 +120,7 @@ class AutoEncoder(Encoder):
                 yield self._run([rows[i] for i in group], sizes), cu_seqlens, group
                 advance(len(group))
 
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, **_: Any) -> None:
         """Not possible: the model is transformers', and so is its format.
 
         Raises:
@@ -134,7 +136,7 @@ class AutoEncoder(Encoder):
         mask = torch.arange(ids.shape[1]) < sizes[:, None]  # [B, L]
         ids, mask = ids.to(self.device), mask.to(self.device)
         with torch.no_grad():
-            hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # [B, L, D]
+            hidden: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # [B, L, D]
         return hidden[mask]
 
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 NOMINALS = {"NOUN", "PROPN", "PRON", "NUM"}
 NOMINAL_RELATIONS = {"nsubj", "obj", "iobj", "obl", "nmod", "appos", "vocative", "expl", "dislocated", "list"}
@@ -119,7 +120,7 @@ def _noun_phrases(sentence: _Sentence) -> None:
     heads = sorted(range(len(sentence.tokens)), key=lambda position: (sentence.depth(position), position))
     for head in heads:
         if sentence.free(head) and _is_nominal(sentence, head):
-            start = _extend(sentence, head, -1, lambda child, head=head: _precedes_noun(sentence, child, head))
+            start = _extend(sentence, head, -1, partial(_precedes_noun, sentence, head=head))
             end = _extend(sentence, head, 1, lambda child: sentence.tokens[child].relation in RIGHT_OF_NOUN)
             sentence.put("NP", start, end + 1)
 
@@ -214,7 +215,8 @@ def _function_words(sentence: _Sentence) -> None:
             sentence.put(kind, position, position + 1)
 
 
-def _function_kind(sentence: _Sentence, position: int) -> str | None:
+# the rules of the shared task, one after the other
+def _function_kind(sentence: _Sentence, position: int) -> str | None:  # noqa: PLR0911
     token = sentence.tokens[position]
     if token.relation in ("fixed", "goeswith"):
         return None

@@ -32,6 +32,7 @@ class TrainingCurve:
     points: tuple[tuple[int, float], ...]  # (optimiser steps done, STS dev Spearman x 100)
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
         return asdict(self)
 
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bivec.engine.encoder import Encoder
 from bivec.engine.encoder_config import EncoderConfig
@@ -42,7 +42,8 @@ class EchoEncoder(Encoder):
     """A causal encoder used the Echo way: ``encode`` and all else as :class:`Encoder`, with rows of two copies."""
 
     def __init__(self, encoder: Encoder, *, template: str = ECHO_TEMPLATE, pooling: str = "mean"):
-        """
+        """Reads texts twice by another encoder's weights.
+
         Args:
             encoder: with a causal mask; its weights are shared, not copied.
             template: what the decoder reads, with ``{text}`` twice. An instruction is put before it.
@@ -64,11 +65,10 @@ class EchoEncoder(Encoder):
             lm_head_weight=encoder.lm_head_weight,
             backend=encoder.backend,
         )
-        self._text_format = self.echo_format = EchoFormat(
-            encoder.tokenizer, self.config.max_length, template, wrapper=self.config.template
-        )
+        self.echo_format = EchoFormat(encoder.tokenizer, self.config.max_length, template, wrapper=self.config.template)
+        self._text_format = self.echo_format
 
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, **_: Any) -> None:
         """Not possible: no file of an encoder says that texts are to be read twice.
 
         Raises:

@@ -49,6 +49,7 @@ class FutureTriple:
 
     @property
     def texts(self) -> tuple[str, str, str]:
+        """Query, positive, negative."""
         return self.query, self.positive, self.negative
 
 
@@ -65,6 +66,7 @@ class FutureTokenResult:
     skipped: int  # triples left out: their prefix is not tokenised alike in all three
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -103,7 +105,7 @@ def future_tokens(
     *,
     echo: str | None = ECHO_TEMPLATE,
     device: torch.device | str | None = None,
-    report: Callable[[FutureTokenResult], None] = lambda result: None,
+    report: Callable[[FutureTokenResult], None] = lambda _: None,
 ) -> list[FutureTokenResult]:
     """The test on every variant; one model at a time is in memory.
 
@@ -237,18 +239,15 @@ def _prefix_row(encoder: Encoder, prefix: str, text: str) -> tuple[list[int], tu
 def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """[N] of two [N, D]."""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.round((a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0), ROUNDED)
+    cosines: np.ndarray = (a * b).sum(axis=1) / np.where(norms > 0, norms, 1.0)
+    return np.asarray(cosines.round(ROUNDED))
 
 
-def _objects(path: Path) -> list[tuple[str, dict]]:
+def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The file's objects, each with where it stands."""
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig")
-            if path.suffix == ".gz"
-            else open(path, encoding="utf-8-sig") as file
-        ):
-            content = file.read()
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        content = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     found: list[tuple[str, Any]] = []
@@ -275,7 +274,7 @@ def _parse(text: str, where: str) -> Any:
         raise DataError(f"{where}: not JSON ({error})") from None
 
 
-def _triple(item: dict, where: str) -> FutureTriple:
+def _triple(item: dict[str, Any], where: str) -> FutureTriple:
     prefix = next((str(item[name]).strip() for name in PREFIXES if name in item), None)
     texts = []
     for field, names in FIELDS.items():

@@ -16,18 +16,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bivec.engine.data import STSPair, load_sts, load_texts
+from bivec.engine.encoder import Encoder
 from bivec.engine.errors import DataError
 from bivec.engine.evaluation.paper import paper_rows
 
 if TYPE_CHECKING:
     from mteb.abstasks.abstask import AbsTask
-    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.abstasks.task_metadata import TaskMetadata, TaskType
     from mteb.models.models_protocols import EncoderProtocol
 
-    from bivec.engine.encoder import Encoder
+Item = TypeVar("Item")
 
 SPLIT = "test"
 LOCAL_INSTRUCTIONS = {
@@ -110,7 +111,7 @@ def evaluate_local(encoder: Encoder | EncoderProtocol, tasks: Sequence[AbsTask])
     import datasets
     import mteb
 
-    model = encoder if hasattr(encoder, "mteb_model_meta") else encoder.as_mteb(instructions=LOCAL_INSTRUCTIONS)
+    model = encoder.as_mteb(instructions=LOCAL_INSTRUCTIONS) if isinstance(encoder, Encoder) else encoder
     # made anew: a clustering task draws on from where its last evaluation left it
     fresh = [type(task)(seed=task.seed) for task in tasks]
     quiet = datasets.are_progress_bars_disabled()
@@ -144,8 +145,8 @@ def local_markdown(scores: Mapping[str, Mapping[str, float]], *, paper_model: st
         cells += [f"{paper[category]:.2f}" if category in paper else "" for category in categories]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     for variant, name in (("", "BERT, mean (paper)"), ("simcse", "BERT, SimCSE (paper)")):
-        (paper,) = paper_rows("1", model="BERT", variant=variant)
-        cells = [""] * len(names) + [f"{paper.scores[one]:.2f}" if one in paper.scores else "" for one in categories]
+        (bert,) = paper_rows("1", model="BERT", variant=variant)
+        cells = [""] * len(names) + [f"{bert.scores[one]:.2f}" if one in bert.scores else "" for one in categories]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     note = (
         f"Ours: one small task a category, main score x 100 by mteb. Paper: {paper_model}, means over the "
@@ -154,17 +155,18 @@ def local_markdown(scores: Mapping[str, Mapping[str, float]], *, paper_model: st
     return "\n".join([*lines, "", note])
 
 
-def _task(base: type[AbsTask], metadata: TaskMetadata, load: Callable[[], dict], **attributes: Any) -> AbsTask:
+def _task(base: type[AbsTask], metadata: TaskMetadata, load: Callable[[], Any], **attributes: Any) -> AbsTask:
     """One of mteb's tasks with data of ours in place of the hub's."""
 
     def load_data(self: AbsTask, *_: Any, **__: Any) -> None:
         if not self.data_loaded:
             self.dataset, self.data_loaded = load(), True
 
-    return type(metadata.name, (base,), {"metadata": metadata, "load_data": load_data, **attributes})()
+    made: type[AbsTask] = type(metadata.name, (base,), {"metadata": metadata, "load_data": load_data, **attributes})
+    return made()
 
 
-def _metadata(name: str, kind: str, main_score: str, description: str) -> TaskMetadata:
+def _metadata(name: str, kind: TaskType, main_score: str, description: str) -> TaskMetadata:
     from mteb.abstasks.task_metadata import TaskMetadata
 
     return TaskMetadata(
@@ -179,7 +181,7 @@ def _metadata(name: str, kind: str, main_score: str, description: str) -> TaskMe
     )
 
 
-def _evenly(items: Sequence, count: int) -> list:
+def _evenly(items: Sequence[Item], count: int) -> list[Item]:
     """``count`` of the items, or all, evenly spaced and in order."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]

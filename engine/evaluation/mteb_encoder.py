@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bivec.engine.errors import ConfigError, RunError
@@ -62,7 +63,8 @@ def paper_instructions() -> dict[str, str]:
 
     Source: METHOD 7.7 (the paper's Table 10, as in the original's file).
     """
-    return json.loads(INSTRUCTIONS_FILE.read_text(encoding="utf-8"))
+    instructions: dict[str, str] = json.loads(INSTRUCTIONS_FILE.read_text(encoding="utf-8"))
+    return instructions
 
 
 def paper_task_name(task: str) -> str:
@@ -120,8 +122,8 @@ class MTEBEncoder:
         inputs: DataLoader[BatchedInput],
         *,
         task_metadata: TaskMetadata,
-        hf_split: str | None = None,
-        hf_subset: str | None = None,
+        hf_split: str | None = None,  # noqa: ARG002 - of mteb's protocol
+        hf_subset: str | None = None,  # noqa: ARG002
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
@@ -145,12 +147,14 @@ class MTEBEncoder:
         if kwargs.get("precision") not in (None, "float32"):
             raise ConfigError(f"precision {kwargs['precision']!r}: embeddings are float32; leave precision out")
         texts = list(_texts(inputs, task_metadata.name))
-        embeddings = self.encoder.encode(
-            texts,
-            instruction=self.instruction_for(task_metadata, prompt_type),
-            tokens_per_batch=self.tokens_per_batch,
-            max_text_length=self.max_text_length,
-            show_progress_bar=kwargs.get("show_progress_bar"),
+        embeddings = np.asarray(
+            self.encoder.encode(
+                texts,
+                instruction=self.instruction_for(task_metadata, prompt_type),
+                tokens_per_batch=self.tokens_per_batch,
+                max_text_length=self.max_text_length,
+                show_progress_bar=kwargs.get("show_progress_bar"),
+            )
         )
         finite = np.isfinite(embeddings).all(axis=1)
         if not finite.all():
@@ -170,7 +174,8 @@ class MTEBEncoder:
         """Of the rows of two [N, D], as mteb computes it; [N]."""
         from mteb.similarity_functions import pairwise_cos_sim, pairwise_dot_score
 
-        return (pairwise_dot_score if self._is_dot else pairwise_cos_sim)(embeddings1, embeddings2)
+        similarities = (pairwise_dot_score if self._is_dot else pairwise_cos_sim)(embeddings1, embeddings2)
+        return torch.as_tensor(similarities)
 
     @property
     def _is_dot(self) -> bool:
@@ -197,7 +202,7 @@ class MTEBEncoder:
             public_training_code=None,
             public_training_data=None,
             framework=["PyTorch"],
-            similarity_fn_name=ScoringFunction.DOT_PRODUCT if self._is_dot else ScoringFunction.COSINE,
+            similarity_fn_name=ScoringFunction("dot" if self._is_dot else "cosine"),
             use_instructions=True,
             training_datasets=None,
         )
@@ -207,7 +212,7 @@ class MTEBEncoder:
 
         mteb takes results of the same name and revision for this model's: two models must never share both.
         """
-        parts = [model_checksum(self.encoder.model), tokenizer_checksum(self.encoder.tokenizer)]
+        parts: list[Any] = [model_checksum(self.encoder.model), tokenizer_checksum(self.encoder.tokenizer)]
         parts += [asdict(self.encoder.config), self.max_text_length, self.use_paper_instructions, self.instructions]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -21,6 +21,7 @@ from bivec.engine.evaluation.paper import paper_tasks
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
+    from mteb.types import EncodeKwargs
 
 BENCHMARK = "MTEB(eng, v1)"  # mteb's name for the 56 tasks of the paper, with their splits and languages
 HUB_PACKAGES = ("huggingface_hub", "datasets", "requests", "httpx", "urllib3")
@@ -59,7 +60,7 @@ def named_tasks(names: Sequence[str], local: Sequence[AbsTask]) -> list[AbsTask]
     for name in (member for given in names for member in members.get(given, [given])):
         try:
             found[name] = ours.get(name) or english.get(name) or mteb.get_task(name)
-        except KeyError as error:
+        except KeyError as error:  # noqa: PERF203 - the error is of one name
             raise RunError(f"{error.args[0]} (benchmarks/mteb_eval.py --list prints those of the paper)") from None
     return list(found.values())
 
@@ -69,7 +70,7 @@ def run_tasks(
     tasks: Sequence[AbsTask],
     directory: str | Path,
     *,
-    after: Callable[[Outcome], object] = lambda outcome: None,
+    after: Callable[[Outcome], object] = lambda _: None,
 ) -> Outcome:
     """Runs the tasks that have no result yet, and prints a line for each.
 
@@ -87,6 +88,8 @@ def run_tasks(
     directory.mkdir(parents=True, exist_ok=True)
     _drop_broken_results(directory / "results")
     cache, outcome = ResultCache(directory), Outcome()
+    # mypy does not see that mteb lets every key be missing
+    options: EncodeKwargs = {"show_progress_bar": sys.stderr.isatty()}  # type: ignore[typeddict-item]
     for task in tasks:
         name, start = task.metadata.name, time.monotonic()
         outcome.instructions[name] = model.instruction_for(task.metadata)
@@ -97,13 +100,13 @@ def run_tasks(
                 cache=cache,
                 co2_tracker=False,
                 show_progress_bar=False,
-                encode_kwargs={"show_progress_bar": sys.stderr.isatty()},
+                encode_kwargs=options,
             )
             if result.exceptions:
-                raise RunError(str(result.exceptions[0].exception))
+                raise RunError(str(result.exceptions[0].exception))  # noqa: TRY301 - what any failure becomes is below
             outcome.scores[name] = 100 * float(result.task_results[0].get_score())
             print(f"{name}: {outcome.scores[name]:.2f} ({time.monotonic() - start:.0f} s)", flush=True)
-        except Exception as error:  # a task of mteb's may fail in any way; the others go on
+        except Exception as error:  # noqa: BLE001 - a task of mteb's may fail in any way; the others go on
             if _needs_hub(error):
                 _take_cache_only()
                 outcome.failed[name] = "needs the hub: its data is not in the local cache and could not be fetched"
@@ -119,7 +122,7 @@ def _drop_broken_results(folder: Path) -> None:
     for file in folder.rglob("*.json"):
         try:
             json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+        except ValueError:  # noqa: PERF203 - of one file
             print(f"{file}: not whole, its task runs again", flush=True)
             file.unlink()
 

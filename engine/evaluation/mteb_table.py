@@ -88,7 +88,7 @@ def comparison_table(rows: Sequence[ComparisonRow], title: str = "task") -> str:
         "|---|---|" + "---|---|" * len(models),
     ]
     for row in rows:
-        name = row.name if row.tasks == row.of or row.of == 0 else f"{row.name} ({row.tasks} of {row.of} tasks)"
+        name = row.name if row.of in (row.tasks, 0) else f"{row.name} ({row.tasks} of {row.of} tasks)"
         cells = [name, f"{row.ours:.2f}"]
         for model in models:
             value = row.paper.get(model)

@@ -84,7 +84,8 @@ def paper_title(table: str | int) -> str:
         ConfigError: no such table.
     """
     paper_rows(table)
-    return _content()["tables"][str(table)]["title"]
+    title: str = _content()["tables"][str(table)]["title"]
+    return title
 
 
 def paper_tasks(*, category: str | None = None, subset_only: bool = False) -> list[PaperTask]:
@@ -114,7 +115,8 @@ def paper_findings() -> dict[str, str]:
 
 @cache
 def _content() -> dict[str, Any]:
-    return json.loads(FILE.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+    return content
 
 
 @cache

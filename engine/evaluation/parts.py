@@ -91,7 +91,7 @@ def _kept(file: Path) -> dict[str, Any] | None:
 def _checksum(file: Path, limit: int | None = None) -> str:
     """Size and CRC of a file or of its beginning."""
     left, value = file.stat().st_size if limit is None else limit, 0
-    with open(file, "rb") as handle:
+    with file.open("rb") as handle:
         while left > 0 and (block := handle.read(min(left, 1 << 20))):
             value, left = zlib.crc32(block, value), left - len(block)
     return f"{file.stat().st_size} bytes, crc32 {value:08x}"

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bivec.engine.data import STSPair
 from bivec.engine.encoder import Encoder
@@ -56,9 +58,11 @@ class PoolingTable:
 
     @property
     def variants(self) -> list[str]:
+        """Their names, in the order of the scores."""
         return list(dict.fromkeys(one.variant for one in self.scores))
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -70,7 +74,7 @@ def pooling_table(
     others: Mapping[str, Encoder] | None = None,
     instruction: str | None = None,
     device: torch.device | str | None = None,
-    report: Callable[[PoolingScore], None] = lambda score: None,
+    report: Callable[[PoolingScore], None] = lambda _: None,
 ) -> PoolingTable:
     """Scores every variant with every pooling; one model at a time is in memory.
 
@@ -90,7 +94,7 @@ def pooling_table(
     sentences = list(dict.fromkeys(s for pair in pairs for s in (pair.sentence1, pair.sentence2)))
     row_of = {sentence: row for row, sentence in enumerate(sentences)}
 
-    def add(variant: str, pooling: str, embed: Callable[[list[str]], Any]) -> None:
+    def add(variant: str, pooling: str, embed: Callable[[list[str]], np.ndarray | Tensor]) -> None:
         scores.append(PoolingScore(variant, pooling, sts_spearman(embed, pairs)))
         report(scores[-1])
 
@@ -98,14 +102,17 @@ def pooling_table(
         encoder = variant.load(device=device)
         vectors = embed_poolings(encoder, sentences, instruction=instruction)
         for pooling, found in vectors.items():
-            add(variant.name, pooling, lambda asked, found=found: found[[row_of[sentence] for sentence in asked]])
+            add(variant.name, pooling, partial(_looked_up, found, row_of))
         if echo is not None and variant.name == "uni":
             twice = EchoEncoder(encoder, template=echo)
-            add(ECHO, "mean", lambda asked, twice=twice: twice.encode(asked, instruction=instruction))
+            add(ECHO, "mean", partial(twice.encode, instruction=instruction))
     for name, encoder in (others or {}).items():
-        embed = encoder.encode
-        add(name, encoder.config.pooling, lambda asked, embed=embed: embed(asked, instruction=instruction))
+        add(name, encoder.config.pooling, partial(encoder.encode, instruction=instruction))
     return PoolingTable(tuple(scores), len(pairs))
+
+
+def _looked_up(vectors: np.ndarray, row_of: Mapping[str, int], sentences: list[str]) -> np.ndarray:
+    return vectors[[row_of[sentence] for sentence in sentences]]
 
 
 def embed_poolings(

@@ -45,7 +45,8 @@ class MaskSimilarity:
     @property
     def by_layer(self) -> np.ndarray:
         """[layers + 1]: the mean over all tokens of all texts."""
-        return np.concatenate(self.cosines, axis=1).mean(axis=1)
+        means: np.ndarray = np.concatenate(self.cosines, axis=1).mean(axis=1)
+        return means
 
     @property
     def floor(self) -> np.ndarray:
@@ -58,9 +59,10 @@ class MaskSimilarity:
         """[layers + 1, longest text]: the mean over the texts that reach so far."""
         longest = max(one.shape[1] for one in self.cosines)
         padded = [np.pad(one, ((0, 0), (0, longest - one.shape[1])), constant_values=np.nan) for one in self.cosines]
-        return np.nanmean(padded, axis=0)
+        return np.asarray(np.nanmean(padded, axis=0))
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
         return {
             "name": self.name,
             "by_layer": [round(value, 4) for value in self.by_layer.tolist()],
@@ -159,9 +161,9 @@ def _compare(encoder: Encoder, batch: PackedBatch) -> list[tuple[np.ndarray, np.
     )
     lengths = batch.cu_seqlens.diff().tolist()
     layers: list[list[tuple[torch.Tensor, float]]] = [[] for _ in lengths]
-    for one, other in zip(causal, bidirectional, strict=True):
+    for states in zip(causal, bidirectional, strict=True):
         # in float64: the norm of an attention sink is a thousand times that of its neighbours
-        one, other = (torch.nn.functional.normalize(states.double(), dim=-1) for states in (one, other))  # [T, D]
+        one, other = (torch.nn.functional.normalize(each.double(), dim=-1) for each in states)  # [T, D]
         for found, a, b in zip(layers, one.split(lengths), other.split(lengths), strict=True):
             found.append(((a * b).sum(-1), _mean_pair(a)))
     return [

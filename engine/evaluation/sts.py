@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from bivec.engine.data import STSPair
 from bivec.engine.errors import DataError, RunError
@@ -19,11 +20,11 @@ class STSResult:
     num_pairs: int
 
 
-def evaluate_sts(embed: Callable[[list[str]], np.ndarray], pairs: Sequence[STSPair]) -> STSResult:
+def evaluate_sts(embed: Callable[[list[str]], np.ndarray | Tensor], pairs: Sequence[STSPair]) -> STSResult:
     """Spearman's rank correlation between the cosine similarities and the scores of sentence pairs.
 
     Args:
-        embed: turns a list of N sentences into embeddings [N, D]; called once with every distinct sentence.
+        embed: turns a list of N sentences into embeddings [N, D] on the CPU; called once with every distinct sentence.
         pairs: two at least.
 
     Returns:
@@ -65,6 +66,6 @@ def evaluate_sts(embed: Callable[[list[str]], np.ndarray], pairs: Sequence[STSPa
     return STSResult(100 * float(spearmanr(similarities, scores).statistic) if ordered else 0.0, len(pairs))
 
 
-def sts_spearman(embed: Callable[[list[str]], np.ndarray], pairs: Sequence[STSPair]) -> float:
+def sts_spearman(embed: Callable[[list[str]], np.ndarray | Tensor], pairs: Sequence[STSPair]) -> float:
     """The correlation x 100 alone: ``evaluate_sts(embed, pairs).spearman``."""
     return evaluate_sts(embed, pairs).spearman

@@ -7,7 +7,6 @@ Every part gives a table in Markdown and the figures behind it, may draw a plot,
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -38,6 +37,7 @@ from bivec.engine.evaluation.word_tasks import (
     shipped_word_data,
     words_markdown,
 )
+from bivec.engine.json_files import json_or_none
 from bivec.engine.run_files import RUN_FILE
 from bivec.models.files import write_text_atomic
 
@@ -104,7 +104,7 @@ class Study:
             return None
         for name in missing:
             self._train(name)
-        seconds = {name: _read(self._baseline(name) / "results.json")["seconds"] for name in BASELINES}
+        seconds = {name: json_or_none(self._baseline(name) / "results.json")["seconds"] for name in BASELINES}
         return Part("baselines", {"seconds": seconds}, sum(seconds.values()), reused=not missing)
 
     def pooling(self) -> Part | None:
@@ -145,7 +145,11 @@ class Study:
         data = select_word_data(shipped_word_data(self.data), TASKS, sentences=self.sentences)
         variants = run_variants(self.run)
         as_paper = {one.name: read_as_paper(one.name) for one in variants}
-        options = {"config": PRESETS[self.probe], "seeds": self.seeds, "cache_dir": self.output / "features"}
+        options: dict[str, Any] = {
+            "config": PRESETS[self.probe],
+            "seeds": self.seeds,
+            "cache_dir": self.output / "features",
+        }
 
         def make() -> dict[str, Any]:
             scores: list[WordScore] = []
@@ -213,14 +217,20 @@ class Study:
         """What the study leaves out or cuts short."""
         return [
             f"STS-B test: {'all' if self.pairs is None else f'the first {self.pairs}'} pairs.",
-            f"Words: {'all' if self.sentences is None else f'the first {self.sentences}'} sentences of every corpus "
-            "that ships.",
-            "Probes for POS and chunking are trained on the dev set of UD-EWT, which ships as training data, for NER "
-            "on WNUT-17 train.",
+            (
+                f"Words: {'all' if self.sentences is None else f'the first {self.sentences}'} sentences of every "
+                "corpus that ships."
+            ),
+            (
+                "Probes for POS and chunking are trained on the dev set of UD-EWT, which ships as training data, for "
+                "NER on WNUT-17 train."
+            ),
             "MTEB tasks: with an instruction, but for MiniLM, which was trained without any.",
             "SimCSE's baselines are trained with the run's hyper-parameters and seed, one run each.",
-            "Paper: 15 or 56 MTEB tasks, models of 1.3 to 8 billion parameters; figures are to be compared in their "
-            "order, not in their size.",
+            (
+                "Paper: 15 or 56 MTEB tasks, models of 1.3 to 8 billion parameters; figures are to be compared in "
+                "their order, not in their size."
+            ),
         ]
 
     def _baseline(self, name: str) -> Path:
@@ -228,14 +238,11 @@ class Study:
 
     def _is_trained(self, name: str) -> bool:
         """Whether the baseline of this run is there: of another run, or of a smoke test, it would be another one."""
-        try:
-            identity = json.loads(self._baseline(name).with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return identity == self._identity(name)
+        return bool(json_or_none(self._baseline(name).with_suffix(".json")) == self._identity(name))
 
     def _identity(self, name: str) -> dict[str, Any]:
-        return json.loads(json.dumps({"run": fingerprint(self.run), "flags": self._flags(name)}))
+        plain: dict[str, Any] = json.loads(json.dumps({"run": fingerprint(self.run), "flags": self._flags(name)}))
+        return plain
 
     def _flags(self, name: str) -> list[str]:
         """The run's own hyper-parameters, where a smoke test is not enough."""
@@ -255,7 +262,7 @@ class Study:
         """In a process of its own, as a user would; a run that was stopped goes on."""
         directory = self._baseline(name)
         identity, begun = self._identity(name), directory.with_suffix(".begun.json")
-        if _read(begun) != identity:  # nothing, or the beginning of another one
+        if json_or_none(begun) != identity:  # nothing, or the beginning of another one
             shutil.rmtree(directory, ignore_errors=True)
             begun.parent.mkdir(parents=True, exist_ok=True)
             write_text_atomic(begun, json.dumps(identity, indent=1) + "\n")
@@ -263,7 +270,7 @@ class Study:
         command = [sys.executable, str(self.recipe), *self._flags(name), "--output-dir", str(directory), *resume]
         if subprocess.run(command, check=False).returncode:
             raise RunError(f"training the baseline {name} failed (its error is above): {shlex.join(command)}")
-        os.replace(begun, directory.with_suffix(".json"))
+        begun.replace(directory.with_suffix(".json"))
 
 
 def _settings(prefix: str, values: Mapping[str, Any]) -> list[str]:
@@ -277,13 +284,6 @@ def _settings(prefix: str, values: Mapping[str, Any]) -> list[str]:
             shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             flags += ["--set", f"{name}={shown.lower() if isinstance(value, bool) or value is None else shown}"]
     return flags
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _checksum(data: Any) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from datetime import date
-from importlib import metadata
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from bivec.engine.evaluation.trends import (
     trends_table,
     word_trends,
 )
+from bivec.engine.run_files import installed_version
 from bivec.models.files import write_text_atomic
 
 # title, and what the part asks
@@ -65,16 +65,20 @@ def study_report(run: str, parts: Mapping[str, Part], images: Sequence[str], not
     lines = [
         f"# The paper's evaluations on {run}",
         "",
-        f"{date.today().isoformat()}, {platform.machine()}, {torch.get_num_threads()} threads, "
-        + ", ".join(f"{name} {_version(name)}" for name in ("bivec", "torch", "transformers", "mteb"))
+        f"{datetime.now().astimezone().date().isoformat()}, {platform.machine()}, {torch.get_num_threads()} threads, "
+        + ", ".join(
+            f"{name} {installed_version(name) or '(none)'}" for name in ("bivec", "torch", "transformers", "mteb")
+        )
         + ". Uni: the decoder's own causal mask; Bi: bidirectional attention, no training.",
         "",
         *(f"* {note}" for note in notes),
         "",
         "## Which trends of the paper hold here",
         "",
-        f"Of {len(trends)} claims {count[HOLDS]} hold and {count[FAILS]} do not; the rest is within the noise of one "
-        "seed or was not measured.",
+        (
+            f"Of {len(trends)} claims {count[HOLDS]} hold and {count[FAILS]} do not; the rest is within the noise of "
+            "one seed or was not measured."
+        ),
         "",
         trends_table(trends),
     ]
@@ -102,10 +106,3 @@ def _times(parts: Mapping[str, Part]) -> str:
     rows = [f"| {name} | {part.seconds / 60:.1f} |" for name, part in parts.items()]
     total = sum(part.seconds for part in parts.values())
     return "\n".join(["| part | minutes |", "|---|---|", *rows, f"| all | {total / 60:.1f} |"])
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "(none)"

@@ -38,6 +38,7 @@ class Variant:
 
     @property
     def causal(self) -> bool:
+        """Whether the decoder keeps its own mask."""
         return self.name.startswith("uni")
 
     def load(

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bivec.engine.data import decoded_lines
+from bivec.engine.data_files import decoded_lines
 from bivec.engine.errors import DataError
 from bivec.engine.evaluation.chunks import Token, base_phrases
 
@@ -70,6 +70,7 @@ class WordCorpus:
 
     @property
     def num_words(self) -> int:
+        """Of all sentences."""
         return sum(map(len, self.sentences))
 
     def label_set(self, task: str) -> tuple[str, ...]:
@@ -226,8 +227,8 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
     if not path.is_file():
         raise DataError(f"{path} is no file")
     block: list[tuple[int, str]] = []
-    for number, line in enumerate(decoded_lines(path), start=1):
-        line = line.rstrip(" \t\r\n")
+    for number, raw in enumerate(decoded_lines(path), start=1):
+        line = raw.rstrip(" \t\r\n")
         if line:
             block.append((number, line))
         elif block:

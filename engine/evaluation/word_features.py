@@ -23,7 +23,6 @@ Source: METHOD 6.1, 6.2 (experiments/run_word_task.py of the LLM2Vec repository)
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,10 +54,17 @@ class WordEncoder(Protocol):
     config: Any  # .max_length in tokens
 
     @property
-    def dimension(self) -> int: ...
+    def dimension(self) -> int:
+        """Width of a hidden state."""
 
-    def hidden_states(self, rows: Sequence[Sequence[int]], **kwargs: Any) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-        """See Encoder.hidden_states."""
+    def hidden_states(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        tokens_per_batch: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """See :meth:`bivec.engine.encoder.Encoder.hidden_states`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,7 @@ class WordFeatures:
 
     @property
     def num_missing(self) -> int:
+        """Words without a vector."""
         return int(np.count_nonzero(~self.present))
 
 
@@ -193,7 +200,7 @@ def word_features(
             )
             for alignment in missing:
                 vectors, temporary = sinks[alignment]
-                if temporary is not None:
+                if isinstance(vectors, np.memmap) and temporary is not None:
                     vectors = _publish(vectors, temporary, files[alignment], identity | {"alignment": alignment})
                 present = spans.ends > spans.starts
                 found[alignment] = WordFeatures(vectors, present, spans.offsets, alignment, computed=True)
@@ -208,7 +215,8 @@ def model_fingerprint(encoder: WordEncoder) -> str:
     """A checksum of what the hidden states depend on: weights, tokenizer, mask, length."""
     model = getattr(encoder, "model", None)
     found = "none" if model is None else model_checksum(model)
-    mask = {True: "causal", False: "bidirectional"}.get(getattr(encoder.config, "causal", None), "unknown mask")
+    causal = getattr(encoder.config, "causal", None)
+    mask = "unknown mask" if causal is None else "causal" if causal else "bidirectional"
     return f"model {found}, tokenizer {tokenizer_checksum(encoder.tokenizer)}, {mask}, {encoder.config.max_length}"
 
 
@@ -240,8 +248,8 @@ def _token_spans(
         last = owner[end - 1]
         if end - 1 > start and end == word_starts[last] and last > 0:
             last -= 1
-        for word in range(owner[start], last + 1):
-            spans[word] = (spans[word][0] if spans[word][1] else token, token + 1)
+        for inside in range(owner[start], last + 1):
+            spans[inside] = (spans[inside][0] if spans[inside][1] else token, token + 1)
     return spans
 
 
@@ -290,21 +298,22 @@ def _allocate(file: Path | None, shape: tuple[int, int]) -> tuple[np.ndarray, Pa
     return np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape), temporary
 
 
-def _publish(vectors: np.ndarray, temporary: Path, file: Path, identity: dict[str, Any]) -> np.ndarray:
+def _publish(vectors: np.memmap, temporary: Path, file: Path, identity: dict[str, Any]) -> np.ndarray:
     """Gives the file its name; the sidecar goes first and comes last, so that no vectors lie beside a wrong one."""
     sidecar = file.with_suffix(".json")
     vectors.flush()
     sidecar.unlink(missing_ok=True)
-    os.replace(temporary, file)
+    temporary.replace(file)
     write_text_atomic(sidecar, json.dumps(identity, indent=2) + "\n")
-    return np.load(file, mmap_mode="r")
+    published: np.ndarray = np.load(file, mmap_mode="r")
+    return published
 
 
 def _read_cache(file: Path, identity: dict[str, Any], shape: tuple[int, int]) -> np.ndarray | None:
     try:
         if json.loads(file.with_suffix(".json").read_text(encoding="utf-8")) != identity:
             return None
-        vectors = np.load(file, mmap_mode="r")
+        vectors: np.ndarray = np.load(file, mmap_mode="r")
     except (OSError, ValueError):  # none yet, or damaged: it is made again
         return None
     return vectors if vectors.shape == shape and vectors.dtype == np.float16 else None

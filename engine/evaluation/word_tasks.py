@@ -38,7 +38,7 @@ def read_as_paper(model: str) -> str:
 
 # how states are compared
 READINGS: dict[str, Callable[[str], str]] = {
-    "at their own tokens": lambda model: "same_token",
+    "at their own tokens": lambda _: "same_token",
     "after MNTP one to the left": read_as_paper,
 }
 
@@ -72,6 +72,7 @@ class WordScore:
     unseen_labels: dict[str, int]  # test words with labels that the training data lacks, counted as wrong
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
         return asdict(self)
 
 
@@ -82,9 +83,10 @@ def shipped_word_data(directory: str | Path) -> list[WordData]:
         DataError: see the readers.
     """
     directory = Path(directory)
-    ewt = [read_conllu(directory / f"ud_ewt_{split}.conllu.gz") for split in ("train", "test")]
-    wnut = [read_wnut17(directory / f"wnut17_{split}.conll.gz") for split in ("train", "test")]
-    return [WordData("ud_ewt", *ewt, ("chunking", "pos")), WordData("wnut17", *wnut, ("ner",))]
+    train, test = (read_conllu(directory / f"ud_ewt_{split}.conllu.gz") for split in ("train", "test"))
+    ewt = WordData("ud_ewt", train, test, ("chunking", "pos"))
+    train, test = (read_wnut17(directory / f"wnut17_{split}.conll.gz") for split in ("train", "test"))
+    return [ewt, WordData("wnut17", train, test, ("ner",))]
 
 
 def held_out_word_data(directory: str | Path) -> list[WordData]:
@@ -96,10 +98,10 @@ def held_out_word_data(directory: str | Path) -> list[WordData]:
     directory = Path(directory)
     ewt = read_conllu(directory / "ud_ewt_train.conllu.gz")
     kept = 3 * len(ewt) // 4
-    wnut = [read_wnut17(directory / f"wnut17_{split}.conll.gz") for split in ("train", "dev")]
+    train, dev = (read_wnut17(directory / f"wnut17_{split}.conll.gz") for split in ("train", "dev"))
     return [
         WordData("ud_ewt", ewt.select(range(kept)), ewt.select(range(kept, len(ewt))), ("chunking", "pos")),
-        WordData("wnut17", *wnut, ("ner",)),
+        WordData("wnut17", train, dev, ("ner",)),
     ]
 
 
@@ -125,10 +127,11 @@ def select_word_data(data: Sequence[WordData], tasks: Sequence[str], *, sentence
     found = []
     for one in data:
         kept = tuple(task for task in one.tasks if task in tasks)
-        parts = (one.train, one.test)
-        if sentences is not None:
-            parts = tuple(part.select(range(min(sentences, len(part)))) for part in parts)
-        found += [replace(one, train=parts[0], test=parts[1], tasks=kept)] if kept else []
+        train, test = (
+            part if sentences is None else part.select(range(min(sentences, len(part))))
+            for part in (one.train, one.test)
+        )
+        found += [replace(one, train=train, test=test, tasks=kept)] if kept else []
     return found
 
 
@@ -242,8 +245,8 @@ def words_markdown(
             if task in SPAN_TASKS:
                 cells.append("" if score is None or score.f1 is None else f"{score.f1:.2f}")
         beside = read_at is None or read_at.get(model, alignment) == alignment
-        row = theirs.get(model, {}) if beside else {}
-        cells += [f"{row[task]:.2f}" if task in row else "" for task in tasks]
+        paper = theirs.get(model, {}) if beside else {}
+        cells += [f"{paper[task]:.2f}" if task in paper else "" for task in tasks]
         lines.append(f"| {' | '.join(cells)} |")
     for row in paper_rows("4", variant=""):  # encoder-only models
         empty = [""] * (len(columns) - 2 - len(tasks))

@@ -10,7 +10,8 @@ Read in sentence-transformers 5.4, 5.7, 6.0.1 and 6.2; before 5.4 the losses had
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from sentence_transformers.sentence_transformer.losses import (
@@ -23,11 +24,15 @@ from torch import Tensor, distributed
 from bivec.engine.errors import ConfigError
 from bivec.kernels import info_nce
 
-NORMALIZED = {cos_sim: True, dot_score: False}  # the similarities that info_nce has
+# the similarities that info_nce has, and whether they are of unit vectors
+NORMALIZED: dict[Callable[..., Tensor], bool] = {cos_sim: True, dot_score: False}
 PLAIN, SYMMETRIC, WITH_QUERIES = {"query_to_doc"}, {"query_to_doc", "doc_to_query"}, {"query_to_doc", "query_to_query"}
 
 
-def _check(loss: MultipleNegativesRankingLoss) -> None:
+Loss: TypeAlias = "MultipleNegativesRankingLoss | CachedMultipleNegativesRankingLoss"  # with the same attributes
+
+
+def _check(loss: Loss) -> None:
     """Raises ConfigError for arguments of the stock loss that info_nce cannot honour."""
     name, instead = type(loss).__name__, type(loss).__name__.removeprefix("Bivec")
     if loss.similarity_fct not in NORMALIZED:
@@ -54,7 +59,7 @@ def _check(loss: MultipleNegativesRankingLoss) -> None:
         raise ConfigError(f"{name}: hardness_mode={loss.hardness_mode!r} is not ours: leave it out, or use {instead}")
 
 
-def _contrastive_loss(loss: MultipleNegativesRankingLoss, embeddings: list[Tensor]) -> Tensor:
+def _contrastive_loss(loss: Loss, embeddings: list[Tensor]) -> Tensor:
     """Mean InfoNCE of the columns: anchors [B, D], positives [B, D], then hard negatives, each [B, D]."""
     if len(embeddings) < 2:
         raise ConfigError(
@@ -109,7 +114,11 @@ class BivecMultipleNegativesRankingLoss(MultipleNegativesRankingLoss):
         super().__init__(*args, **kwargs)
         _check(self)
 
-    def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
+    def compute_loss_from_embeddings(
+        self,
+        embeddings: list[Tensor],
+        labels: Tensor | None = None,  # noqa: ARG002 - of the stock loss
+    ) -> Tensor:
         """0-dim loss of the embeddings of the columns, [B, D] each; the labels are not read."""
         return _contrastive_loss(self, embeddings)
 
@@ -129,7 +138,11 @@ class BivecCachedMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss
         _check(self)
 
     def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+        self,
+        reps: list[list[Tensor]],
+        labels: Tensor | None = None,  # noqa: ARG002 - of the stock loss
+        *,
+        with_backward: bool = False,
     ) -> Tensor:
         """0-dim loss of the embedded mini-batches of every column; with ``with_backward`` walked back already."""
         loss = _contrastive_loss(self, [torch.cat(column) for column in reps])

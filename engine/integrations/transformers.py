@@ -95,7 +95,7 @@ class Visibility:
         """
         if device not in self._rows:
             if self.padding is not None:
-                self._rows[device] = _unpadded(self, shape, device, packing)
+                self._rows[device] = _unpadded(self.padding, self.window, shape, device, packing)
             elif packing.get("cu_seq_lens_q") is not None:
                 self._rows[device] = _given_bounds(shape, device, packing)
             else:
@@ -103,8 +103,14 @@ class Visibility:
         return self._rows[device]
 
 
-def _unpadded(seen: Visibility, shape: tuple[int, int], device: torch.device, packing: dict[str, Any]) -> TokenRows:
-    padding = seen.padding.to(device)
+def _unpadded(
+    padding: Tensor,
+    window: tuple[int, int] | None,
+    shape: tuple[int, int],
+    device: torch.device,
+    packing: dict[str, Any],
+) -> TokenRows:
+    padding = padding.to(device)
     if packing.get("cu_seq_lens_q") is not None:
         raise ConfigError("attn_implementation='bivec': give attention_mask or cu_seq_lens_q, not both")
     positions = packing.get("position_ids")
@@ -117,7 +123,7 @@ def _unpadded(seen: Visibility, shape: tuple[int, int], device: torch.device, pa
                 "(DataCollatorWithFlattening) and give no attention_mask"
             )
     # a window counts positions, and taking a hole's tokens out would shift them
-    if seen.window is not None and bool((F.pad(padding.int(), (1, 0)).diff(dim=1) == 1).sum(1).gt(1).any()):
+    if window is not None and bool((F.pad(padding.int(), (1, 0)).diff(dim=1) == 1).sum(1).gt(1).any()):
         raise ConfigError(
             "attn_implementation='bivec': attention_mask has holes between real tokens, which a sliding window cannot "
             f"be unpadded over; keep padding at the ends of a row, or {ELSEWHERE}"
@@ -158,9 +164,9 @@ def _packed(sequences: Tensor | None, shape: tuple[int, int], device: torch.devi
 
 
 def visibility_mask(
-    batch_size: int,
+    batch_size: int,  # noqa: ARG001 - of transformers' protocol
     kv_length: int,
-    mask_function: Callable = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     q_length: int | None = None,
     cache_position: Tensor | None = None,
@@ -179,8 +185,9 @@ def visibility_mask(
     Raises:
         ConfigError: another mask function, or fewer queries than keys.
     """
-    queries = q_length if q_length is not None else len(cache_position)
-    _check_lengths(queries, kv_length)
+    if q_length is None:
+        q_length = kv_length if cache_position is None else len(cache_position)
+    _check_lengths(q_length, kv_length)
     seen = Visibility(False, None)
     left = right = -1
     for name, cells in _parts(mask_function):
@@ -204,7 +211,7 @@ def visibility_mask(
     return seen
 
 
-def _parts(mask_function: Callable) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parts(mask_function: Callable[..., Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The functions that a mask function is the intersection of, by name, with what they close over."""
     name = mask_function.__qualname__
     if mask_function.__module__ != causal_mask_function.__module__:
@@ -329,6 +336,6 @@ def _one_dtype(query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
 
 
 def _flat(x: Tensor, indices: Tensor | None) -> Tensor:
-    """[B, heads, L, Dh] -> [T, heads, Dh]"""
+    """[B, heads, L, Dh] -> [T, heads, Dh]."""
     x = x.transpose(1, 2).flatten(0, 1)
     return x if indices is None else x.index_select(0, indices)

@@ -14,24 +14,19 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bivec.engine.errors import ConfigError
 from bivec.kernels import apply_rotary, geglu, rms_norm, swiglu
+from bivec.models.families import MODEL_CLASSES
 
-# Prefix of the class names, by module: transformers.models.<key>.modeling_<key>.
-FAMILIES = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "smollm3": "SmolLM3",
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "gemma3": "Gemma3",
-}
+# Prefix of the class names, by module (transformers.models.<key>.modeling_<key>): our classes are called so too.
+FAMILIES = {model_type.removesuffix("_text"): one.__name__ for model_type, one in MODEL_CLASSES.items()}
+Forward = Callable[..., Any]
+
 KINDS = {"RMSNorm": "rms_norm", "MLP": "mlp", "Attention": "rotary"}
 
 
@@ -79,10 +74,10 @@ def apply_kernels(model: nn.Module, *, rms_norm: bool = True, mlp: bool = True, 
         >>> applied.remove()  # doctest: +SKIP
     """
     wanted = {"rms_norm": rms_norm, "mlp": mlp, "rotary": rotary}
-    found: dict[str, dict[nn.Module, Callable]] = {kind: {} for kind in wanted}
+    found: dict[str, dict[nn.Module, Forward]] = {kind: {} for kind in wanted}
     for name, module in model.named_modules():
-        family, kind = family_of(module) or ("", "")
-        kind = KINDS.get(kind)
+        family, suffix = family_of(module) or ("", "")
+        kind = KINDS.get(suffix)
         if kind is not None and wanted[kind]:
             found[kind][module] = _replacement(name, module, family, kind)
     if not any(found.values()):
@@ -108,7 +103,7 @@ def _is_ours(module: nn.Module) -> bool:
     return getattr(getattr(own, "__func__", None), "bivec_kernel", False)
 
 
-def _replacement(name: str, module: nn.Module, family: str, kind: str) -> Callable:
+def _replacement(name: str, module: nn.Module, family: str, kind: str) -> Forward:
     if "forward" in module.__dict__ and not _is_ours(module):
         raise ConfigError(
             f"apply_kernels: {name} has a forward of its own already ({module.__dict__['forward']!r}); apply our "
@@ -117,7 +112,7 @@ def _replacement(name: str, module: nn.Module, family: str, kind: str) -> Callab
     if kind == "rms_norm":
         return _gemma_norm_forward if family.startswith("gemma") else _norm_forward
     if kind == "rotary":
-        return _rotary_forward(type(module).forward)
+        return _rotary_forward(cast(types.FunctionType, type(module).forward))  # defined with def: it has globals
     activation = type(module.act_fn).__name__
     if activation not in GATED:
         raise ConfigError(
@@ -127,31 +122,33 @@ def _replacement(name: str, module: nn.Module, family: str, kind: str) -> Callab
     return GATED[activation]
 
 
-def _ours(forward: Callable) -> Callable:
-    forward.bivec_kernel = True
+def _ours(forward: Forward) -> Forward:
+    vars(forward)["bivec_kernel"] = True
     return forward
 
 
 @_ours
-def _norm_forward(self, hidden_states: Tensor) -> Tensor:
+def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     # transformers multiplies by the weight last: an fp32 one widens the result (norms kept in fp32, autocast)
     wide = torch.promote_types(hidden_states.dtype, self.weight.dtype)
     return rms_norm(hidden_states.to(wide), self.weight, self.variance_epsilon)
 
 
 @_ours
-def _gemma_norm_forward(self, hidden_states: Tensor) -> Tensor:
+def _gemma_norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     return rms_norm(hidden_states, self.weight, self.eps, weight_offset=1.0)
 
 
 @_ours
-def _swiglu_forward(self, x: Tensor) -> Tensor:
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+def _swiglu_forward(self: Any, x: Tensor) -> Tensor:
+    projected: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    return projected
 
 
 @_ours
-def _geglu_forward(self, x: Tensor) -> Tensor:
-    return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+def _geglu_forward(self: Any, x: Tensor) -> Tensor:
+    projected: Tensor = self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+    return projected
 
 
 # By the class of the activation; GELUTanh is the tanh form.
@@ -176,7 +173,7 @@ def _rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int 
 
 
 @functools.cache
-def _rotary_forward(forward: Callable) -> Callable:
+def _rotary_forward(forward: types.FunctionType) -> Forward:
     return _ours(_with_global(forward, "apply_rotary_pos_emb", _rotated))
 
 
@@ -197,4 +194,6 @@ def _with_global(function: types.FunctionType, name: str, value: object) -> type
         scope = function.__globals__
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(copy, like) if inner is not None else copy
+    if inner is not None:
+        functools.update_wrapper(copy, like)
+    return copy

@@ -43,7 +43,7 @@ class MntpCollator:
     tokenizer: Any  # a tokenizer of transformers
     probability: float = 0.2  # share of the ordinary tokens that is selected
     style: Literal["bert", "all_mask"] = "bert"
-    mask_token: str = "blank"  # kind of ``bivec.engine.tokenizer.mask_token_id``
+    mask_token: str = "blank"  # noqa: S105 - kind of ``bivec.engine.tokenizer.mask_token_id``
     packed: bool = True  # one row of all texts, for attn_implementation="bivec"; False = padded rows, for any
     seed: int = 0
 
@@ -90,7 +90,7 @@ class MntpCollator:
             given = self.tokenizer.get_special_tokens_mask(text, already_has_special_tokens=True)
         return list(map(bool, given))
 
-    def _padded(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor) -> dict[str, Tensor]:
+    def _padded(self, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor) -> dict[str, Tensor | int]:
         if self.tokenizer.pad_token_id is None:
             raise ConfigError("MntpCollator(packed=False): the tokenizer has no pad token; set tokenizer.pad_token")
         lengths = cu_seqlens.diff()
@@ -175,28 +175,28 @@ def use_mntp_loss(model: nn.Module) -> MntpLoss:
             "use_mntp_loss: the model is causal, and MNTP names a hidden token from both sides: set "
             "model.config.is_causal = False first"
         )
-    if type(inner.lm_head) is not nn.Linear or inner.lm_head.bias is not None:
+    head: Any = inner.lm_head
+    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         raise ConfigError(
-            f"use_mntp_loss: the head is a {type(inner.lm_head).__name__}, and the loss takes the weight of a linear "
+            f"use_mntp_loss: the head is a {type(head).__name__}, and the loss takes the weight of a linear "
             "layer without bias: leave lm_head out of PEFT's target_modules and modules_to_save"
         )
-    if "forward" in inner.__dict__:
-        raise ConfigError(
-            f"use_mntp_loss: this model has a forward of its own already ({inner.__dict__['forward']!r}); "
-            "remove that first"
-        )
+    own = vars(inner).get("forward")
+    if own is not None:
+        raise ConfigError(f"use_mntp_loss: this model has a forward of its own already ({own!r}); remove that first")
     inner.forward = types.MethodType(_with_mntp_loss(type(inner).forward), inner)
     return MntpLoss(inner)
 
 
-def _with_mntp_loss(forward: Callable) -> Callable:
+def _with_mntp_loss(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)  # Trainer reads the signature
-    def mntp_forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+    def mntp_forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return forward(self, *args, **kwargs)
-        if "cu_seq_lens_q" in kwargs and self.config._attn_implementation in ONE_TEXT_A_ROW:
+        implementation = self.config._attn_implementation  # noqa: SLF001 - transformers has no public name for it
+        if "cu_seq_lens_q" in kwargs and implementation in ONE_TEXT_A_ROW:
             raise ConfigError(
-                f"use_mntp_loss: attn_implementation={self.config._attn_implementation!r} would let the texts of a "
+                f"use_mntp_loss: attn_implementation={implementation!r} would let the texts of a "
                 "packed batch see each other: load the model with attn_implementation='bivec', or use "
                 "MntpCollator(packed=False)"
             )

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bivec.engine import corpus
+from bivec.engine import corpus, corpus_files
 from bivec.engine.corpus import encode_corpus
 from bivec.engine.data import load_texts
 from bivec.engine.encoder import Encoder
@@ -212,14 +212,14 @@ def test_two_processes_are_one(tiny_llama_dir, texts, whole, tmp_path):
 def stopped(encoder, texts, path, monkeypatch, **settings):
     """A call that ends after two slices."""
     with monkeypatch.context() as patch:
-        write, calls = corpus._Job.write, []
+        write, calls = corpus_files.CorpusFiles.write, []
 
         def stop(self, *arguments):
             if len(calls) == 2:
                 raise KeyboardInterrupt
             calls.append(write(self, *arguments))
 
-        patch.setattr(corpus._Job, "write", stop)
+        patch.setattr(corpus_files.CorpusFiles, "write", stop)
         with pytest.raises(KeyboardInterrupt):
             encode_corpus(encoder, texts, path, **{**SETTINGS, **settings})
 
@@ -330,7 +330,7 @@ def test_full_disks(encoder, texts, whole, tmp_path, monkeypatch):
     path = tmp_path / "e.npy"
     usage = namedtuple("Usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(corpus.shutil, "disk_usage", lambda *_: usage(1, 1, 1000))
+        patch.setattr(corpus_files.shutil, "disk_usage", lambda *_: usage(1, 1, 1000))
         with pytest.raises(RunError, match=r"30 embeddings take 0\.00 GiB, but 0\.00 GiB are free"):
             encode_corpus(encoder, texts, path, **SETTINGS)
     assert names(tmp_path) == []
@@ -339,12 +339,12 @@ def test_full_disks(encoder, texts, whole, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_reserve", full)
+        patch.setattr(corpus_files, "_reserve", full)
         with pytest.raises(RunError, match="the disk is full"):
             encode_corpus(encoder, texts, path, **SETTINGS)
-    write, calls = corpus._write_at, []
+    write, calls = corpus_files._write_at, []
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_write_at", lambda *x: full() if len(calls) == 3 else calls.append(write(*x)))
+        patch.setattr(corpus_files, "_write_at", lambda *x: full() if len(calls) == 3 else calls.append(write(*x)))
         with pytest.raises(RunError, match="the disk is full; what has been encoded is kept"):
             encode_corpus(encoder, texts, path, **SETTINGS)
     assert not path.exists()

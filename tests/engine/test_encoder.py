@@ -443,7 +443,7 @@ def test_llm2vec_folders(tiny_llama_dir, tmp_path):
     ("files", "message"),
     [
         ({"bivec_config": "{"}, r"bivec_config\.json: not a JSON file"),
-        ({"bivec_config": "[]"}, r"bivec_config\.json: expected a JSON dict, found list"),
+        ({"bivec_config": "[]"}, r"bivec_config\.json: expected a JSON object, found list"),
         ({"bivec_config": {"polling": "mean"}}, r"bivec_config\.json: unknown field 'polling'"),
         ({"llm2vec_config": {"pooling_mode": "latent"}}, r"llm2vec_config\.json: pooling 'latent' is unknown"),
         ({"modules": MODULES}, r"1_Pooling.config\.json: no such file"),

@@ -394,3 +394,15 @@ def test_an_origin_that_is_not_ours(tiny_llama_dir, tmp_path):
             Encoder.from_pretrained(tmp_path / "m")
     (tmp_path / "m" / "bivec_config.json").write_text(json.dumps({"origin": Origin("x").to_dict()}))
     assert Encoder.from_pretrained(tmp_path / "m").origin == Origin("x")
+
+
+def test_the_settings_are_the_adapters_taken_off_or_not(stages, tiny_llama_dir):
+    """The decoder's own come with a decoder that is opened without it."""
+    edit(stages / "mntp" / "bivec_config.json", pooling="last_token")
+    live = Encoder.from_pretrained(tiny_llama_dir, adapters=[stages / "mntp"], merge=False)
+    assert live.config.pooling == "last_token"
+    live.adapter.remove()
+    assert live.config.pooling == "last_token"
+    alike = Encoder.from_pretrained(tiny_llama_dir, pooling="last_token", pool_bos=False)
+    close(live.encode(TEXTS), alike.encode(TEXTS), tolerance=1e-6)
+    assert Encoder.from_pretrained(tiny_llama_dir).config.pooling == "mean"

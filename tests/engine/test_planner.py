@@ -31,7 +31,7 @@ from bivec.engine.planner import (
 from bivec.engine.sharding import attach_head, shard
 from bivec.kernels import dropout as kernels_dropout
 from bivec.models import DecoderConfig, PackedBatch, load_pretrained
-from bivec.models.classes import MODEL_CLASSES
+from bivec.models.families import MODEL_CLASSES
 from bivec.models.recompute import LEVELS, Recipes
 
 SMALL = DecoderConfig(

@@ -9,9 +9,8 @@ import transformers
 
 from bivec.engine.cli.versions import older
 from bivec.models import ConfigError, DecoderConfig
-from bivec.models.classes import MODEL_CLASSES
-from bivec.models.config import FULL, SLIDING
-from bivec.models.families import FAMILIES
+from bivec.models.config_fields import FULL, SLIDING
+from bivec.models.families import FAMILIES, MODEL_CLASSES
 from bivec.models.rope import rotary_tables
 
 NAMES = {

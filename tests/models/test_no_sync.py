@@ -18,7 +18,7 @@ from bivec.engine.masking import MntpBatch
 from bivec.engine.objectives import mntp_loss, simcse_loss
 from bivec.kernels.launch import recording
 from bivec.models import PackedBatch, load_pretrained
-from bivec.models.classes import MODEL_CLASSES
+from bivec.models.families import MODEL_CLASSES
 from bivec.models.recompute import LEVELS
 
 META = torch.device("meta")

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from bivec.models import CheckpointError, DecoderConfig, Mistral, PackedBatch, load_pretrained
-from bivec.models.classes import MODEL_CLASSES
+from bivec.models.families import MODEL_CLASSES
 from bivec.models.gguf import find_smollm2
 
 VOCAB, POSITIONS = 96, 64

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bivec.models import CheckpointError, ConfigError, Llama, PackedBatch, load_pretrained, save_pretrained, weights
-from bivec.models.classes import MODEL_CLASSES
-from bivec.models.families import FAMILIES
+from bivec.models.families import FAMILIES, MODEL_CLASSES
 
 SIZES = {
     "vocab_size": 96,

@@ -83,6 +83,8 @@ def test_help_imports_nothing_heavy(words, tmp_path):
         (["convert", "--model", "m", "--device", "zz"], "argument --device: 'zz' is no device of torch"),
         (["convert", "--model", "m", "--dtype", "f32"], "argument --dtype: 'f32' is none of float32"),
         (["eval", "m", "--device", "zz"], "argument --device: 'zz' is no device of torch, such as cuda"),
+        (["convert", "--model", "m", "--dtype", "int8"], "argument --dtype: 'int8' is none of float32"),
+        (["encode", "m", "i", "-o", "o.npy", "--dtype", "int8"], "argument --dtype: 'int8' is none of float32"),
         (["eval", "m", "--dtype", "zz"], "argument --dtype: 'zz' is none of float32, bfloat16, float16"),
         (["encode", "m", "i", "-o", "o.npy", "--pooling", "max"], "argument --pooling: invalid choice: 'max'"),
     ],

@@ -10,8 +10,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 import bivec.engine.integrations.transformers as integration
 from bivec.engine.errors import ConfigError
 from bivec.engine.integrations.transformers import attention_forward, register, visibility_mask
+from bivec.models.families import MODEL_CLASSES
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"]
+FAMILIES = sorted(MODEL_CLASSES)
 LENGTHS = (5, 40, 1, 31)  # the windows are of 24 tokens
 TOLERANCE = 1e-5
 

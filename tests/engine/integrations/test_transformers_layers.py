@@ -10,8 +10,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from bivec.engine.errors import ConfigError
 from bivec.engine.integrations import transformers_layers
 from bivec.engine.integrations.transformers import apply_kernels, register, remove_kernels
+from bivec.models.families import MODEL_CLASSES
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"]
+FAMILIES = sorted(MODEL_CLASSES)
 NORMS = {"qwen3": 9, "gemma2": 9, "gemma3_text": 13}  # of two layers; the others have five
 TOLERANCE = 1e-5
 
