@@ -54,22 +54,22 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     document = {"model": given.model, "torch": torch.__version__, "rows": entries}
     (given.output / "round_trips.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    (given.output / "round_trips.md").write_text(markdown(given.model, entries), encoding="utf-8")
+    (given.output / "round_trips.md").write_text(markdown(document), encoding="utf-8")
 
 
-def markdown(model: str, entries: list[dict]) -> str:
-    """The table."""
+def markdown(document: dict) -> str:
+    """The whole Markdown file."""
     lines = [
-        f"# Round trips with {model}",
+        f"# Round trips with {document['model']}",
         "",
-        f"`python benchmarks/round_trips.py`, torch {torch.__version__}, fp32 on a CPU. Out: what we save, opened "
+        f"`python benchmarks/round_trips.py`, torch {document['torch']}, fp32 on a CPU. Out: what we save, opened "
         "there; in: what they save, opened here; beside: our kernels in their models. Largest difference of a "
         "coordinate of unit vectors, or of a loss; of gradients the largest relative error of a tensor.",
         "",
         "| library | version | direction | compared | largest difference |",
         "|---|---|---|---|---|",
     ]
-    for one in entries:
+    for one in document["rows"]:
         numbers = f"{one['direction']} | {one['compared']} | {one['difference']:.1e}"
         lines.append(f"| {one['library']} | {one['version']} | {numbers} |")
     return "\n".join(lines) + "\n"
