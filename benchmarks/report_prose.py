@@ -14,7 +14,6 @@ from report_tables import (
     ROOT,
     TARGET,
     rows_of,
-    stage_scores,
 )
 from report_text import Claim, given, measured, result
 
@@ -47,6 +46,7 @@ def readme() -> Iterator[Claim]:
     yield measured("train_step_cpu.json", "agree within {:.2f} % over {} steps", bound(100 * off, 2), count)
     yield mteb_tasks()
     yield supervised_preset()
+    yield from hard_operands()
 
 
 def quick_start() -> Iterator[Claim]:
@@ -90,14 +90,29 @@ def versions() -> Iterator[Claim]:
     yield measured(source, "Python ≥ {}", python)
     yield measured(source, "torch ≥ {}", oldest["torch"])
     yield measured(source, "transformers ≥ {}", oldest["transformers"])
-    text = (
-        "From Python {}, torch {}, transformers {}, triton {} (in its interpreter with numpy before 2.4), peft {} and "
-    )
+    text = "From Python {}, torch {}, transformers {}, triton {} (in its interpreter with numpy before 2.4), peft {} "
     packages = ("torch", "transformers", "triton", "peft", "sentence-transformers")
-    yield measured(source, text + "sentence-transformers {} on", python, *(oldest[name] for name in packages))
+    yield measured(source, text + "and sentence-transformers {} on", python, *(oldest[name] for name in packages))
     yield from given(".ci/run", "newest versions on torch 2.13")
     yield from given("a limit of triton 3.6", "For sm_100 triton 3.6 fails")
     yield from given("changelog of transformers", "transformers before 5.21 leaves out")
+
+
+def hard_operands() -> Iterator[Claim]:
+    """What nearly parallel vectors and large scores cost."""
+    file, found = "hard_operands.json", result("hard_operands.json")
+    rows = [row for row in found["losses"] if row["cosine"] >= 0.95]
+
+    def ends(key: str) -> tuple[float, float]:
+        return 100 * min(row[key] for row in rows), 100 * max(row[key] for row in rows)
+
+    yield measured(file, "gradients of `info_nce` are off by {:.1f} to {:.1f} %", *ends("info_nce"))
+    yield measured(file, "those of `linear_cross_entropy` by {:.1f} to {:.1f} %", *ends("linear_cross_entropy"))
+    yield measured(file, "(mean cosine {} to {})", rows[0]["cosine"], rows[-1]["cosine"])
+    large = found["attention"][-1]
+    text = "scores of {:.0f} thousand (q and k at {} times the usual size)"
+    yield measured(file, text, large["largest_score"] / 1e3, large["size"])
+    yield measured(file, "off by up to {:.0e} there", max(large[name] for name in ("dq", "dk", "dv")))
 
 
 def evaluations() -> Iterator[Claim]:
@@ -162,7 +177,7 @@ def benchmarks() -> Iterator[Claim]:
     yield measured("contrastive_cost_cpu.json", "from {} to {:,} triples", min(sizes), max(sizes))
     yield from given("compare.py: --tolerance", "10 % worse")
     yield from given("gpu_suite.py: --minutes", "in nine minutes")
-    yield from given("names of models", "trends at 135M")
+    yield from given(NAMES, "trends at 135M")
     mntp = result("train_step_cpu.json")["stages"]["mntp"]["sides"][OURS]
     yield measured("train_step_cpu.json", "MNTP runs at {:.0f} % of the rate", 100 * mntp["of_gemms"])
     dims = {row["dim"] for row in result("losses_cpu.json")["rows"]}
@@ -193,10 +208,11 @@ def kernels() -> Iterator[Claim]:
     yield from given("kernels/attention_tiles.py, tuning/attention.json", "head dims up to 256, padded")
     yield from given(
         "tuning/attention.json",
-        "sequences up to 128 tokens where a tile of 64 or 128 fits the registers (head dims up to 128: 128, on sm_80 64 "
-        "at 128; head dim 256: 64 on sm_100 and gfx942)",
+        "sequences up to 128 tokens where a tile of 64 or 128 fits the registers (head dims up to 128: 128, on sm_80 "
+        "64 at 128; head dim 256: 64 on sm_100 and gfx942)",
     )
     yield from given("triton's", "compute capability 8.0")
+    yield from hard_operands()
 
 
 def models() -> Iterator[Claim]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -71,7 +70,7 @@ def word_trend() -> str:
     scores = {(o["model"], o["task"], o["alignment"]): o for o in result("word_trend_cpu.json")["scores"]}
     columns = [(task, read) for task in ("chunking", "pos", "ner") for read in ("same_token", "next_token")]
     states = {"uni": "Uni", "bi": "Bi, no training", "bi+mntp": "Bi+MNTP: all weights, bf16, 3e-4, 30 %, 300 steps"}
-    rows = [[name, *(_word(scores[state, *column]) for column in columns)] for state, name in states.items()]
+    rows = [[name, *(_word(scores[(state, *column)]) for column in columns)] for state, name in states.items()]
     return table(["state", *WORD_COLUMNS], rows)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -149,20 +148,19 @@ def recipes() -> str:
     from bivec.engine.presets import LLAMA_2_7B, LLAMA_3_8B, MISTRAL_7B, SHEARED_LLAMA_1B, SMOLLM2_135M
 
     small, paper, mistral = (one.mntp for one in (SMOLLM2_135M, SHEARED_LLAMA_1B, MISTRAL_7B))
-    steps = f"{paper.optim.steps:,} x {paper.batch_size} x {paper.sequence_length}"
-    hub = "WikiText-103, Wiki1M (hub)"
+    hub, same = "WikiText-103, Wiki1M (hub)", "the same"
     rows = [
         ("llm2vec_smollm2.py", "SmolLM2-135M", SMOLLM2_135M, f"{_share(small)}, tuned for minutes on a CPU", None),
         (
             "llm2vec_sheared_llama.py",
             "Sheared-LLaMA-1.3B",
             SHEARED_LLAMA_1B,
-            f"the paper's: {_share(paper)}, {steps}",
+            f"the paper's: {_share(paper)}, {paper.optim.steps:,} x {paper.batch_size} x {paper.sequence_length}",
             hub,
         ),
-        ("llm2vec_llama2.py", "Llama-2-7b-chat", LLAMA_2_7B, "the same", "the same"),
-        ("llm2vec_llama3.py", "Meta-Llama-3-8B-Instruct", LLAMA_3_8B, "the same", "the same"),
-        ("llm2vec_mistral.py", "Mistral-7B-Instruct-v0.2", MISTRAL_7B, f"the paper's: {_share(mistral)}", "the same"),
+        ("llm2vec_llama2.py", "Llama-2-7b-chat", LLAMA_2_7B, same, same),
+        ("llm2vec_llama3.py", "Meta-Llama-3-8B-Instruct", LLAMA_3_8B, same, same),
+        ("llm2vec_mistral.py", "Mistral-7B-Instruct-v0.2", MISTRAL_7B, f"the paper's: {_share(mistral)}", same),
     ]
     return table(
         ["recipe", "model", "MNTP", "SimCSE", "data"],
@@ -251,10 +249,11 @@ def words_of(name: str) -> str:
 def samples() -> str:
     """What ships: rows, size and words are counted."""
     sts = "STS benchmark, English, dev: `sentence1,sentence2,score` with this header, score 0 to 5, original order"
-    ewt = "UD English EWT, its *dev* file: word number, form, UPOS, XPOS, head and relation in CoNLL-U's ten columns; {words}"
+    ewt = "UD English EWT, its *dev* file: word number, form, UPOS, XPOS, head and relation in CoNLL-U's ten columns; "
+    ewt += "{words}"
     triples = (
-        "our own writing, made for bivec (Apache-2.0 as the code): a prefix of under ten words and three ways to go on, "
-        "ten words at least, of which `query` and `positive` mean the same and `negative` does not"
+        "our own writing, made for bivec (Apache-2.0 as the code): a prefix of under ten words and three ways to go "
+        "on, ten words at least, of which `query` and `positive` mean the same and `negative` does not"
     )
     tokens = f"{result('samples.json')['tokens'] / 1e3:.0f}k SmolLM2 tokens"
     wikitext = f"paragraphs of WikiText-2 (validation, then test), detokenised, one a line; {{words}}, {tokens}"
