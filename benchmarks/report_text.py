@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -20,6 +20,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 TABLE = re.compile(r"(<!-- table: (?P<name>[\w ,.+-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 DIGITS = r"\d+(?:,\d{3})*(?:\.\d+)*(?:e[+-]?\d+)?"
 # not sm_90, fp32, F1 or SmolLM2-135M: a letter in front, or in front of a hyphen, makes it a name
+BEGINS = re.compile(r"(?<!\w)(?<!\d[.,])")
 NUMBER = re.compile(rf"(?<!\w)(?<!\d[.,])(?<![A-Za-z0-9]-){DIGITS}")
 SPELLED = re.compile(
     r"\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|fifteen|twenty|thirty|half|third|quarter)\b"
@@ -55,17 +56,22 @@ class Claim:
     values: tuple[float | str, ...]
     source: str
 
-    @property
+    @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Finds the text with any figures."""
+        """Of the text with any figures."""
         parts = []
         for literal, field, spec, _ in Formatter().parse(self.text):
             parts.append(r"\s+".join(re.escape(word) for word in re.split(r"\s+", literal)))
             if field is not None:
                 parts.append(rf"({'[+-]' if '+' in (spec or '') else ''}{DIGITS})")
-        return re.compile(rf"(?<!\w)(?<!\d[.,])(?:{''.join(parts)})(?!\w)(?![.,]\d)")
+        return re.compile(rf"{''.join(parts)}(?!\w)(?![.,]\d)")
 
-    @property
+    def places(self, text: str) -> list[re.Match[str]]:
+        """Where it stands, not as a part of a longer word or number."""
+        # the boundary in front is looked at afterwards: before the text it would cost the search its fixed start
+        return [found for found in self.pattern.finditer(text) if BEGINS.match(text, found.start())]
+
+    @cached_property
     def figures(self) -> list[str]:
         """As they should stand."""
         fields = [spec or "" for _, field, spec, _ in Formatter().parse(self.text) if field is not None]
@@ -117,7 +123,7 @@ def updated(text: str, tables: Mapping[str, Callable[[], str]], claims: Iterable
     text = TABLE.sub(lambda found: f"{found[1]}{tables[found['name']]()}\n{found[4]}", text)
     readable, edits = _outside(text), set()
     for claim in claims:
-        for found in claim.pattern.finditer(readable):
+        for found in claim.places(readable):
             edits |= {(*found.span(i), figure) for i, figure in enumerate(claim.figures, 1)}
     for start, end, figure in sorted(edits, reverse=True):
         text = text[:start] + figure + text[end:]
@@ -127,7 +133,7 @@ def updated(text: str, tables: Mapping[str, Callable[[], str]], claims: Iterable
 def missing(text: str, claims: Iterable[Claim]) -> Iterator[Claim]:
     """Those whose text is not in the document."""
     readable = _outside(text)
-    return (claim for claim in claims if not claim.pattern.search(readable))
+    return (claim for claim in claims if not claim.places(readable))
 
 
 def undeclared(text: str, claims: Iterable[Claim]) -> Iterator[tuple[int, str]]:
@@ -135,7 +141,7 @@ def undeclared(text: str, claims: Iterable[Claim]) -> Iterator[tuple[int, str]]:
     readable = _outside(text)
     covered = bytearray(len(text))
     for claim in claims:
-        for found in claim.pattern.finditer(readable):
+        for found in claim.places(readable):
             covered[found.start() : found.end()] = b"\1" * (found.end() - found.start())
     for found in numbers(text):
         if not all(covered[found.start() : found.end()]):
