@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import quick_start
@@ -95,18 +97,23 @@ def word_search() -> str:
 
 
 def reproduction(text: str) -> str:
-    """results/reproduce/report.md: as the engine writes it of the parts, under the head that the run wrote."""
+    """results/reproduce/report.md: as the engine writes it of the parts; date and versions are the run's."""
     from bivec.engine.evaluation.parts import Part
+    from bivec.engine.evaluation.study import Study
     from bivec.engine.evaluation.study_report import study_report
 
     kept = {name: result(f"reproduce/{name}.json") for name in readmes.PARTS}
     parts = {name: Part(name, part["data"], part["seconds"], reused=True) for name, part in kept.items()}
-    whole = study_report("", parts, [path.name for path in (RESULTS / "reproduce").glob("*.png")], [])
-    first, last = "## Which trends", "## Time\n"
-    minutes = result("reproduce/clock.json")["minutes"]
-    clock = table(["part", "minutes"], [[part, f"{spent:.1f}"] for part, spent in minutes.items()])
-    body = whole[whole.index(first) : whole.index(last)]
-    return f"{text[: text.index(first)]}{body}{last}\n{clock}\n"
+    sentences = int(kept["words"]["settings"]["data"]["ud_ewt"][0].split(" sentences")[0])
+    notes = Study.notes(SimpleNamespace(pairs=None, sentences=sentences))
+    images = [path.name for path in (RESULTS / "reproduce").glob("*.png")]
+    whole = study_report("llm2vec-smollm2-135m", parts, images, notes).splitlines(keepends=True)
+    last = "## Time\n"
+    run = result("reproduce/clock.json")
+    # when, and with what
+    whole[2] = re.sub(r"\d+ threads", f"{run['threads']} threads", text.splitlines(keepends=True)[2])
+    clock = table(["part", "minutes"], [[part, f"{spent:.1f}"] for part, spent in run["minutes"].items()])
+    return f"{''.join(whole[: whole.index(last)])}{last}\n{clock}\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
