@@ -34,6 +34,7 @@ class Work:
 
     @property
     def grouped(self) -> bool:
+        """Whether several query heads share a head of K and V."""
         return self.q.shape[1] != self.k.shape[1]
 
 

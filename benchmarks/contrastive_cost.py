@@ -90,12 +90,15 @@ class RandomTriples:
 
     @property
     def batches(self) -> RandomTriples:
+        """Itself: it is both what draws triples and what makes rows of them."""
         return self
 
     def triples(self, step: int) -> list[Triple]:
+        """The same ones in every step."""
         return list(self.triples_of_a_step)
 
     def of(self, step: int, triples: Sequence[Triple] | None = None, world: World = ALONE) -> StepRows:
+        """Their token ids, made once."""
         return self.step_rows
 
 

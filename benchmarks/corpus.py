@@ -69,6 +69,7 @@ def to_file(texts: list[str], encoder: Encoder, slice_texts: int, **_: int) -> n
 
 
 def without_thread(texts: list[str], encoder: Encoder, slice_texts: int, **_: int) -> np.ndarray:
+    """The same into a file, tokenised and encoded in turn."""
     with mock.patch.object(encoder_module, "one_ahead", iter):
         return to_file(texts, encoder, slice_texts)
 

@@ -177,6 +177,7 @@ def draw_layer(axes: Axes) -> None:
 
 
 def main() -> None:
+    """Draws and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / "how_it_works.png", metavar="FILE")
     arguments = parser.parse_args()

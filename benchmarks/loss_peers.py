@@ -41,6 +41,7 @@ class Work:
 
     @property
     def leaves(self) -> list[Tensor]:
+        """The operands that get a gradient."""
         return [leaf for leaf in (self.x, self.y) if leaf.requires_grad]
 
 

@@ -49,6 +49,7 @@ DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the tasks of the paper and the local ones")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names, subset15, full56, local")
@@ -83,6 +84,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def list_tasks() -> None:
+    """Prints the tasks of the paper and those that ship."""
     print("| task | category | subset15 | instruction |\n|---|---|---|---|")
     for task in paper_tasks():
         star = "yes" if task.in_subset else ""
@@ -152,6 +154,7 @@ def write_tables(model: MTEBEncoder, outcome: Outcome, given: argparse.Namespace
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
     given = parse_arguments(arguments)
     if given.list:
         list_tasks()

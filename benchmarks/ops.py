@@ -48,6 +48,7 @@ HAS_COMPILER = GPU or shutil.which("g++") is not None
 
 
 def randn(*shape: int, dtype: torch.dtype = DTYPE, scale: float = 1.0, grad: bool = True) -> Tensor:
+    """Normally distributed, on the device."""
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype).requires_grad_(grad)
 
 
@@ -62,16 +63,19 @@ class Op:
 
 
 def plain_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Statistics in fp32; [T, D] and the sum."""
     total = x + residual
     wide = total.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype) * weight, total
 
 
 def our_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """In one kernel."""
     return rms_norm(x, weight, EPS, residual=residual)
 
 
 def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    """Halves turned, for every head of q and k."""
     cos, sin = (torch.cat([table[position_ids]] * 2, -1)[:, None].to(q.dtype) for table in (cos, sin))
 
     def turned(x: Tensor) -> Tensor:
@@ -82,12 +86,14 @@ def plain_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: T
 
 
 def rotary_operands() -> list[Tensor]:
+    """q, k, the tables and the positions."""
     angles = torch.rand(TOKENS, HEAD_DIM // 2, device=DEVICE)
     positions = torch.arange(TOKENS, device=DEVICE) % 512
     return [randn(TOKENS, HEADS, HEAD_DIM), randn(TOKENS, KV_HEADS, HEAD_DIM), angles.cos(), angles.sin(), positions]
 
 
 def plain_lora(x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v, one after the other."""
     weights, lora_as, lora_bs = matrices[:3], matrices[3:6], matrices[6:]
     return tuple(
         F.linear(x, w) + (2.0 * F.linear(F.linear(x.to(a.dtype), a), b)).to(x.dtype)
@@ -96,6 +102,7 @@ def plain_lora(x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
 
 
 def our_lora(x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v in one call."""
     return lora_linears(x, matrices[:3], matrices[3:6], matrices[6:], 2.0)
 
 
@@ -108,6 +115,7 @@ def lora_operands() -> list[Tensor]:
 
 
 def our_dropped_lora(x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
+    """One mask for all three."""
     return lora_linears(x, matrices[:3], matrices[3:6], matrices[6:], 2.0, dropout_p=0.05, seed=1)
 
 
@@ -121,34 +129,41 @@ def plain_dropped_lora(x: Tensor, *matrices: Tensor) -> tuple[Tensor, ...]:
 
 
 def attention_operands() -> list[Tensor]:
+    """Grouped query heads."""
     return [randn(TOKENS, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
 
 
 def our_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Packed sequences of one length."""
     cu_seqlens = torch.arange(0, TOKENS + 1, LONG, device=DEVICE, dtype=torch.int32)
     return flash_attention(q, k, v, cu_seqlens, LONG)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA on a batch, which sequences of one length allow."""
     q, k, v = (x.view(-1, LONG, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
 def plain_info_nce(queries: Tensor, candidates: Tensor) -> Tensor:
+    """The whole matrix of cosines in fp32."""
     cosines = F.normalize(queries.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T
     return F.cross_entropy(20.0 * cosines, torch.arange(len(queries), device=DEVICE))
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """All logits in fp32."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
 
 def cross_entropy_operands() -> list[Tensor]:
+    """A frozen head."""
     targets = torch.randint(VOCAB, (TOKENS // 4,), device=DEVICE)
     return [randn(TOKENS // 4, HIDDEN), randn(VOCAB, HIDDEN, scale=HIDDEN**-0.5, grad=False), targets]
 
 
 def plain_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sums by index, in fp32."""
     sequences = torch.arange(len(cu_seqlens) - 1, device=DEVICE).repeat_interleave(cu_seqlens.diff())
     sums = torch.zeros(len(cu_seqlens) - 1, hidden.shape[1], device=DEVICE)
     sums = sums.index_add(0, sequences, hidden.float())
@@ -156,10 +171,12 @@ def plain_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def pool_operands() -> list[Tensor]:
+    """Spans of one length."""
     return [randn(TOKENS, HIDDEN), torch.arange(0, TOKENS + 1, LENGTH, device=DEVICE, dtype=torch.int32)]
 
 
 def gate_and_up() -> list[Tensor]:
+    """Of a feed-forward block."""
     return [randn(TOKENS, INNER), randn(TOKENS, INNER)]
 
 
@@ -189,6 +206,7 @@ def contender(op: Op, name: str) -> Callable[..., Tensor | tuple[Tensor, ...]]:
 
 
 def as_tuple(outs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The outputs of an op, however many they are."""
     return outs if isinstance(outs, tuple) else (outs,)
 
 
@@ -210,6 +228,7 @@ def finished(run: Callable[[], object]) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("op", OPS)
 def test_op(benchmark, op: str, direction: str, name: str) -> None:
+    """Checks the contender against the plain statement, then times it."""
     if name == "compile" and not HAS_COMPILER:
         pytest.skip("torch.compile needs a C++ compiler on a CPU")
     torch.manual_seed(0)

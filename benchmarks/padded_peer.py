@@ -101,11 +101,13 @@ class PaddedPeer:
         return value
 
     def mntp_loss(self, number: int) -> Tensor:
+        """Of one micro-batch, by the model's own loss."""
         input_ids, labels = mntp_rows(self.objective, number)
         output = self.model(input_ids=input_ids.to(self.device), labels=labels.to(self.device), use_cache=False)
         return output.loss
 
     def simcse_loss(self, number: int) -> Tensor:
+        """Two dropout views of the sentences of a step, embedded one after the other."""
         input_ids, mask = (x.to(self.device) for x in simcse_rows(self.objective, number))
         first, second = self.embed(input_ids, mask), self.embed(input_ids, mask)
         cosines = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T

@@ -51,6 +51,15 @@ def table(runs: list[dict]) -> str:
     return "\n".join(rows)
 
 
+def report(content: dict) -> str:
+    """The whole Markdown file."""
+    runs = content["runs"]
+    minutes = [run["seconds"] / 60 for run in runs]
+    memory = max(run["peak_memory_bytes"] for run in runs) / 2**30
+    cost = f"{min(minutes):.1f} to {max(minutes):.1f} minutes, peak memory {memory:.1f} GiB"
+    return f"{table(runs)}\n\n{cost}; {content['machine']}; flags: {content['flags']}\n"
+
+
 def draw(path: Path, runs: list[dict]) -> None:
     """Stages as bars (mean over the seeds, one dot a seed) and the loss curves of all seeds."""
     from matplotlib.figure import Figure
@@ -75,25 +84,21 @@ def draw(path: Path, runs: list[dict]) -> None:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quick_start", help="where the runs are written")
     parser.add_argument("--name", default="quick_start", help="of the files in benchmarks/results")
     arguments, flags = parser.parse_known_args()
     runs = [run_seed(seed, arguments.runs / f"seed-{seed}", flags) for seed in arguments.seeds]
-    minutes = [run["seconds"] / 60 for run in runs]
-    memory = max(run["peak_memory_bytes"] for run in runs) / 2**30
     machine = f"{processor()}, {os.cpu_count()} cores"
-    summary = (
-        f"{min(minutes):.1f} to {max(minutes):.1f} minutes, peak memory {memory:.1f} GiB; {machine}; flags: {flags}"
-    )
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     content = {"date": datetime.date.today().isoformat(), "machine": machine, "flags": flags, "runs": runs}
     (results / f"{arguments.name}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
-    (results / f"{arguments.name}.md").write_text(f"{table(runs)}\n\n{summary}\n", encoding="utf-8")
+    (results / f"{arguments.name}.md").write_text(report(content), encoding="utf-8")
     draw(results / f"{arguments.name}.png", runs)
-    print(f"\n{table(runs)}\n\n{summary}")
+    print(f"\n{report(content)}", end="")
 
 
 if __name__ == "__main__":

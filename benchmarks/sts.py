@@ -18,6 +18,7 @@ DATA = Path(__file__).resolve().parent.parent / "recipes" / "data"
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", help="encoders")
     parser.add_argument("--pairs", type=int, help="first pairs of each set (default: all)")

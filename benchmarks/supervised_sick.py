@@ -65,6 +65,7 @@ class Start:
 
     @property
     def folder(self) -> str:
+        """The name as a directory."""
         return re.sub("[^a-z]+", "-", self.name.lower())
 
 
@@ -204,6 +205,7 @@ def cosines(encoder: Encoder, pairs: Sequence[STSPair]) -> np.ndarray:
 
 
 def both(pair: STSPair) -> tuple[str, str]:
+    """Its two sentences."""
     return pair.sentence1, pair.sentence2
 
 
@@ -226,6 +228,7 @@ def train(start: Start, directory: Path, flags: Sequence[str]) -> dict[str, Any]
 
 
 def scores_of(pairs: Sequence[STSPair]) -> np.ndarray:
+    """What people have given, [N]."""
     return np.array([pair.score for pair in pairs])
 
 

@@ -45,9 +45,11 @@ class Timing:
 class Meter(Protocol):
     """Measures a call; tests have one for the CPU."""
 
-    def time(self, run: Callable[[], object]) -> Sample: ...
+    def time(self, run: Callable[[], object]) -> Sample:
+        """Runs it once on the clock."""
 
-    def peak_bytes(self, run: Callable[[], object]) -> int: ...
+    def peak_bytes(self, run: Callable[[], object]) -> int:
+        """Runs it once; the peak above what was there before."""
 
 
 class GpuMeter:

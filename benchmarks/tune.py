@@ -97,6 +97,7 @@ class Row:
 
     @property
     def key(self) -> dict[str, int]:
+        """What the table is looked up by."""
         key = {"head_dim": self.head_dim, "itemsize": self.itemsize}
         return key if self.length is None else key | {"length": self.length}
 
@@ -213,6 +214,7 @@ def choose_compiled(wanted: list[AnyRow], jobs: int | None) -> list[dict[str, An
 
 
 def entry(row: AnyRow, config: Config, figures: dict[str, Any], chosen_by: str) -> dict[str, Any]:
+    """A row of the table."""
     settings = config.blocks | {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return {
         "kernel": row.kernel,
@@ -283,6 +285,7 @@ def place(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--compiled", action="store_true", help="by compiling, without a GPU")

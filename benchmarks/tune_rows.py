@@ -189,6 +189,7 @@ class RowsRow:
 
     @property
     def table(self) -> str:
+        """The file's name."""
         return self.source.name
 
     def launches(self, config: Config, options: Container[str] = ()) -> list[Launch]:

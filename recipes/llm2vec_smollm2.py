@@ -15,6 +15,7 @@ from bivec.engine.run_start import start
 
 
 def main() -> None:
+    """The paper's three steps, STS-B beside each."""
     with start(RECIPE, __doc__) as run:
         run.evaluate("uni", causal=True)
         run.evaluate("uni weighted-mean", causal=True, pooling="weighted_mean")

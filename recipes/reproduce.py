@@ -29,6 +29,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def study_of(arguments: argparse.Namespace) -> Study:
+    """The study that the command line asks for.
+
+    Raises:
+        RunError: ``--only`` names no part, or the run has not trained both stages.
+    """
     asked = frozenset(name.strip() for name in arguments.only.split(","))
     if not asked <= set(PARTS):
         raise RunError(f"--only {min(asked - set(PARTS))!r}: choose of {', '.join(PARTS)}")
@@ -45,6 +50,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--run", type=Path, default=Path("runs/llm2vec-smollm2-135m"), help="of all three steps (default: %(default)s)")

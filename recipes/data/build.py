@@ -158,6 +158,7 @@ def build_words(source: Path, target: Path, slim: Callable[[str], str | None]) -
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description="Makes the data samples of the recipes from the raw public files.")
     parser.add_argument("--wikitext", type=Path, nargs="+", help="WikiText-2 files, word-tokenised")
     parser.add_argument("--stsb-dev", type=Path, help="STS benchmark dev pairs, CSV without a header")
