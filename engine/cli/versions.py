@@ -7,21 +7,21 @@ from importlib import metadata
 from importlib.util import find_spec
 
 PYTHON = "3.10"
-REQUIRED = {"torch": "2.11", "safetensors": "0.4.3", "numpy": "1.26"}  # with the oldest version that does
+REQUIRED = {"torch": "2.11", "safetensors": "0.4.3", "numpy": "2.0"}  # with the oldest version that does
 OPTIONAL = {  # oldest version, and the extra that installs it
     "triton": ("3.6", "all"),
     "transformers": ("5.2", "quickstart"),
     "datasets": ("3.0", "quickstart"),
     "sentencepiece": ("0.2", "quickstart"),
     "gguf": ("0.18", "quickstart"),
-    "scipy": ("1.11", "quickstart"),
-    "tqdm": ("4.66", "quickstart"),
-    "matplotlib": ("3.8", "quickstart"),
+    "scipy": ("1.13", "quickstart"),
+    "tqdm": ("4.66.3", "quickstart"),
+    "matplotlib": ("3.9", "quickstart"),
     "pyyaml": ("6", "quickstart"),
-    "huggingface_hub": ("1.0", "hub"),
+    "huggingface_hub": ("1.3", "hub"),
     "mteb": ("2.6.9", "eval"),
-    "seqeval": ("1.2", "eval"),
-    "scikit-learn": ("1.3", "eval"),
+    "seqeval": ("1.2.2", "eval"),
+    "scikit-learn": ("1.5", "eval"),
     "peft": ("0.18", "integrations"),
     "sentence-transformers": ("5.4", "integrations"),
     "lightning": ("2.5", "integrations"),
