@@ -59,7 +59,7 @@ def chosen_mutants(source: str, sample: int | None, seed: int) -> tuple[list[dic
     zeros = [site for site in sites if site.operator == ZEROS]
     others = [site for site in sites if site.operator != ZEROS]
     if sample is not None and sample < len(others):
-        others = random.Random(seed).sample(others, sample)  # noqa: S311: no secret
+        others = random.Random(seed).sample(others, sample)
     chosen = []
     for site in (*zeros, *sorted(others, key=lambda site: (site.line, site.operator, site.occurrence))):
         changed = mutated(source, site)

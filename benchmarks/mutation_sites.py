@@ -1,7 +1,7 @@
 """The mutants of a Python file: cosmic-ray's core operators, and two of our own.
 
-* ``removed``: a statement with an effect (a call, an assignment to a part of something, ``x += y``, a ``raise``) becomes
-  ``pass``.
+* ``removed``: a statement with an effect (a call, an assignment to a part of something, ``x += y``, a ``raise``)
+  becomes ``pass``.
 * ``zeros``: a public function, method or property gives zeros of the structure of its result: see :func:`zeroed`.
 
 Annotations are left out: every module of ours has ``from __future__ import annotations`` or none to evaluate.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -151,10 +151,8 @@ def _without(source: str, statement: ast.stmt) -> str:
 
 
 def _zeros_sites(source: str) -> Iterator[Site]:
-    occurrence = 0
-    for name, line in _public(ast.parse(source), ""):
+    for occurrence, (name, line) in enumerate(_public(ast.parse(source), "")):
         yield Site(ZEROS, occurrence, line, name)
-        occurrence += 1
 
 
 def _public(tree: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, int]]:
@@ -190,5 +188,3 @@ def diff_of(before: str, after: str) -> tuple[str, str]:
         return " ".join(" ".join(lines[start : len(lines) - end]).split())
 
     return text(old), text(new)
-
-

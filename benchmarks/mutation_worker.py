@@ -2,9 +2,9 @@
 
     python mutation_worker.py JOBS RESULTS           # both JSON lines
 
-The first job has no ``source``: its tests run on the file as it is. What they import of others is then imported here, once;
-each mutant is written into the copy and a fork runs pytest on it, so that a mutant costs what its tests do. A fork has
-a limit of time, which follows from the first job, and of memory.
+The first job has no ``source``: its tests run on the file as it is. What they import of others is then imported here,
+once; each mutant is written into the copy and a fork runs pytest on it, so that a mutant costs what its tests do. A
+fork has a limit of time, which follows from the first job, and of memory.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def run_tests(tests: list[str], timeout: float, note: Path) -> dict[str, Any]:
     """Runs test files in a fork until the first failure.
 
     Returns:
-        ``outcome``: "survived", "killed" or "timeout"; ``by``: the test that failed first, or how it ended; ``seconds``.
+        ``outcome``: "survived", "killed" or "timeout"; ``by``: the test that failed first, or how it ended;
+        ``seconds``.
     """
     note.unlink(missing_ok=True)
     started, pid = time.monotonic(), os.fork()
