@@ -19,7 +19,8 @@ class OptimConfig:
     """Optimiser and schedule of one stage.
 
     Raises:
-        ConfigError: a learning rate, number of steps or clipping bound that is not positive, or a negative warm-up.
+        ConfigError: a learning rate, number of steps, horizon or clipping bound that is not positive, a learning rate
+            that is infinite, or a negative warm-up.
     """
 
     learning_rate: float
@@ -32,10 +33,13 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # of all gradients together; float("inf") = no clipping
 
     def __post_init__(self) -> None:
-        if not (self.learning_rate > 0 and self.steps > 0 and self.max_grad_norm > 0 and self.warmup_steps >= 0):
+        horizon = self.steps if self.horizon is None else self.horizon
+        positive = self.steps > 0 and horizon > 0 and self.max_grad_norm > 0
+        if not (positive and 0 < self.learning_rate < float("inf") and self.warmup_steps >= 0):
             raise ConfigError(
-                "learning_rate, steps and max_grad_norm must be positive and warmup_steps not negative, got "
-                f"{self.learning_rate}, {self.steps}, {self.max_grad_norm} and {self.warmup_steps}"
+                "learning_rate (finite), steps, horizon and max_grad_norm must be positive and warmup_steps not "
+                f"negative, got {self.learning_rate}, {self.steps}, {self.horizon}, {self.max_grad_norm} and "
+                f"{self.warmup_steps}"
             )
 
 

@@ -15,6 +15,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# the same examples in every run, whatever the machine's speed: a failure here is a failure everywhere
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # `pytest -n`: a worker for each CPU, with one thread each
     torch.set_num_threads(1)

@@ -112,6 +112,75 @@ def test_draws_depend_on_seed_and_sample_alone(data, lengths, seed, probability)
         assert alone.targets.tolist() == whole.targets[inside].tolist()
 
 
+def masked_by_hand(ids, special, config, seed, sample):
+    """What mask_batch does to one sequence, token by token: (tokens, positions with a loss)."""
+    words = np.random.Philox(key=np.array([seed, sample], np.uint64), counter=[0, 0, 0, 2]).random_raw(3 * len(ids))
+    words = [int(word) for word in words]
+    share = {"bert": 80, "all_mask": 100}[config.style]
+    tokens, scored = list(ids), []
+    for i in range(len(ids)):
+        choice, kind = ((word >> 11) / 2**53 for word in (words[i], words[len(ids) + i]))
+        if special[i] or choice >= config.probability:
+            continue
+        if kind < share / 100:
+            tokens[i] = config.mask_token_id
+        elif kind < 0.8 + 0.1:
+            tokens[i] = words[2 * len(ids) + i] % config.vocab_size
+        if i > 0:
+            scored.append(i)
+    return tokens, scored
+
+
+@few
+@given(
+    data=st.data(),
+    lengths=st.lists(st.integers(0, 30), max_size=6),
+    seed=st.integers(0, 2**64 - 1),
+    style=st.sampled_from(["bert", "all_mask"]),
+    probability=st.floats(0.01, 1.0),
+)
+def test_equal_to_masking_by_hand(data, lengths, seed, style, probability):
+    sequences = [data.draw(st.lists(st.integers(0, VOCAB - 1), min_size=n, max_size=n)) for n in lengths]
+    special = [data.draw(st.lists(st.booleans(), min_size=n, max_size=n)) for n in lengths]
+    samples = data.draw(st.lists(st.integers(0, 2**38), min_size=len(lengths), max_size=len(lengths)))
+    settings_ = config(style=style, probability=probability)
+    batch = mask_batch(sequences, special, settings_, seed=seed, sample_ids=samples)
+    tokens, index, targets = [], [], []
+    for ids, flags, sample in zip(sequences, special, samples, strict=True):
+        after, scored = masked_by_hand(ids, flags, settings_, seed, sample)
+        index += [len(tokens) + i - 1 for i in scored]
+        targets += [ids[i] for i in scored]
+        tokens += after
+    assert batch.batch.input_ids.tolist() == tokens
+    assert batch.index.tolist() == index and batch.targets.tolist() == targets
+    assert batch.batch.sample_ids.tolist() == samples
+    assert batch.batch.cu_seqlens.tolist() == np.cumsum([0, *lengths]).tolist()
+
+
+@few
+@given(
+    data=st.data(),
+    length=st.integers(1, 40),
+    seed=st.integers(0, 2**64 - 1),
+    probabilities=st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)).map(sorted),
+)
+def test_more_is_hidden_with_a_higher_probability_and_nothing_special(data, length, seed, probabilities):
+    """The same tokens and more; a flag for one token changes nothing but that token; the style changes no choice."""
+    ids = list(range(10, 10 + length))
+    special = data.draw(st.lists(st.booleans(), min_size=length, max_size=length))
+    flagged = data.draw(st.integers(0, length - 1))
+
+    def scored(probability, flags, style="bert"):
+        batch = mask_batch([ids], [flags], config(probability=probability, style=style), seed=seed, sample_ids=[5])
+        return set(batch.targets.tolist())
+
+    few_, many = (scored(probability, special) for probability in probabilities)
+    assert few_ <= many <= {token for token, flag in zip(ids[1:], special[1:], strict=True) if not flag}
+    assert scored(probabilities[1], special, "all_mask") == many
+    more_flags = [*special[:flagged], True, *special[flagged + 1 :]]
+    assert scored(probabilities[1], more_flags) == many - {ids[flagged]}
+
+
 def test_other_seeds_and_samples_meet_other_masks():
     ids, special = blocks(1, 64)
     seen = {

@@ -63,8 +63,11 @@ def test_bad_steps():
         indices_for_step(31, 32, 0, 0)
     with pytest.raises(ValueError, match="got 0 and 1"):
         indices_for_step(31, 0, 0, 1)
-    with pytest.raises(ValueError, match="0 or more"):
-        epoch_order(5, -1, 0)
+    with pytest.raises(ValueError, match="5 and -1"):
+        indices_for_step(31, 5, 0, -1)
+    for arguments in ((-1, 0, 0), (5, -1, 0), (5, 0, -1)):
+        with pytest.raises(ValueError, match="got {}, {} and {}".format(*arguments)):
+            epoch_order(*arguments)
 
 
 @few
@@ -85,6 +88,47 @@ def test_budgets_are_kept(lengths, budget, max_sequences):
     for batch, following in pairwise(batches):  # no batch is closed before it is full
         full = sum(lengths[index] for index in batch) + lengths[following[0]] > budget
         assert full or len(batch) == max_sequences
+
+
+def batches_by_hand(lengths, budget, max_sequences):
+    """The rule of token_budget_batches as a reader would carry it out."""
+    left = sorted(range(len(lengths)), key=lambda index: -lengths[index])  # stable
+    batches = []
+    while left:
+        batch = [left.pop(0)]
+        while left and sum(lengths[i] for i in [*batch, left[0]]) <= budget and len(batch) != max_sequences:
+            batch.append(left.pop(0))
+        batches.append(batch)
+    return batches
+
+
+@few
+@given(
+    lengths=st.lists(st.integers(0, 50), max_size=40),
+    budget=st.integers(1, 120),
+    max_sequences=st.none() | st.integers(1, 5),
+    data=st.data(),
+)
+def test_batches_are_those_of_the_rule_in_any_order_of_the_input(lengths, budget, max_sequences, data):
+    batches = token_budget_batches(lengths, budget, max_sequences)
+    assert batches == batches_by_hand(lengths, budget, max_sequences)
+    assert all(type(index) is int for batch in batches for index in batch)
+    assert batches == token_budget_batches(np.array(lengths, np.int32), budget, max_sequences)
+    order = data.draw(st.permutations(range(len(lengths))))
+    mixed = [lengths[i] for i in order]
+    taken = [[mixed[i] for i in batch] for batch in token_budget_batches(mixed, budget, max_sequences)]
+    assert taken == [[lengths[i] for i in batch] for batch in batches]
+
+
+@few
+@given(data=st.data(), n=st.integers(2, 60), seed=seeds)
+def test_a_smaller_batch_takes_the_same_order(data, n, seed):
+    """Two steps of half the size are one of the whole, up to what an epoch drops at its end."""
+    half = data.draw(st.integers(1, n // 2))
+    for step in range(n // (2 * half)):
+        whole = indices_for_step(n, 2 * half, seed, step)
+        parts = [indices_for_step(n, half, seed, 2 * step + part) for part in (0, 1)]
+        np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
 def test_bad_budgets():

@@ -1,5 +1,7 @@
 """Dataclasses from files: every field of its type."""
 
+from dataclasses import replace
+
 import pytest
 
 from bivec.engine.encoder_config import EncoderConfig
@@ -10,8 +12,14 @@ from bivec.engine.trainer import StepMetrics
 
 
 def test_what_we_write_is_right():
-    check_types(StageResult("uni", "mean", 47, None))
-    check_types(StepMetrics("mntp", 1, 2.5, 1e-3, 1, 10, 5.0, 9))
+    """A whole number where a float is expected, None where that may be, and the same with one field of another type."""
+    for right, wrong in (
+        (StageResult("uni", "mean", 47, None), {"pooling": 5}),
+        (StepMetrics("mntp", 1, 2.5, 1e-3, 1, 10, 5.0, 9), {"stage": None}),
+    ):
+        check_types(right)
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is "):
+            check_types(replace(right, **wrong))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bivec.engine.errors import DataError
+from bivec.engine.packing import epoch_order
 from bivec.engine.triple_batches import TripleBatches
 from bivec.engine.triples import load_triples
+from bivec.kernels import fold_seed
 
 few = settings(max_examples=40, deadline=None)
 
@@ -60,6 +62,31 @@ def test_an_epoch_takes_whole_chunks_of_every_set(data, sizes, seed):
             visited = [row for rows in chunks for row in rows]
             assert len(chunks) == size // batch_size and all(len(rows) == batch_size for rows in chunks)
             assert len(set(visited)) == len(visited) and set(visited) <= set(range(size))
+
+
+@few
+@given(
+    data=st.data(),
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any),
+    seed=st.integers(0, 2**64 - 1),
+    first=st.integers(0, 12),
+)
+def test_equal_to_shuffling_by_hand_and_resumable_at_any_step(data, sizes, seed, first):
+    """Rows of every set shuffled and cut, then the chunks of all shuffled; a fresh object begins anywhere."""
+    batch_size = data.draw(st.integers(1, max(sizes)))
+    expected = []
+    for epoch in range(first + 3):
+        orders = [epoch_order(size, fold_seed(seed, 1, which), epoch) for which, size in enumerate(sizes)]
+        chunks = [
+            (which, order[start : start + batch_size].tolist())
+            for which, order in enumerate(orders)
+            for start in range(0, len(order) - batch_size + 1, batch_size)
+        ]
+        expected += [chunks[place] for place in epoch_order(len(chunks), fold_seed(seed, 0), epoch)]
+    resumed = batches_of(sizes, batch_size, seed)
+    for step in range(first, first + 3):
+        which, rows = resumed.rows(step)
+        assert (which, rows.tolist()) == expected[step]
 
 
 def test_any_step_can_be_had_at_once():

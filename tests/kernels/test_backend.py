@@ -38,10 +38,12 @@ def test_the_default_is_triton_on_a_gpu_that_has_it(monkeypatch):
 
 @pytest.mark.parametrize("op", CALLS)
 def test_every_op_runs_with_torch(op, monkeypatch):
-    CALLS[op]()
-    CALLS[op](backend="torch")
+    found = [CALLS[op](), CALLS[op](backend="torch")]
     monkeypatch.setenv("BIVEC_BACKEND", "torch")
-    CALLS[op]()
+    found.append(CALLS[op]())
+    first, *others = ([x] if isinstance(x, torch.Tensor) else list(x) for x in found)
+    assert all(x.isfinite().all() for x in first)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("op", CALLS)

@@ -251,6 +251,7 @@ def test_nothing_stalls_a_gpu(monkeypatch):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert hidden.grad.isfinite().all()
 
 
 def test_no_value_is_read_and_sequences_need_no_sort():

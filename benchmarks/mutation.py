@@ -1,0 +1,259 @@
+"""Would the tests notice a mistake? Mutation testing of packing, masking, losses and schedule.
+
+    pip install cosmic-ray==8.7.0
+    python benchmarks/mutation.py                     # all parts
+    python benchmarks/mutation.py --only masking      # one; the other parts of the report stay as they are
+    python benchmarks/mutation.py --sample 100        # at most so many mutants of a file, drawn with --seed
+
+Each mutant is a copy of the repository with one small change to one file (benchmarks/mutation_sites.py says which);
+the tests of that file are run on it until the first failure. A mutant is killed when a test fails, or when its tests
+do not end in their time; it survives when all pass. Survivors that no input tells from the original, and survivors
+that are left, are named with the reason in benchmarks/mutation_survivors.json; any other is listed as unexplained.
+
+Writes mutation.json and mutation.md into benchmarks/results, or ``--output DIR``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mutation_sites import ZEROS, diff_of, mutated, same_program, sites_of
+from timing import describe_run
+
+ROOT = Path(__file__).resolve().parents[1]
+SURVIVORS = ROOT / "benchmarks" / "mutation_survivors.json"
+INFO_NCE, CROSS_ENTROPY = ("tests/kernels/test_info_nce.py",), ("tests/kernels/test_linear_cross_entropy.py",)
+PACKING = ("tests/engine/test_packing.py", "tests/models/test_batch.py", "tests/engine/test_triple_batches.py")
+PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # part -> file -> its tests
+    "packing": {"engine/packing.py": PACKING, "models/batch.py": PACKING, "engine/triple_batches.py": PACKING},
+    "masking": {"engine/masking.py": ("tests/engine/test_masking.py",)},
+    "losses": {
+        "kernels/info_nce.py": INFO_NCE,
+        "kernels/info_nce_plan.py": INFO_NCE,
+        "kernels/info_nce_torch.py": INFO_NCE,
+        "kernels/linear_cross_entropy.py": CROSS_ENTROPY,
+        "kernels/linear_cross_entropy_torch.py": CROSS_ENTROPY,
+        "engine/objectives.py": ("tests/engine/test_objectives.py",),
+    },
+    "schedule": {"engine/optim.py": ("tests/engine/test_optim.py",)},
+}
+
+
+def chosen_mutants(source: str, sample: int | None, seed: int) -> tuple[list[dict[str, Any]], int]:
+    """The mutants of a file to be tested, and how many it has. Those of ``zeros`` are always among them."""
+    sites = sites_of(source)
+    zeros = [site for site in sites if site.operator == ZEROS]
+    others = [site for site in sites if site.operator != ZEROS]
+    if sample is not None and sample < len(others):
+        others = random.Random(seed).sample(others, sample)
+    chosen = []
+    for site in (*zeros, *sorted(others, key=lambda site: (site.line, site.operator, site.occurrence))):
+        changed = mutated(source, site)
+        if same_program(source, changed):
+            continue
+        before, after = (site.name, "zeros") if site.operator == ZEROS else diff_of(source, changed)
+        one = {"operator": site.operator, "line": site.line, "before": before, "after": after, "source": changed}
+        chosen.append(one)
+    return chosen, len(sites)
+
+
+def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any]]:
+    """Results of jobs as they come, by a process that sees the copy of the repository alone.
+
+    Raises:
+        RuntimeError: the process ended early.
+    """
+    sent, found = folder / "jobs", folder / "results"
+    sent.write_text("".join(json.dumps(job) + "\n" for job in jobs), encoding="utf-8")
+    found.write_text("", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
+    environment |= {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "mutation_worker.py"), str(sent), str(found)]
+    with subprocess.Popen(command, cwd=folder / "repository", env=environment) as worker, found.open() as results:
+        seen = 0
+        while seen < len(jobs):
+            line = results.readline()
+            if line:
+                seen += 1
+                yield json.loads(line)
+            elif worker.poll() is not None:
+                raise RuntimeError(f"the worker ended with {worker.returncode} after {seen} of {len(jobs)} jobs")
+            else:
+                time.sleep(0.05)
+
+
+def copied(folder: Path) -> None:
+    """The files that git tracks or would, with their bytecode, and a folder from which they are imported."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / "repository" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / "repository" / name)
+    (folder / "site").mkdir()
+    (folder / "site" / "bivec").symlink_to(folder / "repository")
+    compileall.compile_dir(folder / "repository", quiet=2)
+
+
+def test_file(file: str, tests: Sequence[str], sample: int | None, seed: int, folder: Path) -> dict[str, Any]:
+    """Tests the mutants of one file.
+
+    Raises:
+        RuntimeError: the tests fail on the file as it is.
+    """
+    source = (ROOT / file).read_text(encoding="utf-8")
+    mutants, possible = chosen_mutants(source, sample, seed)
+    job = {"file": str(folder / "repository" / file), "tests": list(tests)}
+    jobs = [job | {"source": None}, *(job | {"source": one["source"]} for one in mutants)]
+    results = run_jobs(jobs, folder)
+    whole = next(results)
+    if whole["outcome"] != "survived":
+        raise RuntimeError(f"{file}: its tests fail as it is: {whole}")
+    for number, (one, result) in enumerate(zip(mutants, results, strict=True), 1):
+        del one["source"]
+        one |= {"outcome": result["outcome"], "by": result["by"].rpartition("/")[2]}
+        if one["outcome"] != "killed" or number % 50 == 0:
+            print(f"{file}:{one['line']} {number}/{len(mutants)} {one['outcome']}: {one['before']} -> {one['after']}")
+            sys.stdout.flush()
+    return {"tests": list(tests), "possible": possible, "seconds": whole["seconds"], "mutants": mutants}
+
+
+def explained(file: str, mutants: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mutants, the survivors with their ``kind``: "equivalent", "left" or "unexplained", and its ``reason``."""
+    reasons = {(one["file"], one["before"], after): one for one in known for after in one["after"]}
+    found = []
+    for one in mutants:
+        reason = reasons.get((file, one["before"], one["after"]), {"kind": "unexplained", "reason": ""})
+        extra = {} if one["outcome"] != "survived" else {"kind": reason["kind"], "reason": reason["reason"]}
+        found.append(one | extra)
+    return found
+
+
+def counts_of(mutants: Sequence[dict[str, Any]]) -> Counter[str]:
+    """How many of each outcome; survivors by their kind."""
+    return Counter(one.get("kind", one["outcome"]) for one in mutants)
+
+
+def kill_rate(counts: Counter[str]) -> float:
+    """Killed, timeouts among them, of all that are not equivalent; in percent."""
+    killed, alive = counts["killed"] + counts["timeout"], counts["left"] + counts["unexplained"]
+    return 100 * killed / (killed + alive)
+
+
+def row_of(name: str, possible: int, mutants: Sequence[dict[str, Any]]) -> str:
+    """A row of the table."""
+    counts = counts_of(mutants)
+    zeros = [one for one in mutants if one["operator"] == ZEROS]
+    noticed = sum(one["outcome"] != "survived" for one in zeros)
+    columns = [name, possible, len(mutants), counts["killed"], counts["timeout"], counts["equivalent"]]
+    columns += [counts["left"], counts["unexplained"], f"{kill_rate(counts):.1f} %", f"{noticed} of {len(zeros)}"]
+    return "| " + " | ".join(map(str, columns)) + " |"
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The report."""
+    lines = [
+        "# Mutation testing",
+        "",
+        "Would the tests notice a mistake? One small change to one file at a time, then the tests of that file until",
+        "the first failure. Columns: mutants the file has, tested (a seeded sample where fewer), killed by a test,",
+        "stopped by the limit of time (killed as well), equivalent (no input tells them from the original), left (they",
+        "change speed, memory or what other tests see), unexplained; killed of those not equivalent; and of the public",
+        "functions how many fail their tests when they give zeros. `zeros` and `removed` (a statement is left out) are",
+        "ours, the other operators cosmic-ray's.",
+        "",
+    ]
+    for name, part in document["parts"].items():
+        run = part["run"]
+        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items() if version)
+        lines += [f"* {name}: `{run['command']}`, {run['date'][:10]}, {run['host']}; {versions}."]
+    head = "| | mutants | tested | killed | time | equivalent | left | unexplained | kill rate | zeros noticed |"
+    lines += ["", head, "|---|" + "---|" * 9]
+    for name, part in document["parts"].items():
+        everything = [one for file in part["files"].values() for one in file["mutants"]]
+        possible = sum(file["possible"] for file in part["files"].values())
+        lines.append(row_of(f"**{name}**", possible, everything))
+        if len(part["files"]) > 1:
+            lines += [row_of(file, found["possible"], found["mutants"]) for file, found in part["files"].items()]
+    lines += ["", "## Every survivor", ""]
+    for part in document["parts"].values():
+        for file, found in part["files"].items():
+            lines += _survivors(file, found["mutants"])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _survivors(file: str, mutants: Sequence[dict[str, Any]]) -> list[str]:
+    alive: dict[tuple[str, str, str], list[str]] = {}
+    for one in mutants:
+        if one["outcome"] == "survived":
+            alive.setdefault((one["before"], one["kind"], one["reason"]), []).append(one["after"])
+    if not alive:
+        return []
+    lines = [f"### {file}", ""]
+    for (before, kind, reason), after in alive.items():
+        lines.append(f"* {kind}{f': {reason}' if reason else ''}")
+        lines += ["  ```diff", f"  - {before}", *(f"  + {text}" for text in after), "  ```"]
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: all)")
+    parser.add_argument("--sample", type=int, help="mutants of a file (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument("--explain", action="store_true", help="test nothing, read the reasons of survivors again")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
+    given = parser.parse_args()
+    target = given.output / "mutation.json"
+    document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"parts": {}}
+    for name in () if given.explain else given.only:
+        with tempfile.TemporaryDirectory() as folder:
+            copied(Path(folder))
+            files = {
+                file: test_file(file, tests, given.sample, given.seed, Path(folder))
+                for file, tests in PARTS[name].items()
+            }
+        document["parts"][name] = {"run": described(), "files": files}
+        _write(document, target)
+    _write(document, target)
+    print(target.with_suffix(".md").read_text(encoding="utf-8").partition("## Every")[0])
+
+
+def described() -> dict[str, Any]:
+    """Of this run: command, date, machine, versions of what matters here."""
+    import importlib.metadata
+
+    run = describe_run(torch.device("cpu"))
+    for package in ("pytest", "hypothesis", "cosmic_ray"):
+        run["versions"][package] = importlib.metadata.version(package)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    run["versions"] = {key: run["versions"][key] for key in ("python", "torch", "pytest", "hypothesis", "cosmic_ray")}
+    return {key: run[key] for key in ("command", "date", "host", "versions")} | {"commit": commit.stdout.strip()}
+
+
+def _write(document: dict[str, Any], target: Path) -> None:
+    known = json.loads(SURVIVORS.read_text(encoding="utf-8"))
+    for part in document["parts"].values():
+        for file, found in part["files"].items():
+            found["mutants"] = explained(file, found["mutants"], known)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    target.with_suffix(".md").write_text(markdown(document), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
