@@ -100,11 +100,13 @@ def report(case: Case, architecture: str) -> list[Report]:
     Raises:
         RuntimeError: a kernel does not compile, or Triton's interpreter is on.
     """
-    outcomes = reports([(launch, architecture) for launch in _launches(case, architecture)])
-    for outcome in outcomes:
+    found: list[Report] = []
+    for outcome in reports([(launch, architecture) for launch in _launches(case, architecture)]):
         if isinstance(outcome, Failure):
-            raise RuntimeError(f"{outcome.kernel} does not compile for {architecture}: {outcome.error}")
-    return outcomes
+            message = f"{outcome.kernel} does not compile for {architecture}: {outcome.error}"
+            raise RuntimeError(message)  # noqa: TRY004 - a kernel is at fault, no argument
+        found.append(outcome)
+    return found
 
 
 def _launches(case: Case, architecture: str) -> list[Launch]:
@@ -135,7 +137,7 @@ def _write_cache(key: str, entry: Report) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(asdict(entry)), encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _reports(launches: Sequence[tuple[Launch, str]], processes: int) -> tuple[list[Report | Failure], dict[str, int]]:
@@ -155,7 +157,7 @@ def _try_job(launch: Launch, architecture: str) -> Job | Failure:
     backend_for(architecture)  # raises on what is the caller's mistake, not a kernel's
     try:
         return specialise(launch, architecture)
-    except Exception as error:  # an argument that Triton cannot specialise, for instance
+    except Exception as error:  # noqa: BLE001 - an argument that Triton cannot specialise, for instance
         return Failure(launch.kernel.__name__, architecture, _first_lines(error))
 
 
@@ -205,7 +207,7 @@ _worker_folder = ""
 
 
 def _start_worker(chunks: list[list[Job]], folder: str) -> None:
-    global _worker_folder
+    global _worker_folder  # noqa: PLW0603 - a worker is a process, which this starts
     gc.disable()  # looking for cycles takes a tenth of the time, and finds none that a chunk's end would not
     _worker_chunks[:] = chunks
     _worker_folder = folder
@@ -214,7 +216,9 @@ def _start_worker(chunks: list[list[Job]], folder: str) -> None:
 
 def _exit_with_parent() -> None:
     """A worker would wait for work forever if the command was killed."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os._exit(1)
 
 
@@ -274,7 +278,7 @@ def rows(cases: Sequence[Case], architectures: Sequence[str], jobs: int) -> tupl
                 made = _launches(case, architecture)
                 missing = case.matmul - {launch.kernel.__name__ for launch in made}
                 error = f"does not launch {', '.join(sorted(missing)) or 'any kernel'}" if missing or not made else ""
-            except Exception as failure:  # of any kind: the next cases are still to be checked
+            except Exception as failure:  # noqa: BLE001 - of any kind: the next cases are still to be checked
                 made, error = [], _first_lines(failure)
             if error:
                 broken.append(Row(case.family, case.label, Failure("(the call)", architecture, error), (error,)))
@@ -305,7 +309,7 @@ def _problems(outcome: Report | Failure, case: Case) -> tuple[str, ...]:
     return tuple(problems)
 
 
-_COLUMNS = (
+_COLUMNS: tuple[tuple[str, Callable[[Report], object]], ...] = (
     ("arch", lambda r: r.architecture),
     ("kernel", lambda r: r.kernel),
     ("config", lambda r: " ".join(re.sub("BLOCK_|num_", "", name) + f"={value}" for name, value in r.config.items())),
@@ -327,16 +331,19 @@ _COLUMNS = (
 
 def _table(table_rows: Sequence[Row]) -> str:
     lines = [["family", "case", *(name for name, _ in _COLUMNS)]]
-    for row in table_rows:
-        if isinstance(row.outcome, Report):
-            lines.append([row.family, row.label, *(str(value(row.outcome)) for _, value in _COLUMNS)])
+    lines += [
+        [row.family, row.label, *(str(value(row.outcome)) for _, value in _COLUMNS)]
+        for row in table_rows
+        if isinstance(row.outcome, Report)
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _load_cases(where: str) -> list[Case]:
     module, _, function = where.partition(":")
-    return getattr(importlib.import_module(module), function or "cases")()
+    cases: list[Case] = getattr(importlib.import_module(module), function or "cases")()
+    return cases
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -110,6 +110,8 @@ class Report:
 
 @dataclass(frozen=True)
 class Compiled:
+    """A compiled kernel."""
+
     report: Report
     binary: bytes  # cubin or hsaco
     assembly: str  # SASS or amdgcn
@@ -151,6 +153,7 @@ def compile_launch(launch: Launch, architecture: str) -> Compiled:
 
 @cache
 def backend_for(architecture: str) -> Any:
+    """Triton's compiler backend for ``architecture``; raises as :func:`compile_launch`."""
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is on: Triton's interpreter cannot compile; unset it for this process")
     if architecture not in ARCHITECTURES:
@@ -164,8 +167,11 @@ def backend_for(architecture: str) -> Any:
 
 
 def specialise(launch: Launch, architecture: str) -> Job:
-    """Specialises ``launch`` with the very functions of ``JITFunction.run``: their rules differ from one Triton
-    release to the next (pointers within 2 GB on AMD, for instance), and a copy of them would drift."""
+    """Specialises ``launch`` with the very functions of ``JITFunction.run``.
+
+    Their rules differ from one Triton release to the next (pointers within 2 GB on AMD, for instance), and a copy of
+    them would drift.
+    """
     backend = backend_for(architecture)
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler import ASTSource
@@ -176,7 +182,8 @@ def specialise(launch: Launch, architecture: str) -> Job:
     arguments = launch.arguments | {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, extra = binder(**arguments)
-    options, signature, constexprs, attributes = kernel._pack_args(backend, arguments, bound, specialization, extra)
+    pack = kernel._pack_args  # noqa: SLF001 - what ``run`` calls
+    options, signature, constexprs, attributes = pack(backend, arguments, bound, specialization, extra)
     source = ASTSource(kernel, signature, constexprs, attributes)
     # Triton's own key: the text of the kernel and of all it calls, signature, constexprs, attributes, options,
     # environment, and the files of Triton and ptxas
@@ -216,7 +223,7 @@ def compile_jobs(jobs: Sequence[Job]) -> list[Compiled | Exception]:
             with contextlib.redirect_stdout(log):
                 kernel = triton.compile(job.source, target=target, options=job.options)
             outcomes.append((job, kernel, log.getvalue()))
-        except Exception as error:  # of any kind: Triton, MLIR and ptxas each have their own
+        except Exception as error:  # noqa: BLE001 - Triton, MLIR and ptxas each have their own kinds
             outcomes.append(error)
     compiled = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
     if architecture.startswith("gfx"):
@@ -226,7 +233,8 @@ def compile_jobs(jobs: Sequence[Job]) -> list[Compiled | Exception]:
     readings = iter(read)
     for index, outcome in enumerate(outcomes):
         if not isinstance(outcome, Exception):
-            outcomes[index] = _compiled(*outcome, *next(readings))
+            job, kernel, log = outcome
+            outcomes[index] = _compiled(job, kernel, log, *next(readings))
     return outcomes
 
 
@@ -338,7 +346,7 @@ def _code(cubin: bytes) -> bytes:
 
 
 def _run(*command: str) -> str:
-    finished = subprocess.run(command, capture_output=True, text=True)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"{Path(command[0]).name} failed: {finished.stderr.strip()}")
     return finished.stdout

@@ -11,6 +11,7 @@ from importlib import import_module
 from itertools import product
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from bivec.kernels.attention_tiles import Problem
 from bivec.kernels.tuning import ARCHITECTURES, has_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"left": 64, "right": 64},  # causal is the window (-1, 0)
     "softcap": {"softcap": 50.0},

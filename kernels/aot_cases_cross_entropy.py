@@ -6,6 +6,7 @@ python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases_cross_entrop
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,7 +14,9 @@ from bivec.kernels.aot import Case
 from bivec.kernels.linear_cross_entropy_triton import sweep
 
 ROWS, WIDTH = 64, 128  # the kernel sees neither
-CALLS = {  # dtype, vocabulary, and what differs from a step with a frozen head
+CALLS: dict[
+    str, tuple[torch.dtype, int, dict[str, Any]]
+] = {  # dtype, vocabulary, and what differs from a step with a frozen head
     "bf16 V32000": (torch.bfloat16, 32000, {}),
     "bf16 V32000 softcap": (torch.bfloat16, 32000, {"softcap": 30.0}),
     "bf16 V32000 row scale": (torch.bfloat16, 32000, {"want_weight": True}),
@@ -34,7 +37,7 @@ def run(dtype: torch.dtype, vocab: int, *, softcap: float | None = None, **wante
 
     wanted = {"want_rows": True, "want_weight": False} | wanted
     row_scale = empty(ROWS, dtype=torch.float32) if wanted["want_weight"] else None
-    options = {"ignore_index": -100, "softcap": softcap, "workspace_bytes": None}
+    options: dict[str, Any] = {"ignore_index": -100, "softcap": softcap, "workspace_bytes": None}
     sweep(empty(ROWS, WIDTH), empty(vocab, WIDTH), empty(ROWS, dtype=torch.int64), None, row_scale, **options, **wanted)
 
 

@@ -6,6 +6,7 @@ python -m bivec.kernels.aot --check --cases bivec.kernels.aot_cases_layers:cases
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ def cases() -> list[Case]:
 
     fp16 differs from bf16 by a cast only: it is compiled with all options, backward.
     """
-    norms = (  # dtype, D, residual, gradient of the sum, dweight, passes
+    norms: tuple[tuple[Any, ...], ...] = (  # dtype, D, residual, gradient of the sum, dweight, passes
         ("bf16 d4096 plain", BF16, 4096, False, False, False),
         ("bf16 d4096 residual", BF16, 4096, True, True, False),
         ("bf16 d4096 dweight", BF16, 4096, False, False, True, "backward"),
@@ -60,13 +61,13 @@ def cases() -> list[Case]:
         ("fp32 d4096 all", FP32, 4096, True, True, True),
         ("fp32 d576 all", FP32, 576, True, True, True, "backward"),
     )
-    rotations = (
+    rotations: tuple[tuple[Any, ...], ...] = (
         ("bf16 h32/8 d128", BF16, 32, 8, 128),
         ("bf16 h28/4 d80", BF16, 28, 4, 80),
         ("fp16 h32/32 d64", FP16, 32, 32, 64),
         ("fp32 h9/3 d64", FP32, 9, 3, 64),
     )
-    units = (("bf16", BF16), ("fp16", FP16, "backward"), ("fp32", FP32))
+    units: tuple[tuple[Any, ...], ...] = (("bf16", BF16), ("fp16", FP16, "backward"), ("fp32", FP32))
     return [
         *(Case("rms_norm", label, partial(run_rms_norm, *options), frozenset()) for label, *options in norms),
         *(Case("rotary", label, partial(run_rotary, *options), frozenset()) for label, *options in rotations),

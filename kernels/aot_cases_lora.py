@@ -18,12 +18,14 @@ TOKENS, IN, OUT = 4096, 4096, 1024
 KERNELS = frozenset({"lora_project", "lora_update", "lora_gradient"})
 PASSES = ("forward", "backward")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CALLS = {  # dtypes of the base and of the LoRA matrices, rank, projections, dropout, and what differs from a whole step
+CALLS: dict[
+    str, tuple[Any, ...]
+] = {  # dtypes of the base and of the LoRA matrices, rank, projections, dropout, and what differs from a whole step
     "bf16 fp32 r16 x3 dropout": (BF16, FP32, 16, 3, 0.05, {}),
     "bf16 bf16 r16": (BF16, BF16, 16, 1, 0.0, {"passes": ("backward",)}),
     "fp32 fp32 r16 x2 dropout": (FP32, FP32, 16, 2, 0.05, {"passes": ("backward",), "want_bs": False}),
 }
-OTHER_CALLS = {
+OTHER_CALLS: dict[str, tuple[Any, ...]] = {
     "bf16 fp32 r16": (BF16, FP32, 16, 1, 0.0, {}),
     "bf16 fp32 r64 x2 dropout": (BF16, FP32, 64, 2, 0.05, {}),
     "bf16 bf16 r64 x2 dropout": (BF16, BF16, 64, 2, 0.05, {}),

@@ -31,17 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bivec.kernels.attention_torch import (
-    Layout,
-    LengthGroups,
-    Options,
-    build_layout,
-    explicit_attention,
-    fused_attention,
-    hidden_keys,
-    length_groups,
-    prefers_explicit,
-)
+from bivec.kernels.attention_layout import Layout, LengthGroups, Options, build_layout, hidden_keys, length_groups
+from bivec.kernels.attention_torch import explicit_attention, fused_attention, prefers_explicit
 from bivec.kernels.backend import BackendError, checks_values, resolve
 from bivec.kernels.dropout import attention_keep_mask, check_dropout, seed_tensor
 
@@ -221,7 +212,8 @@ def flash_attention(
         >>> flash_attention(q, k, v, cu_seqlens, max_seqlen=5).shape
         torch.Size([8, 4, 16])
     """
-    _check_operands(q, k, v, cu_seqlens, max_seqlen)
+    _check_operands(q, k, v, cu_seqlens)
+    _check_bound(max_seqlen)
     _check_options(window, softcap)
     check_dropout(dropout_p, seed, "flash_attention")
     chosen = resolve(backend, "flash_attention", q.device)
@@ -232,11 +224,13 @@ def flash_attention(
         sample_ids = torch.arange(plan.order.numel(), device=q.device)
     _check_keys(seed, sample_ids, plan.order.numel(), q.device)
     scale = softmax_scale if softmax_scale is not None else q.shape[-1] ** -0.5
-    window = tuple(window) if window is not None else None
+    window = (window[0], window[1]) if window is not None else None  # a list would be no key of the plan's masks
     options = Options(scale, softcap, causal, window, dropout_p)
-    run = _triton_attention if chosen == "triton" else _torch_attention
-    out, lse = run(q, k, v, plan, max_seqlen, options, seed, sample_ids, return_lse)
-    return (out, lse) if return_lse else out
+    if chosen == "triton":
+        out, lse = _triton_attention(q, k, v, plan, max_seqlen, options, seed, sample_ids, return_lse)
+    else:
+        out, lse = _torch_attention(q, k, v, plan, options, seed, sample_ids, return_lse)
+    return out if lse is None else (out, lse)
 
 
 def _torch_attention(
@@ -244,7 +238,6 @@ def _torch_attention(
     k: Tensor,
     v: Tensor,
     plan: AttentionPlan,
-    max_seqlen: int,
     options: Options,
     seed: int | Tensor | None,
     sample_ids: Tensor | None,
@@ -296,8 +289,8 @@ def _triton_attention(
         left,
         right,
         options.dropout_p,
-        seed_tensor(seed, q.device) if dropped else None,
-        sample_ids.contiguous() if dropped else None,
+        seed_tensor(seed, q.device) if dropped and seed is not None else None,
+        sample_ids.contiguous() if dropped and sample_ids is not None else None,
     )
     return out, lse2.detach() * math.log(2.0) if want_lse else None
 
@@ -311,15 +304,16 @@ def _with_int32_offsets(x: Tensor) -> Tensor:
     return x.contiguous() if far else x
 
 
-def _check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+def _check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None:
     op = "flash_attention"
+    for name, x in (("q", q), ("k", k), ("v", v), ("cu_seqlens", cu_seqlens)):
+        if x.device != q.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}; move it")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3 or 0 in x.shape[1:]:
             raise ValueError(f"{op}: {name} must have shape [tokens, heads, head_dim], got {tuple(x.shape)}")
         if not x.dtype.is_floating_point or x.dtype != q.dtype:
             raise ValueError(f"{op}: {name} must be floating point and of one dtype with q ({q.dtype}), got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{op}: {name} is on {x.device}, q on {q.device}; move it")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{op}: the last dimension of {name} must be contiguous, its stride is {x.stride(-1)}")
     if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
@@ -328,10 +322,12 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
         raise ValueError(f"{op}: v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{op}: the heads of q must be a multiple of those of k, got {q.shape[1]} and {k.shape[1]}")
+
+
+def _check_bound(max_seqlen: object) -> None:
     if isinstance(max_seqlen, Tensor):
-        raise ValueError(f"{op}: max_seqlen must be an int, got a tensor; reading it would stall a GPU")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"{op}: cu_seqlens is on {cu_seqlens.device}, q on {q.device}; move it")
+        message = "flash_attention: max_seqlen must be an int, got a tensor; reading it would stall a GPU"
+        raise ValueError(message)  # noqa: TRY004 - as all that is wrong with an argument
 
 
 def _check_options(window: tuple[int, int] | None, softcap: float | None) -> None:

@@ -205,12 +205,13 @@ class Problem:
 
     @property
     def group(self) -> int:
+        """G, the query heads of a kv head."""
         return self.q.shape[1] // self.k.shape[1]
 
     @property
     def block_d(self) -> int:
         """The head dimension as the kernels see it: a power of two."""
-        return max(16, triton.next_power_of_2(self.q.shape[2]))
+        return max(16, int(triton.next_power_of_2(self.q.shape[2])))
 
     def slots(self, rows_per_token: int, block: int) -> int:
         """How many blocks of ``block`` rows the sequences take at most (module docstring)."""

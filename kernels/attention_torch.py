@@ -30,174 +30,20 @@ dropout 0.3):
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.dropout import attention_row_keys, column_offsets, draw_dropped_
+from bivec.kernels.attention_layout import Layout, LengthGroups, Options, Piece
+from bivec.kernels.dropout import attention_row_keys, draw_dropped_
 
-# Scores held at a time. On a CPU 2^17 … 2^20 measured within 10 % of each other; a GPU wants few launches.
-_CHUNK_ELEMENTS_CPU = 1 << 19
-_CHUNK_ELEMENTS_GPU = 1 << 26
 # Below the width of a vector torch's CPU softmax goes value by value: 6.7 ms for 262,144 scores in rows of 12, where
 # exp, sum and division take 0.43 ms; in rows of 16 0.37 ms against 0.33, of 32 0.25 against 0.29 (EPYC, one thread).
 _NARROW = 16
 _SAFE_SUMS = (1e-20, 1e20)  # of exponentials of scores that are not shifted: nothing that counts is lost in between
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a call asks of the scores."""
-
-    scale: float
-    softcap: float | None
-    causal: bool
-    window: tuple[int, int] | None
-    dropout_p: float
-
-    def edges(self, max_seqlen: int) -> tuple[int | None, int | None]:
-        """How many keys a row sees to its left and its right; None = all that sequences up to ``max_seqlen`` have."""
-        left, right = self.window if self.window is not None else (-1, -1)
-        right = 0 if self.causal else right
-        unbounded = min(max_seqlen - 1, 1 << 30)  # sequences are shorter; position + edge fits int32
-        return tuple(edge if 0 <= edge < unbounded else None for edge in (left, right))
-
-
-@dataclass(frozen=True)
-class LengthGroups:
-    """The sequences of a batch, by length."""
-
-    sizes: tuple[tuple[int, int], ...]  # (length, sequences), ascending, without empty sequences
-    sequences: Tensor  # [sequences that are not empty] int64, in that order
-    starts: Tensor  # [the same] int64: their first tokens
-    order: Tensor | None  # [T] int64: the tokens in that order; None = the batch has it already
-    places: Tensor | None  # [T] int64: the inverse of order
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive cells of one length; a cell is one kv head of one sequence."""
-
-    length: int  # L
-    cells: int
-    row: int  # first row of k and v in the layout; q's is row * G
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The row order of the explicit path, for one number of heads. q has T*H rows in it, k and v T*Hkv."""
-
-    group: int  # G, query heads of a kv head
-    q_rows: Tensor  # [T*H] int64: the row of q.view(T*H, Dh) at each place
-    kv_rows: Tensor  # [T*Hkv] int64
-    q_places: Tensor  # [T*H] int64: the inverse of q_rows
-    kv_places: Tensor  # [T*Hkv] int64
-    sample_of_row: Tensor  # [T*H] int64: index into sample_ids
-    head_row: Tensor  # [T*H] int64: head << 32 | position
-    offsets: Tensor  # [longest] int32: column offsets of the dropout hash
-    chunks: tuple[tuple[Piece, ...], ...]
-
-
-def _inverse(permutation: Tensor) -> Tensor:
-    return torch.empty_like(permutation).scatter_(
-        0, permutation, torch.arange(permutation.numel(), device=permutation.device)
-    )
-
-
-def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
-
-
-def length_groups(lengths: tuple[int, ...], device: torch.device) -> LengthGroups:
-    """Sorts the sequences of a batch, ``lengths [B]``, by length."""
-    members: dict[int, list[int]] = {}
-    starts, start = [], 0
-    for sequence, length in enumerate(lengths):
-        starts.append(start)
-        start += length
-        if length:
-            members.setdefault(length, []).append(sequence)
-    sequences = [s for length in sorted(members) for s in members[length]]
-    order = places = None
-    if sequences != sorted(sequences):
-        order = torch.cat([torch.arange(starts[s], starts[s] + lengths[s]) for s in sequences]).to(device)
-        places = _inverse(order)
-    return LengthGroups(
-        sizes=tuple((length, len(members[length])) for length in sorted(members)),
-        sequences=torch.tensor(sequences, dtype=torch.int64, device=device),
-        starts=torch.tensor([starts[s] for s in sequences], dtype=torch.int64, device=device),
-        order=order,
-        places=places,
-    )
-
-
-def hidden_keys(length: int, causal: bool, window: tuple[int, int] | None, device: torch.device) -> Tensor | None:
-    """``[L, L]`` bool, True where a row does not see the key; None where every row sees every key."""
-    left, right = window if window is not None else (-1, -1)
-    right = 0 if causal else right
-    if not (0 <= left < length - 1 or 0 <= right < length - 1):
-        return None
-    position = torch.arange(length, device=device)
-    distance = position[None, :] - position[:, None]  # key - row
-    hidden = torch.zeros(length, length, dtype=torch.bool, device=device)
-    if left >= 0:
-        hidden |= distance < -left
-    if right >= 0:
-        hidden |= distance > right
-    return hidden
-
-
-def build_layout(groups: LengthGroups, heads: int, kv_heads: int) -> Layout:
-    """The explicit path's row order for ``heads`` query heads and ``kv_heads`` kv heads."""
-    device, group = groups.starts.device, heads // kv_heads
-    kv_head = torch.arange(kv_heads, device=device)[:, None]  # [Hkv, 1]
-    query_head = torch.arange(heads, device=device).view(kv_heads, 1, group)  # [Hkv, 1, G]
-    q_rows, kv_rows, samples, head_rows, pieces = [], [], [], [], []
-    first = row = 0
-    for length, count in groups.sizes:
-        position = torch.arange(length, device=device)  # [L]
-        token = groups.starts[first : first + count, None, None] + position  # [n, 1, L]
-        q_rows.append((token[..., None] * heads + query_head).flatten())  # [n, Hkv, L, G]
-        kv_rows.append((token * kv_heads + kv_head).flatten())  # [n, Hkv, L]
-        samples.append(groups.sequences[first : first + count].repeat_interleave(heads * length))
-        head_rows.append(((query_head << 32) | position[:, None]).flatten().repeat(count))
-        pieces.append(Piece(length, count * kv_heads, row))
-        first, row = first + count, row + count * kv_heads * length
-    q_index, kv_index = _joined(q_rows, device), _joined(kv_rows, device)
-    return Layout(
-        group=group,
-        q_rows=q_index,
-        kv_rows=kv_index,
-        q_places=_inverse(q_index),
-        kv_places=_inverse(kv_index),
-        sample_of_row=_joined(samples, device),
-        head_row=_joined(head_rows, device),
-        offsets=column_offsets(max((length for length, _ in groups.sizes), default=0), device),
-        chunks=tuple(_chunks(pieces, group, _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_GPU)),
-    )
-
-
-def _chunks(pieces: list[Piece], group: int, budget: int) -> Iterator[tuple[Piece, ...]]:
-    """Cuts and joins pieces so that a chunk has at most ``budget`` scores (or one cell, where a cell has more)."""
-    chunk: list[Piece] = []
-    room = budget
-    for piece in pieces:
-        cell = group * piece.length * piece.length
-        left, row = piece.cells, piece.row
-        while left:
-            if chunk and room < cell:
-                yield tuple(chunk)
-                chunk, room = [], budget
-            cells = min(left, max(room // cell, 1))
-            chunk.append(Piece(piece.length, cells, row))
-            room -= cells * cell
-            left, row = left - cells, row + cells * piece.length
-    if chunk:
-        yield tuple(chunk)
 
 
 def prefers_explicit(groups: LengthGroups, heads: int, kv_heads: int, head_dim: int) -> bool:
@@ -219,12 +65,12 @@ class _Permute(torch.autograd.Function):
     """Rows in another order; the backward is a gather too, where index_select's own would add row by row."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
         ctx.order, ctx.places = order, places
         return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _Permute.apply(grad, ctx.places, ctx.order), None, None
 
 
@@ -241,7 +87,8 @@ def fused_attention(
     for (length, count), *parts in zip(groups.sizes, q.split(tokens), k.split(tokens), v.split(tokens), strict=True):
         q_g, k_g, v_g = (x.view(count, length, *x.shape[1:]).transpose(1, 2) for x in parts)  # [n, H or Hkv, L, Dh]
         plainly_causal = options.causal and options.window is None  # needs no mask in memory
-        mask = None if plainly_causal or hidden[length] is None else ~hidden[length]
+        unseen = None if plainly_causal else hidden[length]
+        mask = None if unseen is None else ~unseen
         out = F.scaled_dot_product_attention(
             q_g, k_g, v_g, attn_mask=mask, is_causal=plainly_causal, scale=options.scale, enable_gqa=True
         )
@@ -270,16 +117,16 @@ class _Chunk:
         self.sizes = [p.cells * group * p.length * p.length for p in pieces]
 
     def matrices(self, flat: Tensor) -> list[Tensor]:
-        """``[cells, L*G, L]``"""
+        """``[cells, L*G, L]``."""
         return [x.view(p.cells, -1, p.length) for x, p in zip(flat.split(self.sizes), self.pieces, strict=True)]
 
     def queries(self, rows: Tensor) -> list[Tensor]:
-        """``[cells, L*G, Dh]``"""
+        """``[cells, L*G, Dh]``."""
         g = self.group
         return [rows[p.row * g : (p.row + p.cells * p.length) * g].view(p.cells, p.length * g, -1) for p in self.pieces]
 
     def keys(self, rows: Tensor) -> list[Tensor]:
-        """``[cells, L, Dh]``"""
+        """``[cells, L, Dh]``."""
         return [rows[p.row : p.row + p.cells * p.length].view(p.cells, p.length, -1) for p in self.pieces]
 
 
@@ -296,9 +143,10 @@ def _scores(chunk: _Chunk, q: Tensor, k: Tensor, options: Options, hidden: dict[
     if options.softcap is not None:
         flat.div_(options.softcap).tanh_().mul_(options.softcap)
     for s, piece in zip(scores, chunk.pieces, strict=True):
-        if hidden[piece.length] is not None:
-            unseen = hidden[piece.length][:, None, :]  # [L, 1, L]
-            s.view(piece.cells, piece.length, chunk.group, -1).masked_fill_(unseen, -math.inf)
+        unseen = hidden[piece.length]
+        if unseen is not None:
+            by_head = s.view(piece.cells, piece.length, chunk.group, -1)
+            by_head.masked_fill_(unseen[:, None, :], -math.inf)
     return flat
 
 
@@ -341,7 +189,18 @@ def _probabilities(chunk: _Chunk, scores: Tensor, row_keys: Tensor | None, offse
 
 class _ExplicitAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, row_keys, layout: Layout, options: Options, hidden, keep: bool, want_lse: bool):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        row_keys: Tensor | None,
+        layout: Layout,
+        options: Options,
+        hidden: dict[int, Tensor | None],
+        keep: bool,
+        want_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         rows_q = _to_layout(q, layout.q_rows)
         rows_k, rows_v = _to_layout(k, layout.kv_rows), _to_layout(v, layout.kv_rows)
         rows_o = torch.empty_like(rows_q)
@@ -371,7 +230,7 @@ class _ExplicitAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out, _d_lse):
+    def backward(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         rows_q, rows_k, rows_v, row_keys, *kept = ctx.saved_tensors
         layout, options, hidden = ctx.layout, ctx.options, ctx.hidden
         rows_do = _to_layout(d_out, layout.q_rows)
@@ -421,14 +280,15 @@ def explicit_attention(
     keep: bool,
     want_lse: bool,
     seed: int | Tensor | None,
-    sample_ids: Tensor,
+    sample_ids: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with every option: q ``[T, H, Dh]``, k, v ``[T, Hkv, Dh]`` -> like q, and if wanted lse ``[H, T]``.
 
     ``keep`` saves the probabilities for the backward; with a softcap they are computed again in any case.
     """
     row_keys = None
-    if options.dropout_p > 0.0:
+    if seed is not None and sample_ids is not None and options.dropout_p > 0.0:
         row_keys = attention_row_keys(seed, sample_ids, layout.sample_of_row, layout.head_row)
     keep = keep and options.softcap is None
-    return _ExplicitAttention.apply(q, k, v, row_keys, layout, options, hidden, keep, want_lse)
+    out, lse = _ExplicitAttention.apply(q, k, v, row_keys, layout, options, hidden, keep, want_lse)
+    return out, lse

@@ -6,6 +6,7 @@ path also the output.
 """
 
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def attention_op(
 
 
 @attention_op.register_fake
-def _(q, k, v, cu_seqlens, starts, order, bucket, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids):
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -94,46 +95,31 @@ def attention_backward_op(
         q, k, v, cu_seqlens, starts, order, softmax_scale, softcap, left, right, dropout_p, seed, sample_ids
     )
     length = tile_length(problem, bucket)
-    if length == LONG:
-        return long_backward(problem, out, lse2, d_out)
-    return short_backward(problem, length, lse2, d_out)
+    if length != LONG:
+        return short_backward(problem, length, lse2, d_out)
+    if out is None:
+        raise ValueError("flash_attention_backward: the long path needs the output of the forward")
+    return long_backward(problem, out, lse2, d_out)
 
 
 @attention_backward_op.register_fake
-def _(
-    d_out,
-    q,
-    k,
-    v,
-    out,
-    lse2,
-    cu_seqlens,
-    starts,
-    order,
-    bucket,
-    softmax_scale,
-    softcap,
-    left,
-    right,
-    dropout_p,
-    seed,
-    sample_ids,
-):
+def _(_d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, v, cu_seqlens, starts, order, *options, seed, sample_ids = inputs
     ctx.options = options  # bucket, softmax_scale, softcap, left, right, dropout_p
     out, lse2 = output
-    bucket, *rest = options
-    if tile_length(Problem(q, k, v, cu_seqlens, starts, order, *rest, seed, sample_ids), bucket) != LONG:
+    bucket, scale, softcap, left, right, dropout_p = options
+    problem = Problem(q, k, v, cu_seqlens, starts, order, scale, softcap, left, right, dropout_p, seed, sample_ids)
+    if tile_length(problem, bucket) != LONG:
         out = None
     ctx.save_for_backward(q, k, v, out, lse2, cu_seqlens, starts, order, seed, sample_ids)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, d_out, d_lse2):
+def _differentiate(ctx: Any, d_out: Tensor | None, _d_lse2: Tensor | None) -> tuple[Tensor | None, ...]:
     """The lse has no gradient: ``flash_attention`` hands it out detached."""
     if d_out is None:
         return (None,) * 14

@@ -84,7 +84,8 @@ def _check_seed(seed: int | Tensor, op: str) -> None:
                 f"got {seed.dtype} of shape {tuple(seed.shape)}"
             )
     elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"{op}: seed must be an int or an int64 tensor of one element, got {type(seed).__name__}")
+        message = f"{op}: seed must be an int or an int64 tensor of one element, got {type(seed).__name__}"
+        raise ValueError(message)  # noqa: TRY004 - as all that is wrong with an argument
 
 
 def check_dropout(dropout_p: float, seed: int | Tensor | None, op: str) -> None:
@@ -269,7 +270,10 @@ def linear_keep_words(
     On a CPU this costs a fifth of a product with a mask, which converts the mask and goes through the memory for it.
 
     Args:
-        seed, token_ids, columns, dropout_p: as ``linear_keep_mask`` takes them; not checked.
+        seed: as ``linear_keep_mask`` takes it; not checked, nor are the others.
+        token_ids: likewise.
+        columns: likewise.
+        dropout_p: likewise.
         dtype: of the words: the signed integer as wide as an element of x.
 
     Yields:

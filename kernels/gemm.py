@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,10 +25,13 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, *, add: bool, alpha: float = 1.
 
     Args:
         out: fp32; what it holds is not read unless ``add``, NaN included.
-        a, b: fp16, bf16 or fp32; a copy is made of what has to be converted, so hand in tiles.
+        a: fp16, bf16 or fp32; a copy is made of what has to be converted, so hand in tiles.
+        b: likewise.
+        add: to what ``out`` holds.
+        alpha: factor of the product.
     """
-    product = torch.addmm if out.dim() == 2 else torch.baddbmm
-    options = {"beta": float(add), "alpha": alpha, "out": out}
+    product: Callable[..., Tensor] = torch.addmm if out.dim() == 2 else torch.baddbmm
+    options: dict[str, Any] = {"beta": float(add), "alpha": alpha, "out": out}
     if a.dtype == b.dtype and multiplies_halves(a.dtype, a.device):
         options["out_dtype"] = torch.float32
     else:

@@ -54,7 +54,7 @@ class InfoNceStats:
         return self.correct.to(self.lse.dtype).sum() / max(self.count, 1)
 
 
-def _check_vectors(queries: Tensor, candidates: Tensor, hard: Tensor | None, targets: Tensor | None, symmetric: bool):
+def _check_vectors(queries: Tensor, candidates: Tensor, hard: Tensor | None) -> None:
     if queries.dim() != 2 or candidates.dim() != 2 or queries.shape[1] != candidates.shape[1]:
         raise ValueError(
             "info_nce: queries [B, D] and candidates [N, D] must share D; "
@@ -71,6 +71,9 @@ def _check_vectors(queries: Tensor, candidates: Tensor, hard: Tensor | None, tar
     for label, x in (("queries", queries), ("candidates", candidates), ("hard_negatives", hard)):
         if x is not None and not x.is_floating_point():
             raise ValueError(f"info_nce: {label} must be floating point; got {x.dtype}")
+
+
+def _check_targets(batch: int, candidates: Tensor, targets: Tensor | None, symmetric: bool) -> None:
     if symmetric and (targets is not None or candidates.shape[0] != batch):
         raise ValueError(
             f"info_nce: symmetric=True pairs query i with candidate i; it needs targets=None and N = B = {batch}, "
@@ -86,13 +89,10 @@ def _check_vectors(queries: Tensor, candidates: Tensor, hard: Tensor | None, tar
         raise ValueError(
             f"info_nce: targets must be [{batch}] int64, one a query; got {tuple(targets.shape)} {targets.dtype}"
         )
-    elif (
-        checks_values(targets.device) and batch and not 0 <= int(targets.min()) <= int(targets.max()) < len(candidates)
-    ):
-        raise ValueError(
-            f"info_nce: targets must lie in [0, N={candidates.shape[0]}); "
-            f"found {int(targets.min())} … {int(targets.max())}"
-        )
+    elif batch and checks_values(targets.device):
+        lowest, highest = (int(bound) for bound in targets.aminmax())
+        if lowest < 0 or highest >= len(candidates):
+            raise ValueError(f"info_nce: targets must lie in [0, N={candidates.shape[0]}); found {lowest} … {highest}")
 
 
 def _check_ids(queries: Tensor, candidates: Tensor, hard: Tensor | None, ids: dict[str, Tensor | None]) -> None:
@@ -104,11 +104,12 @@ def _check_ids(queries: Tensor, candidates: Tensor, hard: Tensor | None, ids: di
     for label, tensor in ids.items():
         if tensor is None:
             continue
-        if shapes[label] is None:
+        expected = shapes[label]
+        if expected is None:
             raise ValueError(f"info_nce: {label} were given without hard_negatives")
-        if tensor.shape != shapes[label] or tensor.dtype != torch.int64:
+        if tensor.shape != expected or tensor.dtype != torch.int64:
             raise ValueError(
-                f"info_nce: {label} must be {list(shapes[label])} int64; got {tuple(tensor.shape)} {tensor.dtype}"
+                f"info_nce: {label} must be {list(expected)} int64; got {tuple(tensor.shape)} {tensor.dtype}"
             )
         if ids["query_ids"] is None:
             raise ValueError(f"info_nce: {label} are compared with query_ids, which are missing")
@@ -208,7 +209,8 @@ def info_nce(
         SimCSE (Gao et al. 2021, arXiv:2104.08821) and LLM2Vec (arXiv:2404.05961), section 2.1 and appendix.
     """
     chosen = resolve(backend, "info_nce", queries.device)
-    _check_vectors(queries, candidates, hard_negatives, targets, symmetric)
+    _check_vectors(queries, candidates, hard_negatives)
+    _check_targets(queries.shape[0], candidates, targets, symmetric)
     ids = {"query_ids": query_ids, "candidate_ids": candidate_ids, "hard_negative_ids": hard_negative_ids}
     _check_ids(queries, candidates, hard_negatives, ids)
     if query_ids is not None and candidate_ids is None and hard_negative_ids is None and not include_query_query:
@@ -250,7 +252,8 @@ def _torch(
     vectors = [queries, candidates, hard, scale]
     if not torch.is_grad_enabled():  # an evaluation pays for the loss alone
         vectors = [x if x is None else x.detach() for x in vectors]
-    return InfoNCE.apply(*vectors, options)
+    loss, lse, positive, correct = InfoNCE.apply(*vectors, options)
+    return loss, lse, positive, correct
 
 
 def _triton(

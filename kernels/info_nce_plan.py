@@ -78,7 +78,17 @@ def workspace_budget(device: torch.device, options: Options, minimum: int, colum
     return budget
 
 
-def _one_width(steps: Steps, queries, candidates, hard, scale, options: Options, wanted, row_weights, share: float):
+def _one_width(
+    steps: Steps,
+    queries: Tensor,
+    candidates: Tensor,
+    hard: Tensor | None,
+    scale: Tensor,
+    options: Options,
+    wanted: Sequence[bool],
+    row_weights: Tensor | None,
+    share: float,
+) -> tuple[Tensor, list[Tensor], Grads]:
     """Loss and gradients of one prefix width, both directions; gradients come times ``share``, of the vectors given."""
     dtype, half = scale.dtype, 0.5 if options.symmetric else 1.0
     plan = steps.plan(queries, candidates, hard, dtype, options)
@@ -120,21 +130,23 @@ def all_widths(
     """Sums the widths: (losses [B], (lse, positive, correct) of the largest, gradients)."""
     dtypes = [x.dtype for x in (queries, candidates, hard) if x is not None]
     scale = scale.to(reduce(torch.promote_types, dtypes, torch.float32))
-    losses = stats = total = None
-    for width, share in zip(options.dims, options.dim_weights, strict=True):
-        prefix = [x if x is None or width == x.shape[-1] else x[..., :width] for x in (queries, candidates, hard)]
-        part, part_stats, grads = _one_width(steps, *prefix, scale, options, wanted, row_weights, share)
-        if total is None:  # the largest first: its gradients hold the sum
-            losses, stats, total = part, part_stats, grads
-            continue
+
+    def one(width: int, share: float) -> tuple[Tensor, list[Tensor], Grads]:
+        q, c = (x if width == x.shape[-1] else x[..., :width] for x in (queries, candidates))
+        h = hard if hard is None or width == hard.shape[-1] else hard[..., :width]
+        return _one_width(steps, q, c, h, scale, options, wanted, row_weights, share)
+
+    losses, stats, total = one(options.dims[0], options.dim_weights[0])  # the largest: its gradients hold the sum
+    for width, share in zip(options.dims[1:], options.dim_weights[1:], strict=True):
+        part, _, grads = one(width, share)
         losses = losses + part
         for name in ("queries", "candidates", "hard"):
             if getattr(grads, name) is not None:
                 getattr(total, name)[..., :width] += getattr(grads, name)
-        if grads.scale is not None:
+        if total.scale is not None and grads.scale is not None:
             total.scale.add_(grads.scale)
     missing = queries.shape[1] - options.dims[0]
     if missing:  # no prefix reaches the last columns
-        padded = (g if g is None else F.pad(g, (0, missing)) for g in (total.queries, total.candidates, total.hard))
-        total = Grads(*padded, total.scale)
+        q, c, h = (g if g is None else F.pad(g, (0, missing)) for g in (total.queries, total.candidates, total.hard))
+        total = Grads(q, c, h, total.scale)
     return losses, stats, total

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class _Plan:
 
 
 def inverse_norm(x: Tensor) -> Tensor:
+    """``[..., 1]`` for ``x [..., D]``; 0 for a zero vector."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm > EPS, norm.reciprocal(), 0.0)
 
@@ -76,9 +78,8 @@ def _make_plan(queries: Tensor, candidates: Tensor, hard: Tensor | None, dtype: 
     elif hard is not None:
         shared += hard.shape[0]
     masked = options.query_ids is not None or options.margin is not None
-    row_bytes = (shared + own) * (item + masked) + (
-        6 + 3 * own
-    ) * width * item  # 6: query, scaled, gradient, temporaries
+    vectors = 6 + 3 * own  # 6: query, scaled, gradient, temporaries
+    row_bytes = (shared + own) * (item + masked) + vectors * width * item
     tile_row_bytes = 3 * width * item
     minimum = row_bytes + tile_row_bytes
     budget = workspace_budget(queries.device, options, minimum, shared + own, width)
@@ -99,7 +100,9 @@ def _tiles(group: _Group, plan: _Plan, dtype: torch.dtype, normalize: bool) -> I
         yield rows, columns, group.vectors if group.ready else _unit(group.vectors[rows], dtype, normalize)
 
 
-def _mask_(logits: Tensor, positive: Tensor, span: slice, groups: list[_Group], own: slice, scale, options: Options):
+def _mask_(
+    logits: Tensor, positive: Tensor, span: slice, groups: list[_Group], own: slice, scale: Tensor, options: Options
+) -> None:
     """Writes the masked value over every column that is no negative of its query, the positive's included."""
     masked = torch.finfo(logits.dtype).min / 2
     rows = torch.arange(logits.shape[0], device=logits.device)
@@ -118,6 +121,25 @@ def _mask_(logits: Tensor, positive: Tensor, span: slice, groups: list[_Group], 
     logits[rows, options.targets[span]] = masked
 
 
+def _columns(
+    queries: Tensor, candidates: Tensor, hard: Tensor | None, options: Options, grads: Grads
+) -> tuple[list[_Group], slice, int]:
+    """The groups of shared columns, the columns of a query's own hard negatives, and how many there are of all."""
+    groups = [_Group(candidates, options.candidate_ids, grads.candidates, 0)]
+    end = candidates.shape[0]
+    own = slice(end, end)
+    if hard is not None and hard.dim() == 3:
+        own = slice(end, end + hard.shape[1])
+        end = own.stop
+    elif hard is not None:
+        groups.append(_Group(hard, options.hard_negative_ids, grads.hard, end))
+        end += hard.shape[0]
+    if options.include_query_query:
+        groups.append(_Group(queries, options.query_ids, grads.queries, end))
+        end += queries.shape[0]
+    return groups, own, end
+
+
 def _direction(
     queries: Tensor,
     candidates: Tensor,
@@ -133,24 +155,14 @@ def _direction(
     Returns (losses [B], lse [B], positive [B], correct [B]).
     """
     dtype, num_queries, device = scale.dtype, queries.shape[0], queries.device
-    groups = [_Group(candidates, options.candidate_ids, grads.candidates, 0)]
-    end = candidates.shape[0]
-    own = slice(end, end)
-    if hard is not None and hard.dim() == 3:
-        own = slice(end, end + hard.shape[1])
-        end = own.stop
-    elif hard is not None:
-        groups.append(_Group(hard, options.hard_negative_ids, grads.hard, end))
-        end += hard.shape[0]
-    if options.include_query_query:
-        groups.append(_Group(queries, options.query_ids, grads.queries, end))
-        end += num_queries
+    groups, own, end = _columns(queries, candidates, hard, options, grads)
     if plan.cached:
         groups = [replace(g, vectors=_unit(g.vectors, dtype, options.normalize), ready=True) for g in groups]
     workspace = torch.empty(min(plan.rows, num_queries), end, dtype=dtype, device=device)
     losses, lse, positives = (torch.empty(num_queries, dtype=dtype, device=device) for _ in range(3))
     correct = torch.empty(num_queries, dtype=torch.bool, device=device)
 
+    any_gradient = any(grad is not None for grad in (grads.queries, grads.candidates, grads.hard, grads.scale))
     for start in range(0, num_queries, plan.rows):
         span = slice(start, min(start + plan.rows, num_queries))
         unit = _unit(queries[span], dtype, options.normalize)  # [n, D]
@@ -159,7 +171,7 @@ def _direction(
             for _, columns, vectors in _tiles(group, plan, dtype, options.normalize):
                 torch.mm(scaled, vectors.t(), out=logits[:, columns])
         own_unit = None
-        if own.stop > own.start:
+        if hard is not None and own.stop > own.start:
             own_unit = _unit(hard[span], dtype, options.normalize)  # [n, K, D]
             logits[:, own] = torch.bmm(own_unit, scaled[:, :, None]).squeeze(-1)
         picks = (torch.arange(unit.shape[0], device=device), options.targets[span])
@@ -174,7 +186,8 @@ def _direction(
         factor = gap.sigmoid()[:, None]  # [n, 1]
         if row_weights is not None:
             factor = factor * row_weights[span, None]
-        _accumulate(logits, unit, own_unit, factor, scale, span, groups, own, grads, plan, options)
+        if any_gradient:
+            _accumulate(logits, unit, own_unit, factor, scale, span, groups, own, grads, plan, options)
     return losses, lse, positives, correct
 
 
@@ -193,25 +206,19 @@ def _accumulate(
 ) -> None:
     """Adds one chunk's share to the gradients; dloss/dlogits is ``factor`` [n, 1] times ``slopes`` [n, columns]."""
     query_side = grads.queries is not None or grads.scale is not None
-    if not query_side and all(group.grad is None for group in groups) and grads.hard is None:
-        return
     weighted = unit * (factor * scale)  # [n, D]
     pull = torch.zeros_like(unit)  # [n, D] sum_j slopes_ij c_j
-    for group in groups:
-        if not query_side and group.grad is None:
-            continue
+    for group in (group for group in groups if query_side or group.grad is not None):
         for rows, columns, vectors in _tiles(group, plan, unit.dtype, options.normalize):
             if query_side:
                 pull.addmm_(slopes[:, columns], vectors)
             if group.grad is not None:
                 group.grad[rows].addmm_(slopes[:, columns].t(), weighted)
-    if own_unit is not None:
-        if query_side:
-            pull += torch.bmm(slopes[:, None, own], own_unit).squeeze(1)
-        if grads.hard is not None:
-            grads.hard[span] += slopes[:, own, None] * weighted[:, None, :]
-    if query_side:
-        pull *= factor
+    if own_unit is not None and query_side:
+        pull += torch.bmm(slopes[:, None, own], own_unit).squeeze(1)
+    if own_unit is not None and grads.hard is not None:
+        grads.hard[span] += slopes[:, own, None] * weighted[:, None, :]
+    pull *= factor
     if grads.scale is not None:
         grads.scale.add_((unit * pull).sum())
     if grads.queries is not None:
@@ -225,7 +232,10 @@ class InfoNCE(torch.autograd.Function):
     """(queries, candidates, hard, scale, options) -> loss, lse, positive, correct."""
 
     @staticmethod
-    def forward(ctx, queries, candidates, hard, scale, options):
+    def forward(
+        ctx: Any, queries: Tensor, candidates: Tensor, hard: Tensor | None, scale: Tensor, options: Options
+    ) -> tuple[Tensor, ...]:
+        """The chunk loop; forms the gradients, unless they are to be weighted row by row."""
         ctx.per_row, ctx.options = options.reduction == "none", options
         wanted = (False,) * 4 if ctx.per_row else ctx.needs_input_grad[:4]
         with torch.autocast(queries.device.type, enabled=False):
@@ -242,20 +252,20 @@ class InfoNCE(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_grad_stats):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Scales what the forward formed, or forms it with the rows' weights."""
         if grad_loss is None:
             return None, None, None, None, None
         if ctx.per_row:
             with torch.autocast(grad_loss.device.type, enabled=False):
-                wanted, inputs = ctx.needs_input_grad[:4], ctx.saved_tensors
-                grads = all_widths(STEPS, *inputs, ctx.options, wanted, row_weights=grad_loss)[2]
-            grads = [grads.queries, grads.candidates, grads.hard, grads.scale]
-            return *(g if g is None else g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True)), None
+                queries, candidates, hard, scale = ctx.saved_tensors
+                wanted = ctx.needs_input_grad[:4]
+                grads = all_widths(STEPS, queries, candidates, hard, scale, ctx.options, wanted, grad_loss)[2]
+            found = (grads.queries, grads.candidates, grads.hard, grads.scale)
+            return *(g if g is None else g.to(d) for g, d in zip(found, ctx.dtypes, strict=True)), None
         weight = grad_loss * ctx.factor
-        return (
-            *(  # scales and rounds in one pass and leaves the saved tensor as it is
-                None if g is None else torch.mul(g, weight, out=torch.empty_like(g, dtype=d))
-                for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            ),
-            None,
+        scaled = (  # and rounded in one pass, which leaves the saved tensor as it is
+            None if g is None else torch.mul(g, weight, out=torch.empty_like(g, dtype=d))
+            for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
+        return *scaled, None

@@ -24,6 +24,7 @@ it, saves those (with ``reduction="none"`` the inputs). Memory and FLOPs: ``info
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,9 @@ def _padded(columns: int) -> int:
     return -(-columns // ALIGNMENT) * ALIGNMENT
 
 
-def _make_plan(queries: Tensor, candidates: Tensor, hard: Tensor | None, dtype: torch.dtype, options: Options) -> _Plan:
+def _make_plan(
+    queries: Tensor, candidates: Tensor, hard: Tensor | None, _dtype: torch.dtype, options: Options
+) -> _Plan:
     """Divides the workspace: at most a quarter for converted column vectors, the rest for a query chunk's logits."""
     dtypes = {x.dtype for x in (queries, candidates, hard) if x is not None}
     operand = queries.dtype if len(dtypes) == 1 else torch.float32
@@ -125,7 +128,7 @@ def _describe(groups: list[_Group], hard: Tensor | None, options: Options) -> Co
         inverse[at] = _inverse_norms(group.vectors, options.normalize)
         if kinds is not None:
             kinds[at] = PLAIN if group.ids is None else WITH_ID
-        if group.ids is not None:
+        if ids is not None and group.ids is not None:
             ids[at] = group.ids
     if kinds is not None:
         kinds[own] = PLAIN if own_ids is None else WITH_ID
@@ -159,14 +162,18 @@ def _direction(
     num_queries, device = queries.shape[0], queries.device
     groups = _groups(queries, candidates, hard, options, grads)
     columns = _describe(groups, hard, options)
+    query_ids = None if columns.ids is None or options.query_ids is None else options.query_ids.contiguous()
+    losses, lse, positive, d_scale = (torch.empty(num_queries, dtype=torch.float32, device=device) for _ in range(4))
     rows = Rows(
         _inverse_norms(queries, options.normalize),
-        None if columns.ids is None else options.query_ids.contiguous(),
+        query_ids,
         options.targets.contiguous(),
         None if row_weights is None else row_weights.float().contiguous(),
-        *(torch.empty(num_queries, dtype=torch.float32, device=device) for _ in range(3)),
+        losses,
+        lse,
+        positive,
         torch.empty(num_queries, dtype=torch.bool, device=device),
-        torch.empty(num_queries, dtype=torch.float32, device=device),
+        d_scale,
     )
     end = columns.inverse.shape[0]
     workspace = torch.empty(min(plan.rows, num_queries), end, dtype=torch.float32, device=device)
@@ -177,7 +184,7 @@ def _direction(
         slopes = products.view(plan.slope) if wanted else None
         _products_(products, queries[span], hard, span, groups, columns.own, plan)
         score_rows(products, slopes, start, rows, columns, scale, options.margin)
-        if wanted:
+        if slopes is not None:
             _accumulate(slopes, queries[span], hard, span, groups, columns.own, grads, plan)
     if grads.scale is not None:
         grads.scale.add_(rows.d_scale.sum())
@@ -192,7 +199,7 @@ def _products_(
     for group in groups:
         for _, at, vectors in _tiles(group, plan, plan.operand):
             multiply_(products[:, at], queries, vectors.t(), add=False)
-    if own.stop > own.start:
+    if hard is not None and own.stop > own.start:
         result = products.new_empty(queries.shape[0], own.stop - own.start, 1)
         multiply_(result, hard[span].to(plan.operand), queries[:, :, None], add=False)
         products[:, own] = result[:, :, 0]
@@ -219,7 +226,7 @@ def _accumulate(
                 multiply_(into, slopes[:, at], vectors, add=True)
             if group.grad is not None:
                 multiply_(group.grad[rows], slopes[:, at].t(), queries, add=True)
-    if own.stop > own.start:
+    if hard is not None and own.stop > own.start:
         slopes = slopes[:, own]  # [n, K]
         if into is not None:
             multiply_(into[:, None, :], slopes[:, None, :], hard[span].to(plan.slope), add=True)
@@ -227,7 +234,7 @@ def _accumulate(
             torch.mul(slopes.float()[:, :, None], queries[:, None, :], out=grads.hard[span])
 
 
-def _project_(grad: Tensor, x: Tensor, plan: _Plan, weight: float) -> None:
+def _project_(grad: Tensor, x: Tensor, _plan: _Plan, weight: float) -> None:
     """Turns the accumulator, divided by the norms already, into ``weight`` times the gradient of ``x``, in place."""
     project_rows(grad.flatten(0, -2), x.flatten(0, -2), weight)
 
@@ -278,15 +285,17 @@ def info_nce_op(
         losses, stats, grads = info_nce_pass(queries, candidates, hard, scale, options, wanted, row_weights)
     found = (grads.queries, grads.candidates, grads.hard, grads.scale)
     loss = losses if reduction == "none" else losses.sum() * _factor(reduction, queries.shape[0])
-    return loss, *stats, *(queries.new_empty(0, dtype=torch.float32) if g is None else g for g in found)
+    lse, positive, correct = stats
+    dq, dc, dh, ds = (queries.new_empty(0, dtype=torch.float32) if g is None else g for g in found)
+    return loss, lse, positive, correct, dq, dc, dh, ds
 
 
 @info_nce_op.register_fake
-def _(queries, candidates, hard, scale, *rest):
+def _(queries: Tensor, candidates: Tensor, hard: Tensor | None, scale: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wanted, reduction = rest[-1], rest[-3]
     batch = queries.shape[:1]
 
-    def empty(shape, dtype=torch.float32):
+    def empty(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return queries.new_empty(shape, dtype=dtype)
 
     vectors = (queries, candidates, hard, scale)
@@ -299,7 +308,7 @@ def _factor(reduction: str, batch: int) -> float:
     return 1.0 / max(batch, 1) if reduction == "mean" else 1.0
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.options = inputs[9:-1]
     ctx.reduction, ctx.batch, ctx.wanted = inputs[-3], inputs[0].shape[0], list(inputs[-1])
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:4]]
@@ -310,7 +319,7 @@ def _save(ctx, inputs, output):
 
 
 @once_differentiable
-def _differentiate(ctx, grad_loss, *_):
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Only the loss has a gradient."""
     if grad_loss is None:
         return (None,) * 18
@@ -356,4 +365,5 @@ def run(
         options.workspace_bytes,
         wanted,
     )
-    return results[:4]
+    loss, lse, positive, correct = results[:4]
+    return loss, lse, positive, correct

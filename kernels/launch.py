@@ -32,6 +32,8 @@ class Launch:
 
 @dataclass
 class Recording:
+    """What :func:`recording` has noted so far."""
+
     architecture: str  # "sm_80" | "sm_90" | "sm_100" | "gfx942"
     launches: list[Launch] = field(default_factory=list)
 

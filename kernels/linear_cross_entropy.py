@@ -44,7 +44,7 @@ class CrossEntropyStats:
     count: Tensor  # 0-dim int64: the rows that are not ignored
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None, options: Options) -> None:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None) -> None:
     name = "linear_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
@@ -63,24 +63,31 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None
     for label, tensor in (("weight", weight), ("targets", targets), ("index", index)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: {label} is on {tensor.device}, hidden on {hidden.device}; move them together")
+
+
+def _check_options(options: Options) -> None:
+    name = "linear_cross_entropy"
     if options.reduction not in ("none", "mean", "sum"):
         raise ValueError(f'{name}: reduction must be "none", "mean" or "sum"; got {options.reduction!r}')
     if options.softcap is not None and not 0 < options.softcap < float("inf"):
         raise ValueError(f"{name}: softcap must be a positive finite number or None; got {options.softcap!r}")
-    if checks_values(hidden.device) and expected:
-        scored = targets[targets != options.ignore_index]
-        if scored.numel() and not 0 <= int(scored.min()) <= int(scored.max()) < weight.shape[0]:
-            raise ValueError(
-                f"{name}: targets must lie in [0, {weight.shape[0]}) or equal ignore_index={options.ignore_index}; "
-                f"found {int(scored.min())} … {int(scored.max())}"
-            )
-        if index is not None and not 0 <= int(index.min()) <= int(index.max()) < hidden.shape[0]:
-            raise ValueError(
-                f"{name}: index must hold row numbers in [0, {hidden.shape[0]}); "
-                f"found {int(index.min())} … {int(index.max())}"
-            )
-        if index is not None and index.unique().numel() != expected:
-            raise ValueError(f"{name}: index must not repeat a row: each is written once, not summed")
+
+
+def _check_values(hidden: Tensor, weight: Tensor, targets: Tensor, index: Tensor | None, ignore_index: int) -> None:
+    name = "linear_cross_entropy"
+    scored = targets[targets != ignore_index]
+    if scored.numel() and not 0 <= int(scored.min()) <= int(scored.max()) < weight.shape[0]:
+        raise ValueError(
+            f"{name}: targets must lie in [0, {weight.shape[0]}) or equal ignore_index={ignore_index}; "
+            f"found {int(scored.min())} … {int(scored.max())}"
+        )
+    if index is not None and not 0 <= int(index.min()) <= int(index.max()) < hidden.shape[0]:
+        raise ValueError(
+            f"{name}: index must hold row numbers in [0, {hidden.shape[0]}); "
+            f"found {int(index.min())} … {int(index.max())}"
+        )
+    if index is not None and index.unique().numel() != index.numel():
+        raise ValueError(f"{name}: index must not repeat a row: each is written once, not summed")
 
 
 def _factor(hidden: Tensor, weight: Tensor, reduction: str, count: Tensor, normalizer: Tensor | float | None) -> Tensor:
@@ -146,7 +153,10 @@ def linear_cross_entropy(
     """
     chosen = resolve(backend, "linear_cross_entropy", hidden.device)
     options = Options(ignore_index, reduction, softcap, workspace_bytes)
-    _check(hidden, weight, targets, index, options)
+    _check(hidden, weight, targets, index)
+    _check_options(options)
+    if checks_values(hidden.device) and targets.numel():
+        _check_values(hidden, weight, targets, index, ignore_index)
     if normalizer is not None and reduction != "mean":
         raise ValueError(f'linear_cross_entropy: normalizer needs reduction="mean"; got {reduction!r}')
     count = (targets != ignore_index).sum()

@@ -9,6 +9,7 @@ inside the same workspace.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ DEFAULT_WORKSPACE_BYTES_ACCELERATOR = 256 * 2**20
 
 @dataclass(frozen=True)
 class Options:
+    """What a call asks for, the tensors aside."""
+
     ignore_index: int
     reduction: str
     softcap: float | None
@@ -38,6 +41,7 @@ class _Sweep:
 
 
 def accumulation_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """That of logits, sums and the weight's gradient: fp32, or fp64 where an operand is."""
     return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
@@ -53,8 +57,12 @@ def chunking(
     """Returns (rows a chunk, vocabulary rows a tile) that keep logits and upcast tile inside the workspace.
 
     Args:
+        vocab: V.
+        num_rows: N, the rows to score.
         row_bytes: what the logits of one row take.
         tile_row_bytes: what one row of the weight takes when it is upcast; 0 where it is not.
+        workspace_bytes: the bound; None = the default of the device.
+        device: where the workspace will be.
 
     Raises:
         ValueError: a workspace too small for one row of each.
@@ -73,9 +81,8 @@ def chunking(
         tile = min(vocab, max(1, min(budget // 4, budget - row_bytes) // tile_row_bytes))
     limit = max(1, (budget - tile * tile_row_bytes) // row_bytes)
     num_chunks = -(-num_rows // limit) or 1
-    return max(
-        1, -(-num_rows // num_chunks)
-    ), tile  # equal chunks: a sliver at the end would read the weight for nothing
+    # equal chunks: a sliver at the end would read the weight for nothing
+    return max(1, -(-num_rows // num_chunks)), tile
 
 
 def _chunking(hidden: Tensor, weight: Tensor, num_rows: int, options: Options) -> tuple[int, int]:
@@ -91,7 +98,9 @@ def _chunking(hidden: Tensor, weight: Tensor, num_rows: int, options: Options) -
     )
 
 
-def _softmax_rows(logits: Tensor, target: Tensor, softcap: float | None, spare: Tensor | None, grad: bool):
+def _softmax_rows(
+    logits: Tensor, target: Tensor, softcap: float | None, spare: Tensor | None, grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Overwrites the chunk's ``logits`` [n, V]; returns (losses [n], lse [n], correct [n], slopes [n, V], factor [n]).
 
     dlogits is ``factor`` times ``slopes``. The softmax is that of the logits other than the target's: with L their
@@ -166,14 +175,23 @@ def _sweep(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, targets, index, factor, options) -> loss, lse, correct; forms the gradients in the forward."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, index, factor, options):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        index: Tensor | None,
+        factor: Tensor,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The chunk loop. ``factor``, 0-dim, multiplies the summed loss."""
         want_rows, want_weight = ctx.needs_input_grad[:2]
         ctx.recompute_weight = want_weight and options.reduction == "none"
         kept = None
-        if (
-            hidden.device.type == "cpu"
-        ):  # a CPU can drop the ignored rows before the GEMM; a GPU would have to synchronise
+        if hidden.device.type == "cpu":  # drops the ignored rows before the GEMM; a GPU would have to synchronise
             valid = targets != options.ignore_index
             if not valid.all():
                 kept = valid.nonzero().squeeze(-1)  # [kept rows]
@@ -203,7 +221,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _grad_lse, _grad_correct):
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Scales what the forward formed; with a trainable weight and a loss a row, forms its gradient again."""
         if grad_loss is None:
             return None, None, None, None, None, None
         grad_rows, grad_weight, index, kept, factor, hidden, weight, targets = ctx.saved_tensors
@@ -219,16 +238,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden = zeros.index_add_(0, index, grad_hidden)
         if ctx.recompute_weight:
             with torch.autocast(grad_loss.device.type, enabled=False):
-                grad_weight = _sweep(
-                    hidden,
-                    weight,
-                    targets,
-                    index,
-                    ctx.options,
-                    want_rows=False,
-                    want_weight=True,
-                    row_scale=scale,
-                ).grad_weight.to(ctx.weight_dtype)
+                wanted = {"want_rows": False, "want_weight": True}
+                again = _sweep(hidden, weight, targets, index, ctx.options, **wanted, row_scale=scale).grad_weight
+            grad_weight = None if again is None else again.to(ctx.weight_dtype)
         elif grad_weight is not None:
             out = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(

@@ -26,6 +26,7 @@ atomics: a row and an output tile of a GEMM have one owner each, so repeated run
 """
 
 # No `from __future__ import annotations`: torch.library reads the operator's schema from the annotations.
+from typing import Any
 
 import torch
 import triton
@@ -176,6 +177,12 @@ def cross_entropy_pass(
         gradient: ``[n, V]``, a view of the same memory in the operands' dtype: row i begins where that of ``logits``
             does. Holds afterwards ``row_scale * dz``, in fp16 times ``GRADIENT_SCALE``, where ``want_gradient``.
         targets: ``[n]`` int64.
+        losses: ``[n]`` fp32, filled.
+        lse: ``[n]`` fp32, filled.
+        correct: ``[n]`` bool, filled.
+        ignore_index: rows with this target have no loss and no gradient.
+        softcap: c of ``c * tanh(logits / c)``, or None.
+        want_gradient: False leaves dz out.
         row_scale: ``[n]`` fp32, at most 1 in magnitude, or None.
     """
     config = config_for("cross_entropy", "cross_entropy_rows", architecture(logits.device))
@@ -305,7 +312,7 @@ def cross_entropy_op(
     The loss is the sum times ``factor``, 0-dim, or without a factor the losses ``[N]``.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        losses, *others = sweep(
+        losses, lse, correct, grad_rows, grad_weight = sweep(
             hidden,
             weight,
             targets.contiguous(),
@@ -317,23 +324,15 @@ def cross_entropy_op(
             want_rows=want_rows,
             want_weight=want_weight,
         )
-    return losses if factor is None else losses.sum() * factor, *others
+    loss = losses if factor is None else losses.sum() * factor
+    return loss, lse, correct, grad_rows, grad_weight
 
 
 @cross_entropy_op.register_fake
 def _(
-    hidden,
-    weight,
-    targets,
-    index,
-    factor,
-    row_scale,
-    ignore_index,
-    softcap,
-    workspace_bytes,
-    want_rows,
-    want_weight,
-):
+    hidden: Tensor, weight: Tensor, targets: Tensor, _index: Tensor | None, factor: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    want_rows, want_weight = others[-2:]
     num_rows, (vocab, width) = targets.shape[0], weight.shape
     losses, lse = (hidden.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
     return (
@@ -345,7 +344,7 @@ def _(
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     hidden, weight, targets, index, factor, _, *ctx.options, _, _ = inputs
     grad_rows, grad_weight = output[3:]
     ctx.wanted = ctx.needs_input_grad[:2]
@@ -357,7 +356,7 @@ def _save(ctx, inputs, output):
 
 
 @once_differentiable
-def _differentiate(ctx, d_loss, *_):
+def _differentiate(ctx: Any, d_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """Scales what the forward formed. The other outputs have no gradient: they are handed out detached."""
     nothing = (None,) * 9
     if d_loss is None:

@@ -33,11 +33,8 @@ from torch import Tensor
 
 def available() -> bool:
     """Whether this build of torch has oneDNN's fused linear layers, and they are not switched off."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return usable and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def applies(x: Tensor, *parameters: Tensor | None) -> bool:
@@ -89,10 +86,14 @@ def linear(
     if x.shape[0] == 1:  # a row alone is a matrix times a vector to oneDNN, added up in another order
         factor, addend = (None if y is None else y.expand(2, -1) for y in (factor, addend))
         return linear(x.expand(2, -1), weight, bias, silu=silu, factor=factor, addend=addend)[:1]
-    op, x, weight = torch.ops.mkldnn._linear_pointwise, x.contiguous(), weight.contiguous()
+    op = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - Inductor's operator has no public name
+    x, weight = x.contiguous(), weight.contiguous()
+    out: Tensor
     with torch.no_grad():
         if factor is not None:
-            return op.binary(x, factor.contiguous(), weight, bias, "mul")
-        if addend is not None:
-            return op.binary(x, addend.contiguous(), weight, bias, "add")
-        return op(x, weight, bias, "swish" if silu else "none", [], "")
+            out = op.binary(x, factor.contiguous(), weight, bias, "mul")
+        elif addend is not None:
+            out = op.binary(x, addend.contiguous(), weight, bias, "add")
+        else:
+            out = op(x, weight, bias, "swish" if silu else "none", [], "")
+    return out

@@ -22,6 +22,7 @@ Source: Hu et al., "LoRA" (2021).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from bivec.kernels.backend import BackendError, resolve
 from bivec.kernels.dropout import check_dropout, linear_keep_words
 
+T = TypeVar("T")
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an element
 
 
@@ -50,7 +52,7 @@ def _dropped_(keep: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return keep.bitwise_and_(_words(x.to(dtype))).view(dtype)
 
 
-def _split(values: Sequence, kinds: int) -> list[Sequence]:
+def _split(values: Sequence[T], kinds: int) -> list[Sequence[T]]:
     """Values of several kinds, all of one kind after the other, one a projection."""
     count = len(values) // kinds
     return [values[i * count : (i + 1) * count] for i in range(kinds)]
@@ -60,15 +62,27 @@ def _ranks(lora_as: Sequence[Tensor]) -> list[int]:
     return [lora_a.shape[0] for lora_a in lora_as]
 
 
+def _blank(count: int) -> list[Tensor | None]:
+    return [None] * count
+
+
 def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), dim)
 
 
 class _LoraLinears(torch.autograd.Function):
     """The operands are all weights, then all biases, all A and all B."""
 
     @staticmethod
-    def forward(ctx, x, scaling, dropout_p, seed, token_ids, *operands) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scaling: float,
+        dropout_p: float,
+        seed: int | Tensor,
+        token_ids: Tensor,
+        *operands: Tensor,
+    ) -> tuple[Tensor, ...]:
         weights, biases, lora_as, lora_bs = _split(operands, 4)
         # the update runs in the dtype of the LoRA matrices (fp32 over a bf16 base)
         joined = _joined(lora_as, 0)
@@ -92,14 +106,14 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # h is saved as a number: a second derivative would miss its part
-    def backward(ctx, *dys: Tensor | None):
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, token_ids, h, seed, *matrices = ctx.saved_tensors
         weights, lora_as, lora_bs = _split(matrices, 3)
         hs = h.split(_ranks(lora_as), 1)
         need_x = ctx.needs_input_grad[0]
         need_weights, need_biases, need_as, need_bs = _split(ctx.needs_input_grad[5:], 4)
-        dx = None
-        d_weights, d_biases, d_as, d_bs = ([None] * len(weights) for _ in range(4))
+        dx: Tensor | None = None
+        d_weights, d_biases, d_as, d_bs = (_blank(len(weights)) for _ in range(4))
         dhs = {}
         for p, dy in enumerate(dys):
             if dy is None:  # nothing depends on this output
@@ -117,27 +131,42 @@ class _LoraLinears(torch.autograd.Function):
                 d_biases[p] = dy.sum(0)
         if dhs:
             dh, joined = _joined(list(dhs.values()), 1), _joined([lora_as[p] for p in dhs], 0)
-            together = None  # d A of all
-            if ctx.dropout_p:
-                if any(need_as[p] for p in dhs):
-                    together = torch.zeros_like(joined, dtype=torch.promote_types(joined.dtype, torch.float32))
-                seed = ctx.seed if seed is None else seed
-                for rows, keep in _keep_words(seed, token_ids, x, ctx.dropout_p, dh.dtype):
-                    if need_x:
-                        update = dh[rows] @ joined
-                        _words(update).bitwise_and_(keep)
-                        dx[rows] += update
-                    if together is not None:
-                        together += dh[rows].T @ _dropped_(keep, x[rows], dh.dtype)
-            else:
-                if need_x:
-                    _add_product_(dx, dh, joined, 1.0)
-                if any(need_as[p] for p in dhs):
-                    together = dh.T @ x.to(dh.dtype)
+            mask = (ctx.seed if seed is None else seed, token_ids, ctx.dropout_p) if ctx.dropout_p else None
+            together = _update_backward(x, dh, joined, dx, any(need_as[p] for p in dhs), mask)
             if together is not None:
                 for p, d_a in zip(dhs, together.split(_ranks([lora_as[p] for p in dhs])), strict=True):
                     d_as[p] = d_a.to(dh.dtype) if need_as[p] else None
         return dx, None, None, None, None, *d_weights, *d_biases, *d_as, *d_bs
+
+
+def _update_backward(
+    x: Tensor,
+    dh: Tensor,
+    joined: Tensor,
+    dx: Tensor | None,
+    want_as: bool,
+    mask: tuple[int | Tensor, Tensor, float] | None,
+) -> Tensor | None:
+    """Adds ``keep * (dh joined)`` to ``dx``, if there is one, and gives the gradient of ``joined``, if wanted.
+
+    ``mask`` is what that of the forward is drawn from again: seed, token ids and dropout_p; None = all is kept.
+    """
+    if mask is None:
+        if dx is not None:
+            _add_product_(dx, dh, joined, 1.0)
+        return dh.T @ x.to(dh.dtype) if want_as else None
+    seed, token_ids, dropout_p = mask
+    together = None
+    if want_as:
+        together = torch.zeros_like(joined, dtype=torch.promote_types(joined.dtype, torch.float32))
+    for rows, keep in _keep_words(seed, token_ids, x, dropout_p, dh.dtype):
+        if dx is not None:
+            update = dh[rows] @ joined
+            _words(update).bitwise_and_(keep)
+            dx[rows] += update
+        if together is not None:
+            together += dh[rows].T @ _dropped_(keep, x[rows], dh.dtype)
+    return together
 
 
 def _add_product_(y: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
@@ -251,10 +280,10 @@ def _dispatch(
 ) -> tuple[Tensor, ...]:
     """Checks the operands of ``op`` and runs them on the backend chosen."""
     chosen = resolve(backend, op, x.device)
-    for p, operands in enumerate(zip(weights, biases, lora_as, lora_bs, strict=True)):
+    for p, of_p in enumerate(zip(weights, biases, lora_as, lora_bs, strict=True)):
         where = op if len(weights) == 1 else f"{op}: projection {p}"
-        _check_operands(where, x, *operands)
-        _check_devices(where, x, dict(zip(("weight", "bias", "lora_a", "lora_b"), operands, strict=True)))
+        _check_operands(where, x, *of_p)
+        _check_devices(where, x, dict(zip(("weight", "bias", "lora_a", "lora_b"), of_p, strict=True)))
     check_dropout(dropout_p, seed, op)
     _check_devices(op, x, {"token_ids": token_ids, "seed": seed})
     if len({lora_a.dtype for lora_a in lora_as}) > 1:
@@ -267,7 +296,9 @@ def _dispatch(
             f"got {token_ids.dtype} of shape {tuple(token_ids.shape)}"
         )
     if chosen == "torch":
-        return _LoraLinears.apply(x, scaling, dropout_p, seed, token_ids, *weights, *biases, *lora_as, *lora_bs)
+        operands = *weights, *biases, *lora_as, *lora_bs
+        ys: tuple[Tensor, ...] = _LoraLinears.apply(x, scaling, dropout_p, seed, token_ids, *operands)
+        return ys
 
     from bivec.kernels import lora_triton  # triton is an optional dependency
 

@@ -192,7 +192,7 @@ def _config(kernel: str, x: Tensor, lora_dtype: torch.dtype) -> Config:
 
 def _rank_block(rank: int) -> int:
     """Ranks in a tile that x is read once for."""
-    return min(max(RANK_STEP, triton.next_power_of_2(rank)), MAX_BLOCK_R)
+    return min(max(RANK_STEP, int(triton.next_power_of_2(rank))), MAX_BLOCK_R)
 
 
 def _arguments(x: Tensor, keys: Tensor | None, factor: float, dropout_p: float) -> dict[str, Any]:
@@ -232,7 +232,9 @@ def project_(
         h: [T, R] fp32, columns contiguous; overwritten.
         x: [T, n], columns contiguous.
         m: [R, n]; any strides.
+        factor: of the product.
         keys: [T] int32, or None where nothing is dropped.
+        dropout_p: that of the mask; not read without keys.
     """
     config = _config("lora_project", x, m.dtype)
     rank, block_r = m.shape[0], _rank_block(m.shape[0])
@@ -288,7 +290,9 @@ def gradient(
         x: [T, n], columns contiguous.
         h: [T, R] fp32, columns contiguous.
         lora_dtype: of the LoRA matrices: the operands are of it.
+        factor: of the sum.
         keys: [T] int32, or None where nothing is dropped.
+        dropout_p: that of the mask; not read without keys.
     """
     config = _config("lora_gradient", x, lora_dtype)
     (num_tokens, rank), width = h.shape, x.shape[1]

@@ -48,7 +48,7 @@ def forward(
 ) -> list[Tensor]:
     """The products and launches of the forward; see ``lora_linears_op``."""
     x = _rows_contiguous(x)
-    keys = row_keys(seed, token_ids) if dropout_p else None
+    keys = row_keys(seed, token_ids) if seed is not None and token_ids is not None else None
     m = _stacked(lora_as)
     h = torch.empty(x.shape[0], m.shape[0], dtype=torch.float32, device=x.device)
     project_(h, x, m, 1.0 / (1.0 - dropout_p), keys, dropout_p)
@@ -79,8 +79,8 @@ def backward(
     want_x, *others = wanted
     want_weights, want_biases, want_as, want_bs = (others[i * count : (i + 1) * count] for i in range(4))
     x = _rows_contiguous(x)
-    active = [p for p, d_out in enumerate(d_outs) if d_out is not None]
-    grads = {p: _rows_contiguous(d_outs[p]) for p in active}
+    grads = {p: _rows_contiguous(d_out) for p, d_out in enumerate(d_outs) if d_out is not None}
+    active = list(grads)
     lora_dtype = lora_as[0].dtype
     hs = h.split([a.shape[0] for a in lora_as], 1)
 
@@ -98,8 +98,8 @@ def backward(
     dh = torch.empty(x.shape[0], sum(ranks), dtype=torch.float32, device=x.device)
     for p, part in zip(chosen, dh.split(ranks, 1), strict=True):
         project_(part, grads[p], lora_bs[p].t(), scaling / (1.0 - dropout_p))
-    keys = row_keys(seed, token_ids) if dropout_p else None
-    d_as = dict.fromkeys(chosen)
+    keys = row_keys(seed, token_ids) if seed is not None and token_ids is not None else None
+    d_as: dict[int, Tensor] = {}
     if any(want_as):
         together = gradient(x, dh, lora_dtype, 1.0, keys, dropout_p).to(lora_dtype)
         d_as = dict(zip(chosen, together.split(ranks), strict=True))
@@ -134,14 +134,17 @@ def lora_linears_op(
         biases: [out_p], dtype of ``x``; one of no elements is none.
         lora_as: [r_p, in], dtype of ``x`` or fp32.
         lora_bs: [out_p, r_p].
-        seed: [1] int64; token_ids: [T] int64; both where ``dropout_p`` is not 0.
+        seed: [1] int64, where ``dropout_p`` is not 0.
+        token_ids: [T] int64, likewise.
+        scaling: alpha / r.
+        dropout_p: probability of dropping an input of the updates.
     """
     with torch.autocast(x.device.type, enabled=False):
         return forward(x, weights, biases, lora_as, lora_bs, seed, token_ids, scaling, dropout_p)
 
 
 @lora_linears_op.register_fake
-def _(x, weights, biases, lora_as, lora_bs, seed, token_ids, scaling, dropout_p):
+def _(x: Tensor, weights: Sequence[Tensor], _biases: object, lora_as: Sequence[Tensor], *_: Any) -> list[Tensor]:
     outs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
     rank = sum(a.shape[0] for a in lora_as)
     return [*outs, x.new_empty(x.shape[0], rank, dtype=torch.float32)]
@@ -171,19 +174,26 @@ def lora_linears_backward_op(
 
 
 @lora_linears_backward_op.register_fake
-def _(d_outs, x, weights, lora_as, lora_bs, h, seed, token_ids, scaling, dropout_p, wanted):
+def _(
+    _d_outs: object,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_as: Sequence[Tensor],
+    lora_bs: Sequence[Tensor],
+    *others: Any,
+) -> list[Tensor]:
     shapes = [x, *weights, *(w[:, 0] for w in weights), *lora_as]
     like = [t.new_empty(t.shape) for t in shapes] + [b.new_empty(b.shape[1], b.shape[0]).t() for b in lora_bs]
-    return [gradient if want else x.new_empty(0) for gradient, want in zip(like, wanted, strict=True)]
+    return [gradient if want else x.new_empty(0) for gradient, want in zip(like, others[-1], strict=True)]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weights, _, lora_as, lora_bs, seed, token_ids, ctx.scaling, ctx.dropout_p = inputs
     ctx.save_for_backward(x, output[-1], seed, token_ids, *weights, *lora_as, *lora_bs)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, gradients):
+def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     """Skips the projections that no gradient reaches."""
     x, h, seed, token_ids, *matrices = ctx.saved_tensors
     *d_outs, _ = gradients
@@ -218,7 +228,7 @@ def apply(
     token_ids: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """``lora_linears`` of operands that its caller has checked; ``token_ids`` where ``dropout_p`` is not 0."""
-    keyed = seed_tensor(seed, x.device) if dropout_p else None
+    keyed = seed_tensor(seed, x.device) if dropout_p and seed is not None else None
     present = [x.new_empty(0) if bias is None else bias for bias in biases]
     operands = x, list(weights), present, list(lora_as), list(lora_bs)
     *outs, _ = lora_linears_op(*operands, keyed, token_ids if dropout_p else None, scaling, dropout_p)

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 
+def _storage(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)  # noqa: SLF001 - on the meta device all addresses are 0
+
+
 def check_overwritable(op: str, option: str, **operands: Tensor) -> None:
     """Refuses operands whose memory cannot be overwritten with one value for each element.
 
@@ -20,11 +24,11 @@ def check_overwritable(op: str, option: str, **operands: Tensor) -> None:
     """
     if torch.compiler.is_compiling():  # nothing is overwritten there
         return
-    starts = [(x.untyped_storage()._cdata, x.storage_offset()) for x in operands.values() if x.numel()]
+    starts = [(_storage(x), x.storage_offset()) for x in operands.values() if x.numel()]
     if len(set(starts)) < len(starts):
         raise ValueError(f"{op}: {' and '.join(operands)} are one memory; {option} cannot hold the results of all")
     for name, x in operands.items():
-        owner = x._base if x._is_view() else x
+        owner = x if x._base is None else x._base  # noqa: SLF001 - there is no public way to ask
         if torch.is_grad_enabled() and owner.is_leaf and owner.requires_grad:
             raise ValueError(
                 f"{op}: {name} is a leaf that requires grad, or a view of one; {option} would destroy its values. "

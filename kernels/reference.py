@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ def linear_cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / torch.where(count == 0, 1, count)
 
 
-def info_nce(
+def info_nce(  # noqa: C901 - the definition in one piece
     queries: Tensor,
     candidates: Tensor,
     targets: Tensor | None = None,
@@ -106,15 +107,15 @@ def info_nce(
     """InfoNCE over the whole similarity matrix: the columns side by side, -inf where masked, log(1 + e^gap)."""
     if matryoshka_dims is not None:
         weights = [1.0] * len(matryoshka_dims) if matryoshka_weights is None else matryoshka_weights
-        options = {"scale": scale, "normalize": normalize, "symmetric": symmetric, "query_ids": query_ids}
-        options |= {"candidate_ids": candidate_ids, "hard_negative_ids": hard_negative_ids, "margin": margin}
-        options |= {"include_query_query": include_query_query, "reduction": reduction}
+        options: dict[str, Any] = {"scale": scale, "normalize": normalize, "symmetric": symmetric}
+        options |= {"query_ids": query_ids, "candidate_ids": candidate_ids, "hard_negative_ids": hard_negative_ids}
+        options |= {"margin": margin, "include_query_query": include_query_query, "reduction": reduction}
         parts = []
         for dim, weight in zip(matryoshka_dims, weights, strict=True):
             hard = None if hard_negatives is None else hard_negatives[..., :dim]
             part = info_nce(queries[:, :dim], candidates[:, :dim], targets, hard_negatives=hard, **options)
             parts.append(weight * part)
-        return sum(parts) / sum(weights)
+        return torch.stack(parts).sum(0) / sum(weights)
 
     def unit(x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -123,13 +124,14 @@ def info_nce(
     q, c = unit(queries), unit(candidates)
     target = torch.arange(q.shape[0]) if targets is None else targets
     similarity, banned = [q @ c.T], [torch.zeros(q.shape[0], c.shape[0], dtype=torch.bool)]
-    if candidate_ids is not None:
+    if query_ids is not None and candidate_ids is not None:
         banned[0] = query_ids[:, None] == candidate_ids
     if hard_negatives is not None:
         hard = unit(hard_negatives)
         similarity.append(q @ hard.T if hard.dim() == 2 else torch.einsum("bd,bkd->bk", q, hard))
-        no_ids = hard_negative_ids is None
-        banned.append(torch.zeros_like(similarity[-1]).bool() if no_ids else query_ids[:, None] == hard_negative_ids)
+        banned.append(torch.zeros_like(similarity[-1]).bool())
+        if query_ids is not None and hard_negative_ids is not None:
+            banned[-1] = query_ids[:, None] == hard_negative_ids
     if include_query_query:
         similarity.append(q @ q.T)
         same = torch.eye(q.shape[0], dtype=torch.bool)
@@ -142,10 +144,10 @@ def info_nce(
     gap = negatives.logsumexp(1) - positive[:, 0] * scale  # over the negatives only: even float64 would saturate
     losses = torch.logaddexp(gap, torch.zeros_like(gap))
     if symmetric:
-        swapped = {"query_ids": candidate_ids, "candidate_ids": query_ids} if candidate_ids is not None else {}
-        back = info_nce(
-            candidates, queries, scale=scale, normalize=normalize, margin=margin, reduction="none", **swapped
-        )
+        swapped: dict[str, Any] = {"scale": scale, "normalize": normalize, "margin": margin, "reduction": "none"}
+        if candidate_ids is not None:
+            swapped |= {"query_ids": candidate_ids, "candidate_ids": query_ids}
+        back = info_nce(candidates, queries, **swapped)
         losses = (losses + back) / 2
     return {"none": losses, "sum": losses.sum(), "mean": losses.sum() / max(len(losses), 1)}[reduction]
 
@@ -159,18 +161,18 @@ def segment_pool(
     span_ends: Tensor | None = None,
 ) -> Tensor:
     """Pools one span after the other."""
-    starts, ends = (cu_seqlens[:-1], cu_seqlens[1:]) if span_starts is None else (span_starts, span_ends)
+    starts = cu_seqlens[:-1] if span_starts is None else span_starts
+    ends = cu_seqlens[1:] if span_ends is None else span_ends
     rows = [hidden.new_zeros(0, hidden.shape[1])]
     for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
         span = hidden[start:end]  # [n, D]
-        ramp = torch.arange(1, end - start + 1, dtype=hidden.dtype)[:, None]
-        pooled = {
-            "mean": lambda span=span: span.mean(0),
-            "weighted_mean": lambda span=span, ramp=ramp: (span * ramp).sum(0) / ramp.sum(),
-            "first": lambda span=span: span[0],
-            "last": lambda span=span: span[-1],
-        }[mode]
-        rows.append((pooled() if end > start else hidden.new_zeros(hidden.shape[1]))[None])
+        weights = {
+            "mean": torch.ones(end - start),
+            "weighted_mean": torch.arange(1.0, end - start + 1),
+            "first": torch.arange(end - start) == 0,
+            "last": torch.arange(end - start) == end - start - 1,
+        }[mode].to(hidden.dtype)[:, None]
+        rows.append((span * weights).sum(0, keepdim=True) / weights.sum().clamp_min(1))
     return torch.cat(rows)
 
 

@@ -16,7 +16,7 @@ Source: Zhang & Sennrich, "Root Mean Square Layer Normalization" (2019); the off
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -31,18 +31,19 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
         wide = x.to(_statistics_dtype(x))
         # vecdot reads the row once and forms no x²
         rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         scale = weight.to(wide.dtype) + weight_offset if weight_offset else weight.to(wide.dtype)
         ctx.save_for_backward(x, weight, rstd)
         ctx.weight_offset = weight_offset
-        return (wide * rstd).mul_(scale).to(x.dtype)
+        y: Tensor = (wide * rstd).mul_(scale).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable  # rstd is saved as a number: a second derivative would miss its part
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         wide_dy = dy.to(rstd.dtype)
         normed = x.to(rstd.dtype) * rstd
@@ -120,10 +121,9 @@ def rms_norm(
                 'use backend="torch"'
             )
         return rms_norm_triton.norm(x, residual, weight, eps, weight_offset)
-    if residual is None:
-        return _RMSNorm.apply(x, weight, eps, weight_offset)
-    total = x + residual
-    return _RMSNorm.apply(total, weight, eps, weight_offset), total
+    total = x if residual is None else x + residual
+    y: Tensor = _RMSNorm.apply(total, weight, eps, weight_offset)
+    return y if residual is None else (y, total)
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:

@@ -23,6 +23,7 @@ gradient of the sum 3 and 1.
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -56,6 +57,7 @@ def reciprocal_root(x):
 
 @triton.jit
 def load_scale(weight_ptr, dims, weight_offset, dims_ok):
+    """What the normed row is multiplied by, ``[BLOCK_D]`` fp32."""
     return tl.load(weight_ptr + dims, mask=dims_ok, other=0.0).to(tl.float32) + weight_offset  # [BLOCK_D]
 
 
@@ -135,8 +137,11 @@ def rms_norm_backward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: programs, of ``tiles_per_program`` tiles of rows each. ``x_ptr`` is what was normed, ``d_total_ptr`` the
-    gradient of the sum, and ``partial_ptr [programs, D]`` takes the shares of dweight; None where there is none."""
+    """Grid: programs, of ``tiles_per_program`` tiles of rows each.
+
+    ``x`` is what was normed, ``d_total`` the gradient of the sum, ``partial [programs, D]`` takes the shares of
+    dweight; None where there is none.
+    """
     program = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     dims_ok = dims < DIM
@@ -301,7 +306,7 @@ def rms_norm_op(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> 
 
 
 @rms_norm_op.register_fake
-def _(x, weight, eps, weight_offset):
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
@@ -310,11 +315,12 @@ def add_rms_norm_op(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normed sums, the sums, both like x, and rstd; ``residual`` has the shape and dtype of x."""
-    return forward(x, residual, weight, eps, weight_offset)
+    y, total, rstd = forward(x, residual, weight, eps, weight_offset)
+    return y, x if total is None else total, rstd
 
 
 @add_rms_norm_op.register_fake
-def _(x, residual, weight, eps, weight_offset):
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
@@ -343,11 +349,11 @@ def rms_norm_backward_op(
 
 
 @rms_norm_backward_op.register_fake
-def _(dy, d_total, normed, weight, rstd, weight_offset, want_dweight):
-    return normed.new_empty(normed.shape), weight.new_empty(weight.shape if want_dweight else 0)
+def _(_dy: Tensor, _d_total: Tensor | None, normed: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return normed.new_empty(normed.shape), weight.new_empty(weight.shape if others[-1] else 0)
 
 
-def _gradients(ctx, dy: Tensor | None, d_total: Tensor | None, weight_argument: int) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor | None, d_total: Tensor | None, weight_argument: int) -> tuple[Tensor | None, ...]:
     """dx and dweight. Where y has no gradient the sum's is dx."""
     if dy is None:
         return d_total, None
@@ -357,7 +363,7 @@ def _gradients(ctx, dy: Tensor | None, d_total: Tensor | None, weight_argument: 
     return dx, dweight if want_dweight else None
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, _, ctx.weight_offset = inputs
     _, rstd = output
     ctx.save_for_backward(x, weight, rstd)
@@ -365,7 +371,7 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, _):
+def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     dx, dweight = _gradients(ctx, dy, None, weight_argument=1)
     return dx, dweight, None, None
 
@@ -373,7 +379,7 @@ def _differentiate(ctx, dy, _):
 rms_norm_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _save_sum(ctx, inputs, output):
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, _, weight, _, ctx.weight_offset = inputs
     _, total, rstd = output
     ctx.save_for_backward(total, weight, rstd)
@@ -381,7 +387,9 @@ def _save_sum(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_sum(ctx, dy, d_total, _):
+def _differentiate_sum(
+    ctx: Any, dy: Tensor | None, d_total: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     dx, dweight = _gradients(ctx, dy, d_total, weight_argument=2)
     return dx, dx, dweight, None, None
 
@@ -394,6 +402,7 @@ def norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``rms_norm`` of operands that it has checked."""
     if residual is None:
-        return rms_norm_op(x, weight, eps, weight_offset)[0]
+        alone: Tensor = rms_norm_op(x, weight, eps, weight_offset)[0]
+        return alone
     y, total, _ = add_rms_norm_op(x, residual, weight, eps, weight_offset)
     return y, total

@@ -13,6 +13,8 @@ Source: Su et al., "RoFormer" (2021).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,14 +40,14 @@ class _Rotary(torch.autograd.Function):
     """One tensor at a time: autograd lets a function overwrite a view only if it returns nothing else."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
         if inplace:
             ctx.mark_dirty(x)
         return _rotate(x, cos, sin, out=x if inplace else None)
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return _rotate(dy, cos, -sin), None, None, None
 

@@ -21,6 +21,7 @@ and of k, each way. The backward writes new tensors: others may hold the gradien
 """
 
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
+from typing import Any
 
 import torch
 import triton
@@ -238,7 +239,7 @@ def rotary_op(
 
 
 @rotary_op.register_fake
-def _(q, k, cos, sin, position_ids, inverse):
+def _(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -249,7 +250,7 @@ def rotary_inplace_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_i
 
 
 @rotary_inplace_op.register_fake
-def _(q, k, cos, sin, position_ids, inverse):
+def _(*_: Any) -> None:
     return None
 
 
@@ -257,9 +258,9 @@ def _turned_back(
     dq: Tensor | None, dk: Tensor | None, cos: Tensor, sin: Tensor, position_ids: Tensor, inverse: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of q and k: one launch for both, or for the one that there is."""
-    if dq is None and dk is None:
-        return None, None
     present = dk if dq is None else dq
+    if present is None:
+        return None, None
     nothing = present.new_empty(present.shape[0], 0, present.shape[2])
     d_q, d_k = rotary_op(
         nothing if dq is None else dq, nothing if dk is None else dk, cos, sin, position_ids, not inverse
@@ -267,14 +268,15 @@ def _turned_back(
     return None if dq is None else d_q, None if dk is None else d_k
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
     _, _, cos, sin, position_ids, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin, position_ids)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dq, dk):
-    return *_turned_back(dq, dk, *ctx.saved_tensors, ctx.inverse), None, None, None, None
+def _differentiate(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    cos, sin, position_ids = ctx.saved_tensors
+    return *_turned_back(dq, dk, cos, sin, position_ids, ctx.inverse), None, None, None, None
 
 
 rotary_op.register_autograd(_differentiate, setup_context=_save)
@@ -284,15 +286,18 @@ class _RotaryInPlace(torch.autograd.Function):
     """Overwrites q and k, and returns them as aliases; see the module docstring."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
         rotary_inplace_op(q, k, cos, sin, position_ids, False)
         ctx.save_for_backward(cos, sin, position_ids)
         ctx.set_materialize_grads(False)
         return q, k
 
     @staticmethod
-    def backward(ctx, dq: Tensor | None, dk: Tensor | None):
-        return *_turned_back(dq, dk, *ctx.saved_tensors, False), None, None, None
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        cos, sin, position_ids = ctx.saved_tensors
+        return *_turned_back(dq, dk, cos, sin, position_ids, False), None, None, None
 
 
 def rotated(
@@ -300,5 +305,7 @@ def rotated(
 ) -> tuple[Tensor, Tensor]:
     """``apply_rotary`` of operands that it has checked; torch.compile reuses memory by itself, and gets no aliases."""
     if inplace and not torch.compiler.is_compiling():
-        return _RotaryInPlace.apply(q, k, cos, sin, position_ids)
-    return rotary_op(q, k, cos, sin, position_ids, False)
+        q, k = _RotaryInPlace.apply(q, k, cos, sin, position_ids)
+    else:
+        q, k = rotary_op(q, k, cos, sin, position_ids, False)
+    return q, k

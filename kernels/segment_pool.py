@@ -21,6 +21,8 @@ arXiv:2202.08904).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +60,7 @@ def _bag(rows: Tensor, index: Tensor, weights: Tensor, offsets: Tensor) -> Tenso
 
 class _SegmentPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, starts, ends, mode, num_slots):
+    def forward(ctx: Any, hidden: Tensor, starts: Tensor, ends: Tensor, mode: str, num_slots: int | None) -> Tensor:
         spans, tokens, weights, first = _slots(starts, ends, mode, num_slots)
         tokens = tokens.clamp(0, max(hidden.shape[0] - 1, 0))  # an empty span may sit at either end of the batch
         pooled = _bag(hidden, tokens, weights, first)
@@ -68,48 +70,47 @@ class _SegmentPool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         spans, tokens, weights = ctx.saved_tensors
         tokens, order = tokens.sort(stable=True)
         offsets = torch.searchsorted(tokens, torch.arange(ctx.num_tokens, device=tokens.device))  # [T]
         return _bag(grad, spans[order], weights[order], offsets).to(ctx.dtype), None, None, None, None
 
 
-def _check(hidden: Tensor, cu_seqlens: Tensor, mode: str, starts: Tensor | None, ends: Tensor | None) -> None:
+def _check(hidden: Tensor, cu_seqlens: Tensor, mode: str, spans: dict[str, Tensor | None]) -> None:
     name = "segment_pool"
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"{name}: hidden must be [T, D] floating point; got {tuple(hidden.shape)} {hidden.dtype}")
     if mode not in MODES:
         raise ValueError(f"{name}: mode must be one of {', '.join(MODES)}; got {mode!r}")
-    if (starts is None) != (ends is None):
+    given = {label: tensor for label, tensor in spans.items() if tensor is not None}
+    if len(given) == 1:
         raise ValueError(f"{name}: span_starts and span_ends come together; only one was given")
-    for label, tensor in (("cu_seqlens", cu_seqlens), ("span_starts", starts), ("span_ends", ends)):
-        if tensor is None:
-            continue
+    for label, tensor in {"cu_seqlens": cu_seqlens, **given}.items():
         if tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"{name}: {label} must be 1-D int32 or int64; got {tuple(tensor.shape)} {tensor.dtype}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: {label} is on {tensor.device}, hidden on {hidden.device}; move them together")
-    if starts is not None and starts.shape != ends.shape:
+    if len({tensor.shape for tensor in given.values()}) > 1:
+        starts, ends = given.values()
         raise ValueError(f"{name}: {starts.shape[0]} span_starts but {ends.shape[0]} span_ends; one pair a span")
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name}: cu_seqlens must be [B + 1] offsets beginning with 0; it is empty")
-    if not checks_values(hidden.device):
-        return
-    num_tokens = hidden.shape[0]
+
+
+def _check_values(cu_seqlens: Tensor, starts: Tensor, ends: Tensor, num_tokens: int) -> None:
+    name = "segment_pool"
     if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != num_tokens or bool((cu_seqlens.diff() < 0).any()):
         raise ValueError(
             f"{name}: cu_seqlens must rise from 0 to T={num_tokens}; it goes from {int(cu_seqlens[0])} to "
             f"{int(cu_seqlens[-1])}{'' if bool((cu_seqlens.diff() >= 0).all()) else ' and falls in between'}"
         )
-    if starts is not None:
-        bad = ((starts < 0) | (ends < starts) | (ends > num_tokens)).nonzero()
-        if bad.numel():
-            s = int(bad[0])
-            raise ValueError(
-                f"{name}: span {s} is [{int(starts[s])}, {int(ends[s])}); "
-                f"spans need 0 <= start <= end <= T={num_tokens}"
-            )
+    bad = ((starts < 0) | (ends < starts) | (ends > num_tokens)).nonzero()
+    if bad.numel():
+        s = int(bad[0])
+        raise ValueError(
+            f"{name}: span {s} is [{int(starts[s])}, {int(ends[s])}); spans need 0 <= start <= end <= T={num_tokens}"
+        )
 
 
 def segment_pool(
@@ -145,9 +146,12 @@ def segment_pool(
         LLM2Vec (arXiv:2404.05961), section 3.2; weighted mean: SGPT (arXiv:2202.08904).
     """
     chosen = resolve(backend, "segment_pool", hidden.device)
-    _check(hidden, cu_seqlens, mode, span_starts, span_ends)
+    _check(hidden, cu_seqlens, mode, {"span_starts": span_starts, "span_ends": span_ends})
     in_sequences = span_starts is None
-    starts, ends = (cu_seqlens[:-1], cu_seqlens[1:]) if in_sequences else (span_starts, span_ends)
+    starts = cu_seqlens[:-1] if span_starts is None else span_starts
+    ends = cu_seqlens[1:] if span_ends is None else span_ends
+    if checks_values(hidden.device):
+        _check_values(cu_seqlens, starts, ends, hidden.shape[0])
     if chosen == "triton":
         from bivec.kernels import segment_pool_triton  # triton is an optional dependency
 
@@ -156,4 +160,6 @@ def segment_pool(
                 f'segment_pool: the Triton kernels take fp16, bf16 and fp32, got {hidden.dtype}; use backend="torch"'
             )
         return segment_pool_triton.pool(hidden, starts, ends, mode, in_order=in_sequences)
-    return _SegmentPool.apply(hidden, starts.long(), ends.long(), mode, hidden.shape[0] if in_sequences else None)
+    num_slots = hidden.shape[0] if in_sequences else None
+    pooled: Tensor = _SegmentPool.apply(hidden, starts.long(), ends.long(), mode, num_slots)
+    return pooled

@@ -19,6 +19,7 @@ direction; both are bound by reading the rows, once a span.
 """
 
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
+from typing import Any
 
 import torch
 import triton
@@ -50,6 +51,7 @@ def segment_pool_forward(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Grid: spans x blocks of columns."""
     span = tl.program_id(0).to(tl.int64)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
     dims_ok = dims < DIM
@@ -83,8 +85,11 @@ def segment_pool_backward(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``starts``, ``ends`` and ``reach`` are in the order of the starts; ``order`` says which span that is, None = its
-    own place."""
+    """Grid: blocks of tokens x blocks of columns.
+
+    ``starts``, ``ends`` and ``reach`` are in the order of the starts; ``order`` says which span that is, None = its own
+    place.
+    """
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
     tokens = first + tl.arange(0, BLOCK_T)  # [BLOCK_T]
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -179,7 +184,13 @@ def backward(d_out: Tensor, starts: Tensor, ends: Tensor, num_tokens: int, weigh
 
 
 @torch.library.custom_op("bivec::segment_pool", mutates_args=())
-def segment_pool_op(hidden: Tensor, starts: Tensor, ends: Tensor, weighted: bool, in_order: bool) -> Tensor:
+def segment_pool_op(
+    hidden: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    weighted: bool,
+    in_order: bool,  # noqa: ARG001 - autograd hands it to the backward
+) -> Tensor:
     """Weighted sums ``[S, D]`` of rows of hidden, in its dtype.
 
     Args:
@@ -193,7 +204,7 @@ def segment_pool_op(hidden: Tensor, starts: Tensor, ends: Tensor, weighted: bool
 
 
 @segment_pool_op.register_fake
-def _(hidden, starts, ends, weighted, in_order):
+def _(hidden: Tensor, starts: Tensor, *_: Any) -> Tensor:
     return hidden.new_empty(starts.shape[0], hidden.shape[1])
 
 
@@ -206,17 +217,17 @@ def segment_pool_backward_op(
 
 
 @segment_pool_backward_op.register_fake
-def _(d_out, starts, ends, num_tokens, weighted, in_order):
+def _(d_out: Tensor, _starts: Tensor, _ends: Tensor, num_tokens: int, *_: Any) -> Tensor:
     return d_out.new_empty(num_tokens, d_out.shape[1])
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
     hidden, starts, ends, ctx.weighted, ctx.in_order = inputs
     ctx.num_tokens = hidden.shape[0]
     ctx.save_for_backward(starts, ends)
 
 
-def _differentiate(ctx, d_out):
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     starts, ends = ctx.saved_tensors
     d_hidden = segment_pool_backward_op(d_out, starts, ends, ctx.num_tokens, ctx.weighted, ctx.in_order)
     return d_hidden, None, None, None, None
@@ -230,7 +241,8 @@ def pool(hidden: Tensor, starts: Tensor, ends: Tensor, mode: str, in_order: bool
 
     Args:
         hidden: [T, D], of ``DTYPES``.
-        starts, ends: [S] int32 or int64, checked by the caller.
+        starts: [S] int32 or int64, checked by the caller.
+        ends: likewise.
         mode: of ``segment_pool``.
         in_order: neither starts nor ends ever decrease.
     """
@@ -238,4 +250,5 @@ def pool(hidden: Tensor, starts: Tensor, ends: Tensor, mode: str, in_order: bool
         ends = torch.minimum(starts + 1, ends)
     elif mode == "last":
         starts = torch.maximum(ends - 1, starts)
-    return segment_pool_op(hidden, starts, ends, mode == "weighted_mean", in_order)
+    pooled: Tensor = segment_pool_op(hidden, starts, ends, mode == "weighted_mean", in_order)
+    return pooled

@@ -13,6 +13,8 @@ Source: Shazeer, "GLU Variants Improve Transformer" (2020); the tanh form of GEL
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -43,21 +45,22 @@ def _overwrite_by_gradients(dy: Tensor, gate: Tensor, up: Tensor, activation: st
     dy, gate, up = torch.atleast_1d(dy, gate, up)
     elements = max(gate.numel() // 16, SMALLEST_PART)
     slices = max(elements * gate.shape[0] // max(gate.numel(), 1), 1)
-    for part_dy, *parts in zip(dy.split(slices), gate.split(slices), up.split(slices), strict=True):
-        for part, gradient in zip(parts, _gradients(part_dy, *parts, activation), strict=True):
-            part.copy_(gradient)
+    for part_dy, part_gate, part_up in zip(dy.split(slices), gate.split(slices), up.split(slices), strict=True):
+        d_gate, d_up = _gradients(part_dy, part_gate, part_up, activation)
+        part_gate.copy_(d_gate)
+        part_up.copy_(d_up)
 
 
 class _GatedUnit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, activation: str, overwrite: bool) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str, overwrite: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation, ctx.overwrite = activation, overwrite
         return _gated(gate, activation).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if not ctx.overwrite:
             return *_gradients(dy, gate, up, ctx.activation), None, None
@@ -86,7 +89,8 @@ def _gated_unit(op: str, gate: Tensor, up: Tensor, activation: str, overwrite: b
                 f'{op}: the Triton kernels take fp16, bf16 and fp32, got {gate.dtype}; use backend="torch"'
             )
         return swiglu_triton.gated_unit(gate, up, activation, overwrite)
-    return _GatedUnit.apply(gate, up, activation, overwrite)
+    out: Tensor = _GatedUnit.apply(gate, up, activation, overwrite)
+    return out
 
 
 def swiglu(gate: Tensor, up: Tensor, *, overwrite: bool = False, backend: str | None = None) -> Tensor:

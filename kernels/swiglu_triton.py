@@ -20,6 +20,7 @@ Saved for backward: gate and up, nothing else. Elements moved: forward 2 reads a
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
@@ -123,13 +124,13 @@ def has_rows(x: Tensor) -> bool:
 def _rows(*tensors: Tensor) -> list[Tensor]:
     """``[rows, N]`` each, those copied that are not ``has_rows``; a single row where none has gaps."""
     shape = tensors[0].shape
-    tensors = [x if has_rows(x) else x.contiguous() for x in tensors]
-    if all(x.is_contiguous() for x in tensors):
-        return [x.view(1, -1) for x in tensors]
-    return [x.view(math.prod(shape[:-1]), shape[-1]) for x in tensors]
+    seen = [x if has_rows(x) else x.contiguous() for x in tensors]
+    if all(x.is_contiguous() for x in seen):
+        return [x.view(1, -1) for x in seen]
+    return [x.view(math.prod(shape[:-1]), shape[-1]) for x in seen]
 
 
-def _launch(kernel, tensors: dict[str, Tensor], activation: str, strides: dict[str, int]) -> None:
+def _launch(kernel: Any, tensors: dict[str, Tensor], activation: str, strides: dict[str, int]) -> None:
     first = next(iter(tensors.values()))  # [rows, N]
     config = config_for("swiglu", kernel.__name__, architecture(first.device), itemsize=first.element_size())
     a, b = CURVES[activation]
@@ -169,7 +170,7 @@ def gated_unit_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 @gated_unit_op.register_fake
-def _(gate, up, activation):
+def _(gate: Tensor, *_: Any) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
@@ -182,7 +183,7 @@ def gated_unit_backward_op(d_out: Tensor, gate: Tensor, up: Tensor, activation: 
 
 
 @gated_unit_backward_op.register_fake
-def _(d_out, gate, up, activation):
+def _(_d_out: Tensor, gate: Tensor, up: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
@@ -198,16 +199,16 @@ def gated_unit_backward_inplace_op(d_out: Tensor, gate: Tensor, up: Tensor, acti
 
 
 @gated_unit_backward_inplace_op.register_fake
-def _(d_out, gate, up, activation):
+def _(*_: Any) -> None:
     return None
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], **_: Any) -> None:
     gate, up, ctx.activation = inputs
     ctx.save_for_backward(gate, up)
 
 
-def _differentiate(ctx, d_out):
+def _differentiate(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return *gated_unit_backward_op(d_out, *ctx.saved_tensors, ctx.activation), None
 
 
@@ -218,14 +219,14 @@ class _Overwriting(torch.autograd.Function):
     """The gradients are in the memory of gate and up; that the operator mutates them raises their versions."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return gated_unit_op(gate, up, activation)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_out: Tensor):
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = (x.detach() for x in ctx.saved_tensors)
         gated_unit_backward_inplace_op(d_out, gate, up, ctx.activation)
         return gate, up, None
@@ -233,4 +234,5 @@ class _Overwriting(torch.autograd.Function):
 
 def gated_unit(gate: Tensor, up: Tensor, activation: str, overwrite: bool) -> Tensor:
     """``swiglu`` or ``geglu`` of operands that they have checked."""
-    return (_Overwriting.apply if overwrite else gated_unit_op)(gate, up, activation)
+    out: Tensor = _Overwriting.apply(gate, up, activation) if overwrite else gated_unit_op(gate, up, activation)
+    return out

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-import bivec.kernels.attention_torch as attention_torch
-from bivec.kernels import reference
+from bivec.kernels import attention_layout, attention_torch, reference
 from bivec.kernels.attention import attention_dropout_mask, attention_plan, flash_attention
 
 HEADS = [(3, 3), (9, 3), (8, 2), (8, 1)]  # group of 1, 3, 4, 8 query heads
@@ -112,7 +111,7 @@ def test_chunks_and_saved_probabilities_change_nothing(name, budget, kept, monke
     """Cutting the scores at any place, and saving them or computing them again, gives the same numbers."""
     cu_seqlens, q, k, v, d_out = make([9, 4, 9, 20, 9], 6, 2)
     expected = oracle(q, k, v, d_out, cu_seqlens, OPTIONS[name])
-    monkeypatch.setattr(attention_torch, "_CHUNK_ELEMENTS_CPU", budget)
+    monkeypatch.setattr(attention_layout, "_CHUNK_ELEMENTS_CPU", budget)
     monkeypatch.setattr("bivec.kernels.attention.prefers_explicit", lambda *_: kept)
     plan = attention_plan(cu_seqlens, 64)
     got = ours(q, k, v, d_out, cu_seqlens, OPTIONS[name] | {"plan": plan})
