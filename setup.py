@@ -69,7 +69,7 @@ setup(
     ],
     package_dir={"bivec": "."},
     package_data={
-        "bivec": ["recipes/data/*.gz", "recipes/data/*.jsonl", "recipes/data/README.md"],
+        "bivec": ["py.typed", "recipes/data/*.gz", "recipes/data/*.jsonl", "recipes/data/README.md"],
         "bivec.kernels": ["tuning/*.json"],
         "bivec.engine.evaluation": ["data/*.json"],
     },

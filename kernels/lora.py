@@ -115,9 +115,8 @@ class _LoraLinears(torch.autograd.Function):
         dx: Tensor | None = None
         d_weights, d_biases, d_as, d_bs = (_blank(len(weights)) for _ in range(4))
         dhs = {}
-        for p, dy in enumerate(dys):
-            if dy is None:  # nothing depends on this output
-                continue
+        reached = {p: dy for p, dy in enumerate(dys) if dy is not None}  # on other outputs nothing depends
+        for p, dy in reached.items():
             dy_wide = dy.to(lora_bs[p].dtype)
             if need_bs[p]:
                 d_bs[p] = (dy_wide.T @ hs[p]).mul_(ctx.scaling)

@@ -363,10 +363,11 @@ def _gradients(ctx: Any, dy: Tensor | None, d_total: Tensor | None, weight_argum
     return dx, dweight if want_dweight else None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, _, ctx.weight_offset = inputs
-    _, rstd = output
-    ctx.save_for_backward(x, weight, rstd)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of both operators, whose last three arguments and whose first and last results are the same."""
+    weight, _, ctx.weight_offset = inputs[-3:]
+    _, *total, rstd = output
+    ctx.save_for_backward(*(total or inputs[:1]), weight, rstd)
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)
 
@@ -379,22 +380,12 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tenso
 rms_norm_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, _, weight, _, ctx.weight_offset = inputs
-    _, total, rstd = output
-    ctx.save_for_backward(total, weight, rstd)
-    ctx.mark_non_differentiable(rstd)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate_sum(
-    ctx: Any, dy: Tensor | None, d_total: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    dx, dweight = _gradients(ctx, dy, d_total, weight_argument=2)
+def _differentiate_sum(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    dx, dweight = _gradients(ctx, dy, ds, weight_argument=2)
     return dx, dx, dweight, None, None
 
 
-add_rms_norm_op.register_autograd(_differentiate_sum, setup_context=_save_sum)
+add_rms_norm_op.register_autograd(_differentiate_sum, setup_context=_save)
 
 
 def norm(

@@ -19,6 +19,7 @@ Saved for backward: gate and up, nothing else. Elements moved: forward 2 reads a
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -222,7 +223,8 @@ class _Overwriting(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return gated_unit_op(gate, up, activation)
+        out: Tensor = gated_unit_op(gate, up, activation)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -234,5 +236,5 @@ class _Overwriting(torch.autograd.Function):
 
 def gated_unit(gate: Tensor, up: Tensor, activation: str, overwrite: bool) -> Tensor:
     """``swiglu`` or ``geglu`` of operands that they have checked."""
-    out: Tensor = _Overwriting.apply(gate, up, activation) if overwrite else gated_unit_op(gate, up, activation)
-    return out
+    run: Callable[..., Tensor] = _Overwriting.apply if overwrite else gated_unit_op
+    return run(gate, up, activation)
