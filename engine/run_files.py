@@ -16,7 +16,7 @@ import torch
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
-from bivec.engine.recipe import Recipe, as_dict, differences
+from bivec.engine.recipe import RUN_FILE, TRAINED, Recipe, as_dict, differences
 from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.records import check_types
 from bivec.engine.report import StageResult
@@ -25,8 +25,6 @@ from bivec.kernels.backend import resolve
 from bivec.models.files import write_text_atomic
 from bivec.models.plain_json import parse_json
 
-RUN_FILE = "run.json"
-TRAINED = ("mntp", "simcse", "supervised")  # stages that train, in their order
 LEFT_BY_A_RUN = ("metrics.jsonl", "evaluations.jsonl", "checkpoints", *TRAINED, "results.json")
 VERSIONS_OF = (
     "torch",

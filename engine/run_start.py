@@ -13,10 +13,10 @@ from bivec.engine.distributed import ALONE, World, launched, process_group
 from bivec.engine.errors import BivecError, RunError
 from bivec.engine.estimate import describe
 from bivec.engine.inputs import model_config
-from bivec.engine.recipe import Recipe
+from bivec.engine.recipe import RUN_FILE, TRAINED, Recipe
 from bivec.engine.recipe_arguments import RunOptions, parse_arguments
 from bivec.engine.run import Run
-from bivec.engine.run_files import RUN_FILE, TRAINED, device_type
+from bivec.engine.run_files import device_type
 from bivec.engine.trainer import is_out_of_memory
 from bivec.kernels import BackendError
 

@@ -32,6 +32,7 @@ constants.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -102,6 +103,12 @@ def _seed_state(seed: int | Tensor) -> int | Tensor:
     return _mix64(seed.detach().reshape(()).clone()) if isinstance(seed, Tensor) else _mix64_int(seed)
 
 
+@overload
+def fold_seed(seed: int, *data: int) -> int: ...
+@overload
+def fold_seed(seed: Tensor, *data: int) -> Tensor: ...
+@overload
+def fold_seed(seed: int | Tensor, *data: int) -> int | Tensor: ...
 def fold_seed(seed: int | Tensor, *data: int) -> int | Tensor:
     """Derives the seed of a part (a step, a layer, a site) from the seed of the whole.
 

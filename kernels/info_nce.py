@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -149,6 +150,50 @@ def _matryoshka(width: int, dims: Sequence[int] | None, weights: Sequence[float]
     return sorted(((d, w / sum(weights)) for d, w in zip(dims, weights, strict=True)), reverse=True)
 
 
+@overload
+def info_nce(
+    queries: Tensor,
+    candidates: Tensor,
+    targets: Tensor | None = None,
+    *,
+    scale: float | Tensor = 20.0,
+    normalize: bool = True,
+    symmetric: bool = False,
+    hard_negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    hard_negative_ids: Tensor | None = None,
+    margin: float | None = None,
+    include_query_query: bool = False,
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    workspace_bytes: int | None = None,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def info_nce(
+    queries: Tensor,
+    candidates: Tensor,
+    targets: Tensor | None = None,
+    *,
+    scale: float | Tensor = 20.0,
+    normalize: bool = True,
+    symmetric: bool = False,
+    hard_negatives: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    candidate_ids: Tensor | None = None,
+    hard_negative_ids: Tensor | None = None,
+    margin: float | None = None,
+    include_query_query: bool = False,
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    workspace_bytes: int | None = None,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, InfoNceStats]: ...
 def info_nce(
     queries: Tensor,
     candidates: Tensor,

@@ -27,6 +27,7 @@ arXiv:2410.10989); Wijmans et al. 2024 (arXiv:2411.09009) is the recomputing alt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -104,6 +105,36 @@ def _factor(hidden: Tensor, weight: Tensor, reduction: str, count: Tensor, norma
     return torch.where(divisor == 0, 0.0, divisor.reciprocal())
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    index: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    softcap: float | None = None,
+    workspace_bytes: int | None = None,
+    return_stats: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    index: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+    softcap: float | None = None,
+    workspace_bytes: int | None = None,
+    return_stats: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, CrossEntropyStats]: ...
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

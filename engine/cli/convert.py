@@ -20,10 +20,9 @@ from bivec.engine.errors import BivecError, ConfigError, RunError
 from bivec.engine.estimate import describe
 from bivec.engine.inputs import model_config
 from bivec.engine.presets import PAPER, PRESETS
-from bivec.engine.recipe import STAGES, Recipe
+from bivec.engine.recipe import RUN_FILE, STAGES, Recipe
 from bivec.engine.recipe_arguments import RunOptions, apply_arguments, recipe_parser
 from bivec.engine.run import Run
-from bivec.engine.run_files import RUN_FILE
 from bivec.engine.run_start import opened_run
 
 SWITCHES = ("shard", "full-eval", "resume", "smoke", "dry-run")

@@ -42,7 +42,14 @@ class Case:
 
 def cases() -> list[Case]:
     """One for every operator at least."""
-    return [*_attention_cases(), *_loss_cases(), *_layer_cases(), *_pool_cases(), *_lora_cases()]
+    return [
+        *_attention_cases(),
+        *_cross_entropy_cases(),
+        *_info_nce_cases(),
+        *_layer_cases(),
+        *_pool_cases(),
+        *_lora_cases(),
+    ]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -82,13 +89,10 @@ def _attention(label: str, offsets: tuple[int, ...], heads: tuple[int, int, int]
     return Case("flash_attention", label, shapes, ours, exact, {"cu_seqlens": cu_seqlens})
 
 
-def _loss_cases() -> list[Case]:
+def _cross_entropy_cases() -> list[Case]:
     targets = torch.arange(13) * 7 % 101
     targets[4] = -100  # ignored
     index = torch.arange(13) * 3 % 17
-    ids = {"query_ids": torch.arange(7), "candidate_ids": torch.tensor([0, 1, 2, 1, 4, 5, 6])}  # 3 is 1 again: left out
-    own: dict[str, Any] = {"scale": 20.0, "margin": 0.05, "reduction": "none"}
-    prefixes: dict[str, Any] = {"normalize": False, "matryoshka_dims": (24, 40)}
     return [
         Case(
             "linear_cross_entropy",
@@ -119,6 +123,14 @@ def _loss_cases() -> list[Case]:
             reference.linear_cross_entropy,
             {"weight": normal(2048, 24), "targets": targets},
         ),
+    ]
+
+
+def _info_nce_cases() -> list[Case]:
+    ids = {"query_ids": torch.arange(7), "candidate_ids": torch.tensor([0, 1, 2, 1, 4, 5, 6])}  # 3 is 1 again: left out
+    own: dict[str, Any] = {"scale": 20.0, "margin": 0.05, "reduction": "none"}
+    prefixes: dict[str, Any] = {"normalize": False, "matryoshka_dims": (24, 40)}
+    return [
         Case(
             "info_nce",
             "hard negatives, ids, query against query",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bivec.engine.errors import RunError
-from bivec.engine.run_files import RUN_FILE, TRAINED
+from bivec.engine.recipe import RUN_FILE, TRAINED
 from bivec.models.files import write_text_atomic
 
 

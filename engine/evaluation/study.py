@@ -38,7 +38,7 @@ from bivec.engine.evaluation.word_tasks import (
     words_markdown,
 )
 from bivec.engine.json_files import json_or_none
-from bivec.engine.run_files import RUN_FILE
+from bivec.engine.recipe import RUN_FILE
 from bivec.models.files import write_text_atomic
 
 PARTS = ("baselines", "pooling", "tasks", "words", "prefixes", "masks", "curves")

@@ -18,7 +18,8 @@ from bivec.engine.encoder import Encoder
 from bivec.engine.encoder_config import CONFIG_FILE as ENCODER_FILE
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import resolve_model
-from bivec.engine.run_files import RUN_FILE, TRAINED, start_state
+from bivec.engine.recipe import RUN_FILE, TRAINED
+from bivec.engine.run_files import start_state
 from bivec.engine.run_weights import stage_is_done
 from bivec.models.weights import CONFIG_FILE
 

@@ -26,7 +26,7 @@ from bivec.engine.evaluation.word_data import (
     read_wnut17,
 )
 from bivec.engine.evaluation.word_features import WordEncoder, word_features
-from bivec.engine.evaluation.word_probe import ProbeConfig, evaluate_probe, train_probe
+from bivec.engine.evaluation.word_probe import ProbeConfig, ProbeResult, evaluate_probe, train_probe
 
 TITLES = {"chunking": "Chunking", "ner": "NER", "pos": "POS"}
 
@@ -172,32 +172,34 @@ def score_words(
             for alignment in alignments:
                 results = []
                 for seed in seeds:
-                    probe = train_probe(
-                        train[alignment],
-                        one.train.labels[task],
-                        replace(config, seed=seed),
-                        label_set=one.label_sets.get(task),
-                    )
+                    settings = replace(config, seed=seed)
+                    labels = one.train.labels[task]
+                    probe = train_probe(train[alignment], labels, settings, label_set=one.label_sets.get(task))
                     results.append(evaluate_probe(probe, test[alignment], one.test.labels[task], task))
-                accuracy = [result.accuracy for result in results]
-                f1 = [result.f1 for result in results if result.f1 is not None]
-                scores.append(
-                    WordScore(
-                        model=name,
-                        alignment=alignment,
-                        task=task,
-                        data=one.name,
-                        accuracy=float(np.mean(accuracy)),
-                        accuracy_std=float(np.std(accuracy)),
-                        f1=float(np.mean(f1)) if f1 else None,
-                        f1_std=float(np.std(f1)) if f1 else None,
-                        seeds=tuple(seeds),
-                        num_words=results[0].num_words,
-                        num_missing=results[0].num_missing,
-                        unseen_labels=results[0].unseen_labels,
-                    )
-                )
+                scores.append(_mean_score(results, name, alignment, task, one.name, seeds))
     return scores
+
+
+def _mean_score(
+    results: Sequence[ProbeResult], model: str, alignment: str, task: str, data: str, seeds: Sequence[int]
+) -> WordScore:
+    """Of the probes of all seeds."""
+    accuracy = [result.accuracy for result in results]
+    f1 = [result.f1 for result in results if result.f1 is not None]
+    return WordScore(
+        model=model,
+        alignment=alignment,
+        task=task,
+        data=data,
+        accuracy=float(np.mean(accuracy)),
+        accuracy_std=float(np.std(accuracy)),
+        f1=float(np.mean(f1)) if f1 else None,
+        f1_std=float(np.std(f1)) if f1 else None,
+        seeds=tuple(seeds),
+        num_words=results[0].num_words,
+        num_missing=results[0].num_missing,
+        unseen_labels=results[0].unseen_labels,
+    )
 
 
 def accuracy_by_task(scores: Sequence[WordScore], read: Callable[[str], str]) -> dict[str, dict[str, float]]:

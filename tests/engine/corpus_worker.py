@@ -32,7 +32,7 @@ def die() -> None:
 def kill_at(when: str, place: str, count: int) -> None:
     """Puts the kill around a function of the module, or of the modules that it uses."""
     owner = {"replace": os, "fsync": os, "rmtree": shutil}.get(place, corpus_files)
-    Path.replace = lambda path, target: os.replace(path, target)  # noqa: PLW0108, PTH105 - 3.10 keeps the old function
+    Path.replace = lambda path, target: os.replace(path, target)
     function, calls = getattr(owner, place), 0
 
     def fatal(*arguments, **options):

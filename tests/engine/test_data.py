@@ -379,3 +379,17 @@ def test_bad_sts_files_are_named_with_the_line(tmp_path, content, message):
         load_sts(path)
     with pytest.raises(DataError, match="no file"):
         load_sts(tmp_path / "missing.csv")
+
+
+def test_a_line_end_that_csv_does_not_know_is_named(tmp_path):
+    (tmp_path / "pairs.csv").write_bytes(b"a,b,1\nc\rd,e,2\n")
+    with pytest.raises(DataError, match=r"pairs\.csv, line 2: not a CSV file \(new-line character"):
+        load_sts(tmp_path / "pairs.csv")
+
+
+def test_sentences_are_counted_from_0_and_not_from_the_end():
+    sentences = data.SentenceDataset(np.array([7, 8, 9], np.int32), np.array([0, 2, 3]))
+    assert [*sentences] == [[7, 8], [9]] and sentences.lengths.tolist() == [2, 1]
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match=f"sentence {index} of 2"):
+            sentences[index]

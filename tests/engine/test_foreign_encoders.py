@@ -204,8 +204,11 @@ def test_our_own_folder_saved_by_sentence_transformers(tiny_llama_dir, tmp_path)
         ([POOLING, TRANSFORMER], "module 'Transformer' is not supported there"),
         ([TRANSFORMER, {**POOLING, "path": "../outside"}], "the path '../outside' leads out of"),
         ([{**TRANSFORMER, "path": "/etc"}], "the path '/etc' leads out of"),
+        ([{**TRANSFORMER, "path": "a\0b"}], "can be none"),
+        ([{**TRANSFORMER, "path": "a" * 2000}], "the path 'a{80}' can be none"),
+        ([{"type": 3, "path": ""}], "every module needs a type and a path"),
     ],
-    ids=["custom", "twice", "order", "up", "root"],
+    ids=["custom", "twice", "order", "up", "root", "NUL", "long", "type"],
 )
 def test_modules_that_are_refused(modules, message, tiny_llama_dir, tmp_path):
     for folder, with_model in ((tmp_path / "m", True), (tmp_path / "nested", False)):

@@ -193,3 +193,10 @@ def test_shares():
         assert all(rank.shares(7) == [len(other.share(7)) for other in ranks] for rank in ranks)
     with pytest.raises(ConfigError, match="a batch of 2 cannot be shared by 3 processes"):
         World(0, 3).share(2)
+
+
+def test_several_machines_need_the_size_of_each():
+    with pytest.raises(
+        ConfigError, match="LOCAL_WORLD_SIZE is not set: how many of the 4 processes are on this machine"
+    ):
+        launch(RANK=3, WORLD_SIZE=4, LOCAL_RANK=1, MASTER_ADDR="node7")

@@ -3,14 +3,16 @@
 import json
 
 import pytest
+import torch
 
+from bivec.engine.distributed import World
 from bivec.engine.errors import RunError
 from bivec.engine.metrics import StepLog
 from bivec.engine.model_card import card_of_run
 from bivec.engine.presets import PRESETS
 from bivec.engine.recipe import as_dict
 from bivec.engine.recipe_arguments import RunOptions
-from bivec.engine.run_files import RUN_FILE, base_model, earlier_run, read_results
+from bivec.engine.run_files import RUN_FILE, base_model, chosen_device, earlier_run, read_results
 from bivec.engine.trainer import StepMetrics
 
 
@@ -96,3 +98,12 @@ def test_lines_of_metrics_are_typed(tmp_path):
 def test_a_run_file_of_another_kind_says_nothing(content, tmp_path):
     (tmp_path / RUN_FILE).write_text(content)
     assert base_model(str(tmp_path)) == str(tmp_path)
+
+
+def test_a_gpu_for_every_process_of_a_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world = World(rank=0, size=4, local_rank=0, local_size=4)
+    with pytest.raises(RunError, match="4 processes on this machine, but 2 GPUs; start one a GPU"):
+        chosen_device(RunOptions(tmp_path, device="cuda"), world)
+    with pytest.raises(RunError, match="--device cuda:1: each of 4 processes has one of its own; give --device cuda"):
+        chosen_device(RunOptions(tmp_path, device="cuda:1"), world)

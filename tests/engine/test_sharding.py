@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bivec.engine.checkpoint import TrainState, save_checkpoint
-from bivec.engine.distributed import ALONE, process_group
+from bivec.engine.distributed import ALONE, is_sharded, process_group
 from bivec.engine.errors import CheckpointError
-from bivec.engine.sharding import attach_head, detach_head, gathered, is_sharded, shard
+from bivec.engine.sharding import attach_head, detach_head, gathered, shard
 from bivec.kernels import linear_cross_entropy
 from bivec.models import Llama, Mistral, PackedBatch, load_pretrained
 

@@ -4,6 +4,8 @@ import importlib.util
 import inspect
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from bivec.engine import sentencepiece_bpe
 from bivec.engine.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, load_tokenizer, mask_token_id, prefix_length
 from bivec.models import CheckpointError, ConfigError
 from bivec.models.gguf import SMOLLM2_INSTALL, find_smollm2
@@ -503,3 +506,42 @@ def test_smollm2(tmp_path):
     assert tokenizer.tokenize("_") == ["_"] and mask_token_id(tokenizer) == tokenizer("_").input_ids[1]
     assert load_tokenizer(path, bos_token="<|im_start|>")("a").input_ids[0] == 1
     assert_saved_alike(tokenizer, tmp_path, model_type="llama")
+
+
+def test_sentencepiece_is_named_where_it_is_missing(tmp_path, monkeypatch):
+    folder = sentencepiece_directory(tmp_path, "v1")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(CheckpointError, match="needs the package sentencepiece: pip install sentencepiece"):
+        load_tokenizer(folder)
+
+
+def test_a_conversion_that_gives_other_ids_is_refused(tmp_path, monkeypatch):
+    """Every load compares with SentencePiece itself."""
+    folder = sentencepiece_directory(tmp_path, "v1")
+    monkeypatch.setattr("bivec.engine.sentencepiece_bpe._merges", lambda pieces: [])
+    with pytest.raises(CheckpointError, match=r"differs from SentencePiece on it \(token \d+ of a test text\)"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("message", [b"\x08\x01", b"\x0a\x04\x0a\x00\x1a\x00"], ids=["piece", "type"])
+def test_fields_of_the_wrong_kind(message):
+    with pytest.raises(TypeError, match="belongs"):
+        sentencepiece_bpe._model_parts(message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"carries no tokenizer \(tokenizer\.ggml\.tokens\)"),
+        ({"tokens": ["a", "b"], "scores": [1, 2]}, r"tokenizer\.ggml\.scores is no list of float"),
+        ({"tokens": ["a", "b"], "token_type": [1]}, r"tokenizer\.ggml\.token_type has 1 entries for 2 tokens"),
+        ({"tokens": ["a", "a"]}, r"tokenizer\.ggml\.tokens holds a token twice"),
+    ],
+    ids=["none", "kind", "length", "twice"],
+)
+def test_vocabularies_in_gguf_that_are_none(fields, message, tmp_path, monkeypatch):
+    header = types.SimpleNamespace(metadata={f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+    monkeypatch.setattr("bivec.engine.tokenizer.read_header", lambda path: header)
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(CheckpointError, match=message):
+        load_tokenizer(tmp_path / "m.gguf")

@@ -193,3 +193,10 @@ def test_minilm_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=MINILM_INSTALL):
         find_minilm()
+
+
+def test_it_is_not_saved_as_a_decoder(deberta, tmp_path):
+    for options in ({}, {"normalize": True}):
+        with pytest.raises(ConfigError, match=r"use encoder\.model\.save_pretrained"):
+            deberta.save_pretrained(tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()

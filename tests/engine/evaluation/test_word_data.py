@@ -222,3 +222,33 @@ def test_a_treebank_without_penn_tags_has_no_pos_task(tmp_path):
     columns[0][4] = "NNS"
     file.write_text("".join("\t".join(row) + "\n" for row in columns) + "\n")
     assert read_conllu(file).labels["pos"] == (("NNS", "_"),)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            [("1", "Dogs", "2"), ("2", "bark", "3"), ("3", "loudly", "2")],
+            "line 1: the heads above this word run in a circle",
+        ),
+        ([("1", "Dogs", "2"), ("3", "bark", "0")], "line 2: the word's number is 3, expected 2"),
+        ([("1", "Dogs", "7")], "line 1: the head '7' is no other word of the sentence and not 0"),
+        ([("1", "", "0")], "line 1: '1' with the form '' is no word"),
+    ],
+    ids=["circle", "number", "head", "form"],
+)
+def test_what_is_no_tree(words, message, tmp_path):
+    file = tmp_path / "bank.conllu"
+    rows = [[number, form, "_", "NOUN", "NN", "_", head, "dep", "_", "_"] for number, form, head in words]
+    file.write_text("".join("\t".join(row) + "\n" for row in rows) + "\n")
+    with pytest.raises(DataError, match=message):
+        read_conllu(file)
+
+
+def test_what_is_not_all_of_conll2003(tmp_path):
+    (tmp_path / "eng.train").write_text(CONLL2003)
+    with pytest.raises(DataError, match=r"has no dev file of CoNLL-2003: it must be named eng\.testa, valid\.txt"):
+        read_conll2003_directory(tmp_path)
+    (tmp_path / "eng.train").write_text(CONLL2003.replace("I-ORG", "I-PLACE"))
+    with pytest.raises(DataError, match=r"eng\.train, line 3: 'I-PLACE' is no ner label of CoNLL-2003"):
+        read_conll2003_directory(tmp_path)

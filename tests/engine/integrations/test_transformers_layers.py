@@ -223,3 +223,10 @@ def test_a_forward_of_its_own_is_refused(tiny_llama_dir):
         apply_kernels(model)
     remove_kernels(model)
     assert "forward" in model.norm.__dict__
+
+
+@pytest.mark.parametrize(("width", "dimension"), [(4, 1), (8, 2)], ids=["partial", "other layout"])
+def test_other_rotations_are_refused(width, dimension):
+    q, k, angles = torch.ones(1, 2, 3, 8), torch.ones(1, 1, 3, 8), torch.ones(1, 3, width)
+    with pytest.raises(ConfigError, match=f"rotation of {width} of 8 dimensions, along dimension {dimension}"):
+        transformers_layers._rotated(q, k, angles, angles, unsqueeze_dim=dimension)
