@@ -11,9 +11,9 @@ from bivec.engine.evaluation.word_data import to_bio
 SENTENCES = {
     "noun with what stands in front; prepositions alone": (
         (
-            "Confidence/NOUN/NN/6/nsubj:pass in/ADP/IN/4/case the/DET/DT/4/det pound/NOUN/NN/1/nmod is/AUX/VBZ/7/aux:pass "
-            "widely/ADV/RB/7/advmod expected/VERB/VBN/0/root to/PART/TO/9/mark take/VERB/VB/7/xcomp another/DET/DT/12/det "
-            "sharp/ADJ/JJ/12/amod dive/NOUN/NN/9/obj"
+            "Confidence/NOUN/NN/6/nsubj:pass in/ADP/IN/4/case the/DET/DT/4/det pound/NOUN/NN/1/nmod "
+            "is/AUX/VBZ/7/aux:pass widely/ADV/RB/7/advmod expected/VERB/VBN/0/root to/PART/TO/9/mark "
+            "take/VERB/VB/7/xcomp another/DET/DT/12/det sharp/ADJ/JJ/12/amod dive/NOUN/NN/9/obj"
         ),
         "[NP Confidence] [PP in] [NP the pound] [VP is widely expected to take] [NP another sharp dive]",
     ),
@@ -23,8 +23,8 @@ SENTENCES = {
     ),
     "a possessive 's begins a chunk; a possessive pronoun does not": (
         (
-            "Then/ADV/RB/8/advmod ,/PUNCT/,/8/punct my/PRON/PRP$/4/nmod:poss boss/NOUN/NN/7/nmod:poss 's/PART/POS/4/case "
-            "new/ADJ/JJ/7/amod car/NOUN/NN/8/nsubj broke/VERB/VBD/0/root down/ADP/RP/8/compound:prt"
+            "Then/ADV/RB/8/advmod ,/PUNCT/,/8/punct my/PRON/PRP$/4/nmod:poss boss/NOUN/NN/7/nmod:poss "
+            "'s/PART/POS/4/case new/ADJ/JJ/7/amod car/NOUN/NN/8/nsubj broke/VERB/VBD/0/root down/ADP/RP/8/compound:prt"
         ),
         "[ADVP Then] , [NP my boss] [NP 's new car] [VP broke] [PRT down]",
     ),
