@@ -194,13 +194,17 @@ PEERS = {
 
 def missing() -> dict[str, str]:
     """The peers that cannot be imported here, and why."""
-    reasons = {}
-    for name, module in FLASH_ATTN.items():
-        try:
-            _flash_attn(module)
-        except Exception as error:  # of any kind: a build for another torch raises what it likes
-            reasons[name] = f"{type(error).__name__}: {error}"
-    return reasons
+    found = {name: failed(partial(_flash_attn, module)) for name, module in FLASH_ATTN.items()}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def failed(load: Callable[[], object]) -> str | None:
+    """Why it cannot be loaded; None if it can."""
+    try:
+        load()
+    except Exception as error:  # of any kind: a build for another torch raises what it likes
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def outcome(call: Call, work: Work) -> tuple[Tensor, ...]:

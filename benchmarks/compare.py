@@ -39,42 +39,53 @@ def ratios(content: dict[str, Any]) -> dict[str, float]:
     Raises:
         ValueError: the file of no benchmark that is known here.
     """
-    if "parts" in content:  # of gpu_suite.py
-        found = {}
-        for part, entry in content["parts"].items():
-            if "result" in entry:
-                found |= {f"{part}: {name}": value for name, value in ratios(entry["result"]).items()}
-        return found
-    if "rows" in content:
-        found = {}
-        for row in content["rows"]:
-            case = " ".join(str(value) for key, value in row.items() if key not in MEASURED and value is not None)
-            if row["implementation"] != "bivec":
-                found |= _of(row, case)
-        return found
-    if "stages" in content:
-        found = {}
-        for stage, step in content["stages"].items():
-            for name, side in step["sides"].items():
-                # of a peer's rate the ratios are enough; ours has none
-                keys = [key for key in RATIOS if (key == "of_gemms") == (name == "bivec")]
-                found |= _of({key: side.get(key) for key in keys}, f"{stage} {name}")
-        return found
-    if "workloads" in content:
-        found = {}
-        for name, workload in content["workloads"].items():
-            found |= _of(workload, f"encode {name}")
-        return found
-    if "benchmarks" in content:
-        return ratios({"ops": medians_of_ops(content)})
-    if "ops" in content:
-        medians = {(row["group"], row["implementation"]): row["median_s"] for row in content["ops"]}
-        return {
-            f"{group} {name}, time": median / medians[group, "bivec"]
-            for (group, name), median in medians.items()
-            if name != "bivec" and (group, "bivec") in medians
-        }
+    for key, read in READERS.items():
+        if key in content:
+            return read(content[key])
     raise ValueError("neither the rows of attention.py or losses.py nor the result of train_step.py or encode.py")
+
+
+def _of_parts(parts: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for part, entry in parts.items():
+        if "result" in entry:
+            found |= {f"{part}: {name}": value for name, value in ratios(entry["result"]).items()}
+    return found
+
+
+def _of_rows(rows: list[dict[str, Any]]) -> dict[str, float]:
+    found = {}
+    for row in rows:
+        case = " ".join(str(value) for key, value in row.items() if key not in MEASURED and value is not None)
+        if row["implementation"] != "bivec":
+            found |= _of(row, case)
+    return found
+
+
+def _of_stages(stages: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for stage, step in stages.items():
+        for name, side in step["sides"].items():
+            # of a peer's rate the ratios are enough; ours has none
+            keys = [key for key in RATIOS if (key == "of_gemms") == (name == "bivec")]
+            found |= _of({key: side.get(key) for key in keys}, f"{stage} {name}")
+    return found
+
+
+def _of_workloads(workloads: dict[str, Any]) -> dict[str, float]:
+    found = {}
+    for name, workload in workloads.items():
+        found |= _of(workload, f"encode {name}")
+    return found
+
+
+def _of_ops(rows: list[dict[str, Any]]) -> dict[str, float]:
+    medians = {(row["group"], row["implementation"]): row["median_s"] for row in rows}
+    return {
+        f"{group} {name}, time": median / medians[group, "bivec"]
+        for (group, name), median in medians.items()
+        if name != "bivec" and (group, "bivec") in medians
+    }
 
 
 def medians_of_ops(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -87,6 +98,16 @@ def medians_of_ops(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _of(figures: dict[str, Any], case: str) -> dict[str, float]:
     return {f"{case}, {what}": figures[key] for key, what in RATIOS.items() if figures.get(key) is not None}
+
+
+READERS = {  # by a key of the file; the first that is there decides
+    "parts": _of_parts,  # of gpu_suite.py
+    "rows": _of_rows,
+    "stages": _of_stages,
+    "workloads": _of_workloads,
+    "benchmarks": lambda rows: _of_ops(medians_of_ops({"benchmarks": rows})),
+    "ops": _of_ops,
+}
 
 
 def compare(new: dict[str, float], old: dict[str, float], tolerance: float) -> tuple[list[str], list[str]]:

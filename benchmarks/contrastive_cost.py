@@ -104,7 +104,7 @@ class RandomTriples:
 
 @dataclass(frozen=True)
 class Line:
-    """seconds = fixed + slope x tokens"""
+    """Seconds = fixed + slope x tokens."""
 
     fixed: float
     slope: float
@@ -222,10 +222,11 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def report(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> str:
     """As it is printed."""
-    lines = [
+    header = (
         f"{'batch':>6} {'tokens':>8} {'parts':>6} {'s':>8} {'min':>8} {'max':>8} {'us/token':>9} {'off line':>9} "
         f"{'loss':>7} {'peak':>7} {'emb.':>6} {'rest':>7} {'in loss':>7} | one forward: {'s':>7} {'MiB':>6}"
-    ]
+    )
+    lines = [header]
     for row, off in zip(rows, found["line"]["off"], strict=True):
         cached, whole = row["sides"][CACHED], row["sides"].get(ONE_SHOT)
         loss = row["sides"][LOSS]["peak_bytes"]

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import json
 import os
@@ -35,6 +34,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,10 @@ TESTS = (
 
 
 def pytest_command() -> str:
-    """The command beside this Python, or the one on the path; never `python -m pytest`, which would put the
-    repository's folders before other packages."""
+    """The command beside this Python, or the one on the path.
+
+    Never `python -m pytest`, which would put the repository's folders before other packages.
+    """
     beside = Path(sys.executable).parent / "pytest"
     return str(beside) if beside.exists() else shutil.which("pytest") or "pytest"
 
@@ -241,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda")
     if options.output_dir is None:
         name = re.sub("[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-        options.output_dir = RESULTS / f"{name}-{datetime.date.today().isoformat()}"
+        options.output_dir = RESULTS / f"{name}-{datetime.now(timezone.utc).date().isoformat()}"
     return run_suite(options, device)
 
 

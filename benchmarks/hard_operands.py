@@ -16,13 +16,15 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
-
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
 from bivec.kernels import flash_attention, info_nce, linear_cross_entropy
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RESULTS = Path(__file__).resolve().parent / "results"
 COSINES = (0.5, 0.9, 0.95, 0.97, 0.99)
 SIZES = (1, 10, 50)
@@ -34,7 +36,7 @@ def near(rows: int, cosine: float, generator: torch.Generator) -> Tensor:
     """Random vectors with this mean cosine to each other, [rows, DIM] in bf16."""
     shared = torch.randn(DIM, generator=generator)
     noise = (1 / cosine - 1) ** 0.5 * torch.randn(rows, DIM, generator=generator) / DIM**0.5
-    return (shared / shared.norm() + noise).bfloat16()
+    return (shared / shared.norm() + noise).bfloat16().to(DEVICE)
 
 
 def errors(loss: Callable[..., Tensor], operands: Sequence[Tensor]) -> list[float]:
@@ -53,8 +55,11 @@ def measured() -> dict[str, list[dict[str, float]]]:
     losses, attention = [], []
     for cosine in COSINES:
         sides = [near(ROWS, cosine, generator) for _ in range(2)]
-        hidden, head = torch.randn(ROWS, DIM, generator=generator).bfloat16(), near(VOCABULARY, cosine, generator)
-        labels = torch.randint(VOCABULARY, (ROWS,), generator=generator)
+        hidden, head = (
+            torch.randn(ROWS, DIM, generator=generator).bfloat16().to(DEVICE),
+            near(VOCABULARY, cosine, generator),
+        )
+        labels = torch.randint(VOCABULARY, (ROWS,), generator=generator).to(DEVICE)
         losses.append(
             {
                 "cosine": cosine,
@@ -67,8 +72,8 @@ def measured() -> dict[str, list[dict[str, float]]]:
                 ),
             }
         )
-    cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32)
-    q, k, v, grad = torch.randn(4, LENGTH, HEADS, HEAD_DIM, generator=generator).unbind(0)
+    cu_seqlens = torch.tensor([0, LENGTH], dtype=torch.int32, device=DEVICE)
+    q, k, v, grad = torch.randn(4, LENGTH, HEADS, HEAD_DIM, generator=generator).to(DEVICE).unbind(0)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         return (flash_attention(q, k, v, cu_seqlens, max_seqlen=LENGTH, backend=backend) * grad).sum()
@@ -92,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: " + "  ".join(f"{key:>20}" for key in rows[0]))
         for row in rows:
             print(f"{name}: " + "  ".join(f"{value:20.2g}" for value in row.values()))
-    content = {**describe_run(torch.device("cpu")), "interpreter": True, **found}
+    content = {**describe_run(DEVICE), "interpreter": DEVICE.type == "cpu", **found}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "hard_operands.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0

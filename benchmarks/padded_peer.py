@@ -38,8 +38,7 @@ def causal_lm(checkpoint: Checkpoint, attention_dropout: float) -> torch.nn.Modu
     import transformers
 
     fields = checkpoint.config.to_dict() | {"is_causal": False, "attention_dropout": attention_dropout}
-    config = transformers.AutoConfig.for_model(**fields)
-    config._attn_implementation = "sdpa"
+    config = transformers.AutoConfig.for_model(**fields, attn_implementation="sdpa")
     embedding, head = checkpoint.model.embed_tokens.weight, checkpoint.lm_head_weight
     with torch.device("meta"):
         model = getattr(transformers, ARCHITECTURES[config.model_type])(config)

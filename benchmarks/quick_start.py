@@ -8,12 +8,12 @@ the machine at the same time: two busy processes on two cores are five times slo
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -94,7 +94,7 @@ def main() -> None:
     machine = f"{processor()}, {os.cpu_count()} cores"
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    content = {"date": datetime.date.today().isoformat(), "machine": machine, "flags": flags, "runs": runs}
+    content = {"date": datetime.now(timezone.utc).date().isoformat(), "machine": machine, "flags": flags, "runs": runs}
     (results / f"{arguments.name}.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     (results / f"{arguments.name}.md").write_text(report(content), encoding="utf-8")
     draw(results / f"{arguments.name}.png", runs)

@@ -53,10 +53,10 @@ def speed() -> str:
     rows = []
     for stage, label in lengths.items():
         found = steps["stages"][stage]
-        row = [label.format(batch=found["batch"])]
-        for side in (OURS, RECOMPUTING, KEPT):
-            row.append(_step(found["sides"][side]) if side in found["sides"] else "not run")
-        rows.append(row)
+        sides = [found["sides"].get(side) for side in (OURS, RECOMPUTING, KEPT)]
+        rows.append(
+            [label.format(batch=found["batch"]), *("not run" if side is None else _step(side) for side in sides)]
+        )
     version = encoding["peer"]["version"]
     for name, found in encoding["workloads"].items():
         order = "" if name == "one call" else "given order, "

@@ -60,12 +60,15 @@ def main() -> None:
 
 def markdown(document: dict) -> str:
     """The whole Markdown file."""
+    asked = (
+        f"`python benchmarks/round_trips.py`, torch {document['torch']}, fp32 on a CPU. Out: what we save, opened "
+        "there; in: what they save, opened here; beside: our kernels in their models. Largest difference of a "
+        "coordinate of unit vectors, or of a loss; of gradients the largest relative error of a tensor."
+    )
     lines = [
         f"# Round trips with {document['model']}",
         "",
-        f"`python benchmarks/round_trips.py`, torch {document['torch']}, fp32 on a CPU. Out: what we save, opened "
-        "there; in: what they save, opened here; beside: our kernels in their models. Largest difference of a "
-        "coordinate of unit vectors, or of a loss; of gradients the largest relative error of a tensor.",
+        asked,
         "",
         "| library | version | direction | compared | largest difference |",
         "|---|---|---|---|---|",
@@ -157,7 +160,7 @@ def decoder_in(model: str, folder: Path) -> Iterator[Row]:
     yield "sentence-transformers", "in", "another prompt by its name", apart(*named)
 
 
-def adapters(model: str, folder: Path) -> Iterator[Row]:
+def adapters(_model: str, folder: Path) -> Iterator[Row]:
     """LLM2Vec's layout written by PEFT, and ours read by PEFT; the decoder's folder is that of ``decoder_in``."""
     import peft
     from transformers import AutoModel
@@ -199,7 +202,7 @@ def mean_of(model: nn.Module, tokenizer: Callable) -> np.ndarray:
     return np.stack(vectors)
 
 
-def kernels_beside(model: str, folder: Path) -> Iterator[Row]:
+def kernels_beside(_model: str, folder: Path) -> Iterator[Row]:
     """``attn_implementation="bivec"`` and ``apply_kernels`` against transformers' eager attention and layers."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -226,7 +229,7 @@ def kernels_beside(model: str, folder: Path) -> Iterator[Row]:
         yield "transformers", "beside", f"{mask}, padded: gradients of all weights", relative(gradients, wanted)
 
 
-def losses_beside(model: str, folder: Path) -> Iterator[Row]:
+def losses_beside(_model: str, _folder: Path) -> Iterator[Row]:
     """Our two losses against the stock ones: value and gradients."""
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,
@@ -262,7 +265,7 @@ def relative(found: object, expected: object) -> float:
     return max(float((one - other).norm() / other.norm()) for one, other in zip(found, expected, strict=True))
 
 
-def mteb_beside(model: str, folder: Path) -> Iterator[Row]:
+def mteb_beside(_model: str, folder: Path) -> Iterator[Row]:
     """Our wrapper against mteb's own of sentence-transformers, on the tasks whose data ships."""
     from mteb.models import SentenceTransformerEncoderWrapper
 

@@ -100,7 +100,8 @@ def paired_bootstrap(
     """By how much ``new`` follows the scores better than ``old``.
 
     Args:
-        new, old: [N] cosines of two models for the same pairs.
+        new: [N] cosines of a model.
+        old: [N] of another one, for the same pairs.
         scores: [N] of people.
         resamples: how often N pairs are drawn with replacement.
         seed: of the draws.
@@ -196,7 +197,7 @@ def start_encoder(start: Start, base: Path, recipe: Mapping[str, Any]) -> Encode
 
 
 def cosines(encoder: Encoder, pairs: Sequence[STSPair]) -> np.ndarray:
-    """[N] float64"""
+    """Of the pairs' vectors, [N] float64."""
     rows = {text: None for pair in pairs for text in (pair.sentence1, pair.sentence2)}
     vectors = encoder.encode(list(rows), normalize_embeddings=True).astype(np.float64)
     number = {text: row for row, text in enumerate(rows)}
@@ -244,9 +245,12 @@ def correlations(found: Mapping[str, np.ndarray], sets: Mapping[str, Sequence[ST
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a start: before, after, and the difference from the unsupervised model."""
-    lines = [
+    header = (
         "| start | dev: before | supervised | against unsupervised Bi+MNTP+SimCSE [95 %] | test: before | supervised "
-        "| training |",
+        "| training |"
+    )
+    lines = [
+        header,
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:

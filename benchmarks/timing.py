@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import math
 import os
@@ -12,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -128,12 +128,7 @@ def _timing(samples: list[Sample]) -> Timing:
 
 def describe_run(device: torch.device) -> dict[str, Any]:
     """Machine, driver, versions, date and command, for the JSON of a run."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = {"python": platform.python_version(), **{package: installed(package) for package in PACKAGES}}
     # the distribution "torch" of a CUDA build may not say so; torch itself does
     versions |= {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
     return {
@@ -142,9 +137,17 @@ def describe_run(device: torch.device) -> dict[str, Any]:
         "driver": driver_version(),
         "host": f"{platform.system()} {platform.release()}, {platform.machine()}, {os.cpu_count()} CPUs",
         "versions": versions,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": described_command(sys.argv),
     }
+
+
+def installed(package: str) -> str:
+    """Its version, or that there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def described_command(argv: Sequence[str]) -> str:

@@ -213,7 +213,7 @@ def measure_memory(work: Work, side: str) -> int:
 def memory_in_a_process(arguments: Sequence[str], stage: str, side: str) -> int | None:
     """Runs this command for one stage and side; None where it failed, which it says on the screen."""
     command = [sys.executable, __file__, *arguments, "--stage", stage, "--memory-of", side]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if answer.returncode != 0:
         print(f"  the memory of {side} in {stage} could not be measured: exit status {answer.returncode}")
         return None
@@ -230,13 +230,16 @@ def add_memory(sides: dict[str, Any], memory: Mapping[str, int | None]) -> None:
 
 def report(stage: str, found: dict[str, Any]) -> str:
     """The stage as it is printed."""
-    lines = [
+    work = (
         f"\n{stage}: batch {found['batch']}, {found['tokens']:.0f} tokens a step, attention dropout "
         f"{found['attention_dropout']:g}, LoRA dropout {found['lora_dropout']:g}; GEMMs alone "
-        f"{found['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s",
+        f"{found['gemm_flops_per_s'] / 1e9:.0f} GFLOP/s"
+    )
+    header = (
         f"  {'':<26} {'s':>8} {'min':>8} {'max':>8} {'tokens/s':>9} {'GFLOP/s':>9} {'of GEMMs':>9} {'of peak':>8} "
-        f"{'MiB':>8}  ours is faster, smaller by",
-    ]
+        f"{'MiB':>8}  ours is faster, smaller by"
+    )
+    lines = [work, header]
     for name, side in found["sides"].items():
         of_peak = "-" if side["of_peak"] is None else f"{100 * side['of_peak']:.1f} %"
         memory = "-" if side["peak_bytes"] is None else f"{side['peak_bytes'] / 2**20:.0f}"

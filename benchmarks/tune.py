@@ -16,7 +16,7 @@ import json
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import datetime, timezone
 from functools import partial
 from itertools import islice, product
 from typing import Any
@@ -263,7 +263,7 @@ def choose_timed(wanted: list[AnyRow], device: torch.device, where: str, meter: 
         best = min(timings, key=lambda name: timings[name].ms)
         times = ", ".join(f"{timing.ms:.3f}" for timing in timings.values())
         print(f"{row.kernel} {row.key}: {best}, {timings[best].ms:.3f} ms of {times}", flush=True)
-        found.append(entry(row, *runnable[best], f"timed on {where}, {date.today().isoformat()}"))
+        found.append(entry(row, *runnable[best], f"timed on {where}, {datetime.now(timezone.utc).date().isoformat()}"))
     return found
 
 

@@ -49,8 +49,8 @@ def docstrings(module: str) -> Iterator[tuple[str, str]]:
             continue
         yield f"{module}.{name}", member.__doc__ or ""
         if inspect.isclass(member):
-            for inner, method in list(vars(member).items()):
-                method = getattr(method, "__func__", method)
+            for inner, found in list(vars(member).items()):
+                method = getattr(found, "__func__", found)
                 if inspect.isfunction(method) and method.__module__ == module:
                     yield f"{module}.{name}.{inner}", method.__doc__ or ""
 
@@ -79,13 +79,14 @@ def test_what_a_docstring_refers_to_exists(module):
     gone = []
     for name, text in docstrings(module):
         owner = getattr(loaded, name.removeprefix(module).strip(".").partition(".")[0] or "__doc__")
-        for target in re.findall(r":(?:func|class|meth|mod|attr|data):`~?([\w.]+)`", text):
-            if not any(resolves(start, target) for start in (owner, loaded, bivec)) and not importable(target):
-                gone.append((name, target))
+        roles = re.findall(r":(?:func|class|meth|mod|attr|data):`~?([\w.]+)`", text)
+        known = [any(resolves(start, target) for start in (owner, loaded, bivec)) for target in roles]
+        gone += [
+            (name, target) for target, here in zip(roles, known, strict=True) if not here and not importable(target)
+        ]
         gone += [(name, target) for target in re.findall(r"`(bivec\.[\w.]+)`", text) if not importable(target)]
-        for path in re.findall(r"\b(?:kernels|models|engine|recipes|benchmarks)/[\w/]+\.(?:py|json|md)\b", text):
-            if not (ROOT / path).is_file():
-                gone.append((name, path))
+        paths = re.findall(r"\b(?:kernels|models|engine|recipes|benchmarks)/[\w/]+\.(?:py|json|md)\b", text)
+        gone += [(name, path) for path in paths if not (ROOT / path).is_file()]
     assert gone == []
 
 

@@ -1,7 +1,7 @@
-"""Makes the samples of this folder from the raw public files. Standard library only, the same text every time.
+r"""Makes the samples of this folder from the raw public files. Standard library only, the same text every time.
 
-    python recipes/data/build.py --wikitext valid.txt test.txt --stsb-dev dev.csv --stsb-test test.csv \\
-        --ud-ewt en_ewt-ud-dev.conllu en_ewt-ud-test.conllu \\
+    python recipes/data/build.py --wikitext valid.txt test.txt --stsb-dev dev.csv --stsb-test test.csv \
+        --ud-ewt en_ewt-ud-dev.conllu en_ewt-ud-test.conllu \
         --wnut17 wnut17train.conll emerging.dev.conll emerging.test.annotated
 
 ``--wikitext`` takes the word-tokenised files of WikiText-2, ``--stsb-dev`` and ``--stsb-test`` the STS benchmark in
@@ -140,7 +140,7 @@ def slim_conllu(line: str) -> str | None:
     if len(columns) != 10 or not columns[0].isdecimal():
         return None
     number, form, _, upos, xpos, _, head, deprel, _, _ = columns
-    return "\t".join((number, form, "_", upos, xpos, "_", head, deprel, "_", "_"))
+    return f"{number}\t{form}\t_\t{upos}\t{xpos}\t_\t{head}\t{deprel}\t_\t_"
 
 
 def build_words(source: Path, target: Path, slim: Callable[[str], str | None]) -> int:

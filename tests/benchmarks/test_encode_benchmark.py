@@ -70,12 +70,13 @@ def test_batches_keep_the_order(scripts):
 def test_other_embeddings_are_found_out(scripts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scripts.encode, "draw", lambda *_: None)
     build = scripts.encode.peer_encode
-    for spoil in (lambda x: x * 1.01, lambda x: x * np.nan):
-        monkeypatch.setattr(
-            scripts.encode,
-            "peer_encode",
-            lambda *x, spoil=spoil: (lambda encode: lambda texts, **rest: spoil(encode(texts, **rest)))(build(*x)),
-        )
+    for factor in (1.01, np.nan):
+
+        def spoiled(*arguments, factor=factor):
+            encode = build(*arguments)
+            return lambda texts, **rest: factor * encode(texts, **rest)
+
+        monkeypatch.setattr(scripts.encode, "peer_encode", spoiled)
         status, _ = run(scripts, tmp_path)
         assert status == 1 and "FAILED  the embeddings differ" in capsys.readouterr().out
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -25,7 +26,7 @@ from bivec.engine.encoder import Encoder
 SETTINGS = {"slice_texts": 8, "tokens_per_batch": 100, "instruction": "Find:"}
 
 
-def die() -> None:
+def die() -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -45,7 +46,7 @@ def kill_at(when: str, place: str, count: int) -> None:
             function(file, position, data[: len(data) // 2])
         elif when == "after":
             function(*arguments, **options)
-        die()
+        return die()
 
     setattr(owner, place, fatal)
 

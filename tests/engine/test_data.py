@@ -92,10 +92,10 @@ def write_table(path: Path, texts: list[str]) -> Path:
     rows = [{"title": f"t{i}", "text": text} for i, text in enumerate(texts)]
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind == "parquet":
-        import pyarrow
+        import pyarrow as pa
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
         return path
     content = {
         "txt": lambda: "".join(text + "\n" for text in texts),

@@ -55,7 +55,7 @@ def test_truncate_spares_the_other_stage(log):
 @pytest.mark.parametrize("tail", ["{", '{"stage": "simcse", "st', "[1]", "null", '{"stage": "simcse"}', "\ufffd"])
 def test_a_last_line_cut_short(log, tail):
     whole = log.read()
-    with open(log.path, "a", encoding="utf-8") as file:
+    with log.path.open("a", encoding="utf-8") as file:
         file.write(tail)
     assert log.read() == whole
     log.truncate("simcse", 3)  # what a resumed run does first: the stump goes, the next line starts fresh

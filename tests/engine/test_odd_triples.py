@@ -103,7 +103,7 @@ def same_documents(triples):
         for one in groups:
             for other in groups:
                 if one & other and one != other:
-                    one |= other
+                    one.update(other)
                     merged = True
     return [[bool(groups[i] & groups[j]) for j in range(len(candidates))] for i in range(len(triples))]
 

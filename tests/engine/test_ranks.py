@@ -117,7 +117,7 @@ def test_from_two_ranks_to_one_and_back(mode, uninterrupted, tiny_llama_dir, tmp
 def test_a_shard_is_missing(tiny_llama_dir, tmp_path):
     finish(start_ranks("train", tiny_llama_dir, tmp_path, 1, "sharded"))
     (last,) = list_checkpoints(tmp_path, "stage")
-    shard = sorted(last.glob("shard-*"))[0]
+    shard = min(last.glob("shard-*"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-8])
     with pytest.raises(CheckpointError, match=f"{last}: not a whole checkpoint .*{shard.name}"):

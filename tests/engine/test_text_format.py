@@ -117,8 +117,8 @@ def test_span(tokenizer, template, instruction, pool_tail):
     text_format = TextFormat(tokenizer, 512, template, pool_tail=pool_tail, pool_bos=False)
     texts = [f"  {text}\n" for text in TEXTS] + TEXTS
     rows = text_format.rows([encoding_head(instruction)] * len(texts), texts)
-    for row, text in zip(rows, texts, strict=True):
-        head, text, tail = parts(template, instruction, text)
+    for row, spaced in zip(rows, texts, strict=True):
+        head, text, tail = parts(template, instruction, spaced)
         assert_span(tokenizer, row, head, text, tail)
         assert (row.end == len(row.input_ids)) is (pool_tail or not tail)
 
@@ -171,8 +171,10 @@ def test_truncation_at_every_length(tokenizer, template, instruction, pool_tail,
     for max_length in range(1, fixed + body + 3):
         try:
             text_format = TextFormat(tokenizer, max_length, template, pool_tail=pool_tail, append_eos=append_eos)
-        except ConfigError as error:
-            assert max_length <= fixed and f"max_length {max_length} leaves no token to a text" in str(error)
+        except ConfigError as refused:
+            message = str(refused)
+            assert max_length <= fixed
+            assert f"max_length {max_length} leaves no token to a text" in message
             continue
         heads, texts = ["", encoding_head(instruction), ""], ["a", LONG, "a"]  # the text in question in the middle
         if max_length <= fixed:

@@ -493,8 +493,9 @@ def test_smollm2(tmp_path):
     path = find_smollm2()
     tokenizer = load_tokenizer(path)
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in TEXTS:
-        text = text.replace("½", "")  # numeric, no digit: theirs leaves out SmolLM2's split of numbers
+    for text in (
+        text.replace("½", "") for text in TEXTS
+    ):  # numeric, no digit: theirs leaves out SmolLM2's split of numbers
         assert tokenizer(text).input_ids == [0, *theirs(text, add_special_tokens=False).input_ids], text
     assert tokenizer.tokenize("in 1984 ½") == ["in", "Ġ", "1", "9", "8", "4", "Ġ", "Â½"]
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (

@@ -31,10 +31,10 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def write_parquet(path: Path, rows: list[dict]) -> Path:
-    import pyarrow
+    import pyarrow as pa
     import pyarrow.parquet
 
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    pa.parquet.write_table(pa.Table.from_pylist(rows), path)
     return path
 
 

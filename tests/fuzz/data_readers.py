@@ -186,8 +186,8 @@ def check_settings(source: Path, case: Path, name: str, valid: Any, found: Any) 
     flat: dict[str, Any] = {}
 
     def walk(part: dict, prefix: str) -> None:
-        for key, value in part.items():
-            key = prefix + str(key).replace("-", "_")
+        for name, value in part.items():
+            key = prefix + str(name).replace("-", "_")
             if isinstance(value, dict):
                 walk(value, "" if key == "set" else key + ".")
             else:

@@ -192,8 +192,7 @@ def columns_of(file: Path, width: int) -> list[list[tuple[str, ...]]]:
     import re
 
     sentences: list[list[tuple[str, ...]]] = [[]]
-    for line in lines_of(file):
-        line = line.rstrip(" \t\r")
+    for line in (found.rstrip(" \t\r") for found in lines_of(file)):
         if not line or line.startswith("-DOCSTART-"):
             sentences.append([])
         elif width == 10 and line.startswith("#"):

@@ -163,7 +163,7 @@ def csv(folder: Path, llama: Path) -> None:
     import csv as writer
 
     for name, delimiter in (("a.csv", ","), ("b.tsv", "\t")):
-        with open(folder / name, "w", encoding="utf-8", newline="") as file:
+        with (folder / name).open("w", encoding="utf-8", newline="") as file:
             rows = writer.writer(file, delimiter=delimiter, lineterminator="\n")
             rows.writerows([("number", "text", "note"), *((i, text, "x") for i, text in enumerate(TEXTS))])
 
@@ -189,7 +189,7 @@ def sts(folder: Path, llama: Path) -> None:
     import csv as writer
 
     pairs = list(itertools.pairwise(TEXTS))[:3]
-    with open(folder / "a.csv", "w", encoding="utf-8", newline="") as file:
+    with (folder / "a.csv").open("w", encoding="utf-8", newline="") as file:
         rows = [(i, one, f'{other}, "{i}"', i + 0.5) for i, (one, other) in enumerate(pairs)]
         writer.writer(file, lineterminator="\n").writerows([("id", "sentence1", "sentence2", "score"), *rows])
     plain = "".join(f"{one}\t{other}\t{i}.25\n" for i, (one, other) in enumerate(pairs))

@@ -59,11 +59,11 @@ class Guard:
             places = list(zip(arguments[:2], arguments[2:], strict=True))
         else:
             places = [(arguments[0], arguments[-1])] if event in WRITING else []
-        for path, folder in places:
-            if isinstance(path, (str, bytes)):
-                path = os.fsdecode(path)
+        for named, folder in places:
+            if isinstance(named, (str, bytes)):
+                path = os.fsdecode(named)
                 if isinstance(folder, int) and folder >= 0 and not os.path.isabs(path):
-                    path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), path)
+                    path = f"{os.readlink(f'/proc/self/fd/{folder}')}/{path}"
                 full = os.path.realpath(path)
                 if not full.startswith((*self.allowed, "/dev/")):
                     self.outside.append(f"{event} {full}")

@@ -275,8 +275,8 @@ def test_a_query_without_negatives_has_loss_and_gradients_zero(reduction, dtype)
     empty = {"queries": torch.zeros(0, 4), "candidates": torch.randn(3, 4), "hard_negatives": torch.zeros(0, 4)}
     nothing = {"queries": torch.zeros(0, 4), "candidates": torch.zeros(0, 4)}
     cases = ((one, {}), (one, {"include_query_query": True}), (masked, options), (none, {}), (empty, {}), (nothing, {}))
-    for tensors, extra in cases:
-        tensors = {name: x.to(DEVICE, dtype) for name, x in tensors.items()} | {"scale": torch.tensor(50.0).to(DEVICE)}
+    for given, extra in cases:
+        tensors = {name: x.to(DEVICE, dtype) for name, x in given.items()} | {"scale": torch.tensor(50.0).to(DEVICE)}
         for symmetric in (False, True) if len(tensors["queries"]) == len(tensors["candidates"]) else (False,):
             result = run(info_nce, tensors, extra | {"reduction": reduction, "symmetric": symmetric})
             assert all((value == 0).all() for value in result.values())

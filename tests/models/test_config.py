@@ -97,8 +97,10 @@ def test_a_missing_field_is_named(field):
     [
         (
             {"model_type": "phi3"},
-            r"model_type 'phi3' is not supported; bivec runs gemma, gemma2, gemma3_text, llama, mistral, qwen2, "
-            r"qwen3, smollm3$",
+            (
+                r"model_type 'phi3' is not supported; bivec runs gemma, gemma2, gemma3_text, llama, mistral, qwen2, "
+                r"qwen3, smollm3$"
+            ),
         ),
         ({"model_type": "gemma3"}, r"model_type 'gemma3' .*smollm3$"),  # without a text_config
         ({"model_type": None}, r"model_type None"),

@@ -51,8 +51,8 @@ def interleave_heads(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 def llama_cpp_tensors(model: transformers.LlamaForCausalLM) -> dict[str, np.ndarray]:
     tensors = {}
-    for name, parameter in model.named_parameters():
-        name, values = name.removeprefix("model."), parameter.detach().numpy()
+    for full, parameter in model.named_parameters():
+        name, values = full.removeprefix("model."), parameter.detach().numpy()
         permuted = model.config.model_type == "llama"
         if permuted and "q_proj" in name:
             values = interleave_heads(values, model.config.num_attention_heads)

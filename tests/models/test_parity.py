@@ -329,8 +329,10 @@ def test_training_works_after_inference_mode():
 TEXTS = [
     "The capital of Japan is Tokyo, a city of fourteen million people.",
     "Encoders read the whole sentence at once.",
-    "A small decoder parks its attention on the first token; that is why every sequence starts with one and the same "
-    "token, which means nothing else.",
+    (
+        "A small decoder parks its attention on the first token; that is why every sequence starts with one and the "
+        "same token, which means nothing else."
+    ),
 ]
 
 

@@ -101,7 +101,7 @@ def test_baselines_are_those_of_the_run(tiny_llama_dir, tmp_path, monkeypatch):
     assert "simcse.causal=true" in causal and "simcse.causal=false" in plain
     assert all(command[command.index("--seed") + 1] == "5" for command in (causal, plain, after))
     assert after[after.index("--adapters") + 1] == str(runs["a"] / "mntp")
-    for _, command in list(trained):  # the recipe understands what it is given
+    for _, command in trained:  # the recipe understands what it is given
         recipe, _ = parse_arguments(runpy.run_path(command[1])["RECIPE"], None, command[2:])
         assert recipe.simcse.scale == 7.5 and recipe.simcse.lora.targets == ("q_proj", "v_proj")
         assert recipe.seed == 5 and recipe.eval_pairs == 16 and recipe.pool_bos

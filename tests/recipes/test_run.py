@@ -101,9 +101,10 @@ def test_a_second_run_is_the_same(execute, whole, recipe, tmp_path):
 @pytest.mark.parametrize("place", EVERY, ids=lambda place: "-".join(map(str, place)))
 def test_stopped_at_any_step(execute, place, whole, recipe, tmp_path, monkeypatch):
     directory = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         stop_at(patch, place)
-        execute(recipe, directory)
+        with pytest.raises(Stopped):
+            execute(recipe, directory)
     first = (directory / "run.json").read_bytes()
     assert not (directory / "merged").exists()
     execute(recipe, directory, "--resume")
@@ -137,9 +138,10 @@ def test_stopped_between_the_steps(execute, owner, name, call, whole, recipe, tm
         return original(self, *args, **options)
 
     directory = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(owner, name, stopping)
-        execute(recipe, directory)
+        with pytest.raises(Stopped):
+            execute(recipe, directory)
     execute(recipe, directory, "--resume")
     assert outcome(directory) == outcome(whole) and same_weights(directory, whole)
 
@@ -212,9 +214,10 @@ def test_a_damaged_file_of_the_run(fails, damage, whole, recipe, tmp_path):
 
 def test_a_damaged_checkpoint(execute, fails, whole, recipe, tmp_path, monkeypatch):
     directory = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         stop_at(patch, ("simcse", 4))
-        execute(recipe, directory, "--set", "simcse.save_every=1")
+        with pytest.raises(Stopped):
+            execute(recipe, directory, "--set", "simcse.save_every=1")
     last = directory / "checkpoints" / "simcse-000003"
     (last / "state.safetensors").write_bytes(b"half")
     flags = ["--resume", "--set", "simcse.save_every=1"]

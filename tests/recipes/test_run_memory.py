@@ -39,15 +39,17 @@ def test_a_resumed_run_keeps_its_cut_unless_another_memory_is_given(execute, rec
     free = [3_200_000]
     monkeypatch.setattr(cuts_module, "free_memory", lambda device: free[0])
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):  # in the first stage
+    with monkeypatch.context() as patch:  # in the first stage
         patch.setattr(run_module.Run, "_evaluate_midway", interrupt)
-        execute(recipe, directory, "--memory", "auto")
+        with pytest.raises(SystemExit):
+            execute(recipe, directory, "--memory", "auto")
     before = json.loads((directory / "run.json").read_text())
     assert before["memory"] == "auto" and before["cuts"]["simcse"]["recompute"] != "none"
     free[0] = 10**9
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(run_module.Run, "_evaluate_midway", interrupt)
-        execute(recipe, directory, "--memory", "auto", "--resume")
+        with pytest.raises(SystemExit):
+            execute(recipe, directory, "--memory", "auto", "--resume")
     assert json.loads((directory / "run.json").read_text()) == before
     execute(recipe, directory, "--memory", "1GB", "--resume")
     after = json.loads((directory / "run.json").read_text())
@@ -66,9 +68,10 @@ def test_a_cut_that_memory_forced_is_kept(execute, recipe, tmp_path, monkeypatch
         return step(state, objective, *rest)
 
     monkeypatch.setattr(trainer, "_optimizer_step", cramped)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(run_module.Run, "_evaluate_midway", interrupt)
-        execute(recipe, tmp_path / "run")
+        with pytest.raises(SystemExit):
+            execute(recipe, tmp_path / "run")
     cuts = {"mntp": {"micro_batch_tokens": 48, "recompute": "none"}}
     assert json.loads((tmp_path / "run" / "run.json").read_text())["cuts"] == cuts and failures == [0]
     execute(recipe, tmp_path / "run", "--resume")

@@ -74,9 +74,10 @@ def test_stopped_and_resumed(execute, whole, recipe, tmp_path, monkeypatch, step
         if (record.stage, record.step) == ("supervised", step) and "metrics" in self.path.name:
             raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(StepLog, "append", stopping)
-        execute(recipe, tmp_path / "run", "--stages", ALL)
+        with pytest.raises(Stopped):
+            execute(recipe, tmp_path / "run", "--stages", ALL)
     execute(recipe, tmp_path / "run", "--stages", ALL, "--resume")
     assert losses(tmp_path / "run") == losses(whole) and stages(tmp_path / "run") == stages(whole)
     assert_same_weights(tmp_path / "run", whole)
@@ -95,9 +96,10 @@ def test_resuming_with_the_adapter_of_simcse(execute, recipe, tmp_path, monkeypa
         if (record.stage, record.step) == at and ("metrics" in self.path.name) == (stop == "mid-stage"):
             raise Stopped
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(StepLog, "append", stopping)
-        execute(going_on, tmp_path / "run", "--stages", ALL)
+        with pytest.raises(Stopped):
+            execute(going_on, tmp_path / "run", "--stages", ALL)
     execute(going_on, tmp_path / "run", "--stages", ALL, "--resume")
     execute(going_on, tmp_path / "run", "--stages", ALL, "--resume")  # all is done already
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

@@ -147,8 +147,8 @@ def break_launches(monkeypatch, kernel, written, takes):
         if called.__name__ == kernel and takes(arguments):
             arguments[written].mul_(2)
 
-    for module in pkgutil.iter_modules(kernels.__path__, "bivec.kernels."):
-        module = importlib.import_module(module.name)
+    for found in pkgutil.iter_modules(kernels.__path__, "bivec.kernels."):
+        module = importlib.import_module(found.name)
         if getattr(module, "launch", None) is launch:
             monkeypatch.setattr(module, "launch", doubling)
 

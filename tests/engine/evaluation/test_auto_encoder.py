@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -104,8 +103,7 @@ def test_hidden_states_are_transformers_row_by_row(deberta):
     for hidden, cu_seqlens, indices in deberta.hidden_states(rows, tokens_per_batch=14):
         assert cu_seqlens.dtype == torch.int32
         assert len(indices) * max(len(rows[i]) for i in indices) <= 14
-        for i, states in zip(indices, hidden.split(cu_seqlens.diff().tolist()), strict=True):
-            seen[i] = states
+        seen |= dict(zip(indices, hidden.split(cu_seqlens.diff().tolist()), strict=True))
     assert list(seen) == [2, 0, 1]  # longest first
     for i, row in enumerate(rows):
         with torch.no_grad():
@@ -171,7 +169,7 @@ def test_what_cannot_be_loaded(tmp_path, deberta_dir, tiny_llama_dir):
     with pytest.raises(CheckpointError, match=r"1 weights of the model are missing, first encoder\.layer\.1"):
         AutoEncoder.from_pretrained(broken)
     torch.save(weights, broken / "pytorch_model.bin")
-    os.remove(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="convert the weights to safetensors"):
         AutoEncoder.from_pretrained(broken)
 

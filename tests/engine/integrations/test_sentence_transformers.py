@@ -75,7 +75,7 @@ def difference(ours, theirs):
 
 @pytest.mark.parametrize("columns", [2, 4], ids=["pairs", "two hard negatives"])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["plain", "cached"])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["plain", "cached"])
 def test_values_and_gradients(model, ours, theirs, variant, columns, record_property):
     options = dict(VARIANTS[variant]) | ({"mini_batch_size": 3} if ours is PAIRS[1][0] else {})
     expected = value_and_gradients(theirs(model, **options), model, columns)
@@ -85,7 +85,7 @@ def test_values_and_gradients(model, ours, theirs, variant, columns, record_prop
     assert distance <= TOLERANCE
 
 
-@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["plain", "cached"])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["plain", "cached"])
 def test_inside_a_matryoshka_loss(model, ours, theirs):
     expected, got = (
         value_and_gradients(MatryoshkaLoss(model, loss(model), [64, 16]), model, 3) for loss in (theirs, ours)
@@ -93,7 +93,7 @@ def test_inside_a_matryoshka_loss(model, ours, theirs):
     assert difference(got, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["plain", "cached"])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["plain", "cached"])
 def test_without_gradients(model, ours, theirs):
     with torch.no_grad():
         values = [float(loss(model)(features(model, 3), None)) for loss in (ours, theirs)]
@@ -124,7 +124,7 @@ def train(model, loss, directory):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["plain", "cached"])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["plain", "cached"])
 def test_five_steps_of_the_trainer(model, ours, theirs, tmp_path):
     losses, weights = train(model, ours, tmp_path / "ours")
     expected_losses, expected = train(model, theirs, tmp_path / "theirs")
@@ -151,7 +151,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["plain", "cached"])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["plain", "cached"])
 def test_what_it_cannot_honour_is_refused(model, ours, theirs, case):
     options, message = REFUSED[case]
     theirs(model, **options)
@@ -159,7 +159,7 @@ def test_what_it_cannot_honour_is_refused(model, ours, theirs, case):
         ours(model, **options)
 
 
-@pytest.mark.parametrize("ours, theirs", PAIRS, ids=["plain", "cached"])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["plain", "cached"])
 def test_attributes_set_later_count(model, ours, theirs):
     loss, stock = ours(model), theirs(model)
     loss.scale = stock.scale = 3.0

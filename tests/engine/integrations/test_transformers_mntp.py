@@ -60,7 +60,7 @@ def gradients(model):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("style, probability", [("bert", 0.2), ("all_mask", 0.8)])
+@pytest.mark.parametrize(("style", "probability"), [("bert", 0.2), ("all_mask", 0.8)])
 @pytest.mark.parametrize("packed", [True, False])
 def test_what_the_collator_makes(tokenizer, features, packed, style, probability):
     torch.manual_seed(0)
