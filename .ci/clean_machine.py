@@ -120,17 +120,18 @@ def model(directory: Path) -> None:
 
     import bivec
 
+    bos, eos = "<s>", "</s>"
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=1000, special_tokens=[bos, eos], initial_alphabet=alphabet, show_progress=False
     )
     data = Path(bivec.__file__).parent / "recipes" / "data" / "wikitext2_paragraphs.txt.gz"
     with gzip.open(data, "rt", encoding="utf-8") as lines:
         backend.train_from_iterator(islice(lines, 400), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=eos)
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
