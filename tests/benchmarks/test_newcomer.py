@@ -91,7 +91,7 @@ def test_the_table_has_a_row_for_every_step_and_the_sum(newcomer):
         "| **all** | **61.2** |",
         "",
         (
-            "a processor, 2 cores, Python 3.11.7, torch 2.13.0, 2026-11-28; packages downloaded: 4, on the disk already: 1 "
-            "(`python benchmarks/newcomer.py`)"
+            "a processor, 2 cores, Python 3.11.7, torch 2.13.0, 2026-11-28; packages downloaded: 4, on the "
+            "disk already: 1 (`python benchmarks/newcomer.py`)"
         ),
     ]
