@@ -66,9 +66,8 @@ def measure(folder: Path, source: str, python: str, *, smoke: bool) -> dict[str,
         The content of the JSON file: date, machine, versions, and ``steps`` with their seconds.
     """
     clone, environment = folder / "bivec", folder / "venv"
-    steps = [
-        timed("git clone", f"git clone {source}", ["git", "clone", "-q", "--no-local", source, str(clone)], folder)
-    ]
+    cloning = ["git", "clone", "-q", "--no-local", source, str(clone)]
+    steps = [timed("git clone", "git clone", cloning, folder)]  # of a place that says nothing to others
     steps.append(timed("virtual environment", "python -m venv", [python, "-m", "venv", str(environment)], folder))
     variables = dict(os.environ, VIRTUAL_ENV=str(environment), PATH=f"{environment / 'bin'}{os.pathsep}{os.defpath}")
     variables = {name: value for name, value in variables.items() if name != "PYTHONPATH"}
@@ -80,21 +79,24 @@ def measure(folder: Path, source: str, python: str, *, smoke: bool) -> dict[str,
     command = f"{recipe} --smoke" if smoke else recipe
     for what, seconds in timed_stages(["bash", "-c", command], clone, variables):
         steps.append({"step": what, "command": recipe, "seconds": seconds})
-    listed = subprocess.run(
-        [str(environment / "bin" / "python"), "-m", "pip", "list", "--format", "json"], capture_output=True, check=True
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=clone, capture_output=True, text=True, check=True)
+    installed = str(environment / "bin" / "python")
+    packages = json.loads(output([installed, "-m", "pip", "list", "--format", "json"], clone))
     return {
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "command": "python benchmarks/newcomer.py" + (" --smoke" if smoke else ""),
         "machine": f"{processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
+        "python": output([installed, "--version"], clone).split()[-1],
+        "commit": output(["git", "rev-parse", "HEAD"], clone),
         "smoke": smoke,
-        "packages": {one["name"]: one["version"] for one in json.loads(listed.stdout)},
+        "packages": {one["name"]: one["version"] for one in packages},
         "steps": steps,
         "seconds": round(sum(step["seconds"] for step in steps), 1),
     }
+
+
+def output(command: Sequence[str], cwd: Path) -> str:
+    """What a command prints."""
+    return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
 def first_command(readme: str) -> list[str]:
