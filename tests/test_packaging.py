@@ -41,13 +41,17 @@ def setup():
     return names | {"given": given}
 
 
-@pytest.fixture(scope="module")
-def audit():
-    """.ci/audit.py as a module."""
-    spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
+def script_of_ci(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def audit():
+    """.ci/audit.py as a module."""
+    return script_of_ci("audit")
 
 
 def requirements(setup):
@@ -176,6 +180,34 @@ def test_setup_is_no_module_of_the_package(setup):
     command.finalize_options()
     files = [module[1] for module in command.find_package_modules("bivec", str(ROOT))]
     assert files == ["__init__"]
+
+
+def test_what_does_not_belong_into_an_archive_is_named():
+    package = script_of_ci("package")
+    tracked = ["engine/run.py", "engine/README.md", "recipes/data/a.gz", "recipes/data/build.py", "tests/test_a.py"]
+    expected = package.expected_in_wheel(Path("bivec-0.1.0-py3-none-any.whl"), tracked)
+    ours = [file for file in expected if ".dist-info/" not in file]
+    assert ours == ["bivec/engine/run.py", "bivec/recipes/data/a.gz"]
+    assert "bivec-0.1.0.dist-info/licenses/LICENSE" in expected
+    found = [*expected[1:], "bivec/setup.py", "bivec/tests/test_a.py", expected[1]]
+    assert package.unexpected(found, expected) == [
+        "bivec/engine/run.py is missing",
+        "bivec/setup.py should not be there",
+        "bivec/tests/test_a.py should not be there",
+        "bivec/recipes/data/a.gz is there twice",
+    ]
+    assert package.unexpected(expected, expected) == []
+
+
+def test_archives_that_differ_are_named(tmp_path):
+    package = script_of_ci("package")
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.whl").write_text(name, encoding="utf-8")
+    one, other = tmp_path / "one" / "a.whl", tmp_path / "other" / "a.whl"
+    assert package.different(one, one) == []
+    (line,) = package.different(one, other)
+    assert package.sha256(one) in line and package.sha256(other) in line
 
 
 def audited(monkeypatch, tmp_path, capsys, audit, said="", printed="", code=0):
