@@ -65,6 +65,7 @@ class BuildPy(build_py):
     """Leaves setup.py out: it lies in the root package's folder and is no module of it."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """All others: package, module and file."""
         return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
 
 
@@ -72,6 +73,7 @@ class Wheel(bdist_wheel):
     """Writes the same bytes for the same files."""
 
     def run(self) -> None:
+        """Builds, then settles what was built."""
         super().run()
         for kind, _, path in self.distribution.dist_files:
             if kind == "bdist_wheel":
@@ -82,6 +84,7 @@ class Sdist(sdist):
     """Writes the same bytes for the same files."""
 
     def make_distribution(self) -> None:
+        """Packs, then settles what was packed."""
         super().make_distribution()
         for path in self.archive_files:
             settle_sdist(Path(path))

@@ -86,7 +86,7 @@ def ask(packages: dict[str, str]) -> dict[str, Any] | str:
         file.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()), encoding="utf-8")
         options = ["--no-deps", "--disable-pip", "--format", "json", "--progress-spinner", "off", "--timeout", "10"]
         command = ["pip-audit", "--requirement", str(file), *options]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         return json.loads(done.stdout)
     except json.JSONDecodeError:

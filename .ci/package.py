@@ -93,6 +93,7 @@ def different(one: Path, other: Path) -> list[str]:
 
 
 def sha256(file: Path) -> str:
+    """Of a file's content, in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -104,6 +105,7 @@ def expected_in_wheel(wheel: Path, tracked: Iterable[str]) -> list[str]:
 
 
 def files_of_wheel(wheel: Path) -> list[str]:
+    """Their names."""
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
 
@@ -125,7 +127,7 @@ def unexpected(found: list[str], expected: Iterable[str]) -> list[str]:
 
 def run(*command: object, cwd: Path | None = None) -> str:
     """The command's output; what it says is shown where it fails."""
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} ended with {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout

@@ -81,6 +81,7 @@ WAYS = {
     "benchmarks/how_it_works.py": Way("--output figure.png"),
     "benchmarks/losses.py": Way(parse_only=LONG),
     "benchmarks/mteb_eval.py": Way("--tasks LocalSTS"),
+    "benchmarks/newcomer.py": Way(parse_only=LONG),
     "benchmarks/quick_start.py": Way(parse_only=LONG),
     "benchmarks/report.py": Way("--check"),
     "benchmarks/roofline.py": Way(),
