@@ -66,8 +66,8 @@ def chosen_mutants(source: str, sample: int | None, seed: int) -> tuple[list[dic
         if same_program(source, changed):
             continue
         before, after = (site.name, "zeros") if site.operator == ZEROS else diff_of(source, changed)
-        one = {"operator": site.operator, "line": site.line, "before": before, "after": after, "source": changed}
-        chosen.append(one)
+        place = {"operator": site.operator, "occurrence": site.occurrence, "line": site.line}
+        chosen.append(place | {"before": before, "after": after, "source": changed})
     return chosen, len(sites)
 
 

@@ -77,10 +77,16 @@ def _child(tests: list[str], note: Path) -> None:
         os.dup2(quiet, 2)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         code = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", *tests], plugins=[FirstFailure(note)])
-        imported = [name for name in sys.modules if name not in here and name.partition(".")[0] not in OURS]
-        note.with_suffix(".imports").write_text("\n".join(imported), encoding="utf-8")
+        others = [name for name, module in sys.modules.items() if name not in here and not _ours(name, module)]
+        note.with_suffix(".imports").write_text("\n".join(others), encoding="utf-8")
     finally:
         os._exit(int(code))
+
+
+def _ours(name: str, module: Any) -> bool:
+    """Whether a module may be that of a mutant, or hold parts of it."""
+    file = Path(getattr(module, "__file__", None) or "/")
+    return name.partition(".")[0] in OURS or file.is_relative_to(Path.cwd()) or file.is_relative_to(os.environ["PYTHONPATH"])
 
 
 def main(jobs: Path, results: Path) -> None:
