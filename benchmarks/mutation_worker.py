@@ -34,6 +34,7 @@ class FirstFailure:
         self.file = file
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Pytest calls this for every phase of every test."""
         if report.failed and not self.file.exists():
             self.file.write_text(report.nodeid, encoding="utf-8")
 
@@ -86,7 +87,8 @@ def _child(tests: list[str], note: Path) -> None:
 def _ours(name: str, module: Any) -> bool:
     """Whether a module may be that of a mutant, or hold parts of it."""
     file = Path(getattr(module, "__file__", None) or "/")
-    return name.partition(".")[0] in OURS or file.is_relative_to(Path.cwd()) or file.is_relative_to(os.environ["PYTHONPATH"])
+    here = file.is_relative_to(Path.cwd()) or file.is_relative_to(os.environ["PYTHONPATH"])
+    return here or name.partition(".")[0] in OURS
 
 
 def main(jobs: Path, results: Path) -> None:

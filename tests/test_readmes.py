@@ -80,6 +80,7 @@ WAYS = {
     "benchmarks/how_it_works.py": Way("--output figure.png"),
     "benchmarks/losses.py": Way(parse_only=LONG),
     "benchmarks/mteb_eval.py": Way("--tasks LocalSTS"),
+    "benchmarks/mutation.py": Way(parse_only="takes hours"),
     "benchmarks/quick_start.py": Way(parse_only=LONG),
     "benchmarks/roofline.py": Way(),
     "benchmarks/round_trips.py": Way(parse_only="is run whole by tests/benchmarks/test_round_trips.py"),
