@@ -281,6 +281,7 @@ def described() -> dict[str, Any]:
 
 
 def _write(document: dict[str, Any], target: Path) -> None:
+    document["parts"] = {name: document["parts"][name] for name in PARTS if name in document["parts"]}
     known = json.loads(SURVIVORS.read_text(encoding="utf-8"))
     for part in document["parts"].values():
         for file, found in part["files"].items():
