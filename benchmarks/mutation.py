@@ -4,6 +4,7 @@
     python benchmarks/mutation.py                     # all parts
     python benchmarks/mutation.py --only masking      # one; the other parts of the report stay as they are
     python benchmarks/mutation.py --sample 100        # at most so many mutants of a file, drawn with --seed
+    python benchmarks/mutation.py --again             # the survivors of the report, after a test was added
 
 Each mutant is a copy of the repository with one small change to one file (benchmarks/mutation_sites.py says which);
 the tests of that file are run on it until the first failure. A mutant is killed when a test fails, or when its tests
@@ -19,7 +20,6 @@ import argparse
 import compileall
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -30,8 +30,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from mutation_sites import ZEROS, diff_of, mutated, same_program, sites_of
+from mutation_sites import ZEROS, Site, diff_of, mutated, same_program, sites_of
 from timing import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,15 +60,15 @@ def chosen_mutants(source: str, sample: int | None, seed: int) -> tuple[list[dic
     zeros = [site for site in sites if site.operator == ZEROS]
     others = [site for site in sites if site.operator != ZEROS]
     if sample is not None and sample < len(others):
-        others = random.Random(seed).sample(others, sample)
+        others = [others[i] for i in np.random.default_rng(seed).permutation(len(others))[:sample]]
     chosen = []
     for site in (*zeros, *sorted(others, key=lambda site: (site.line, site.operator, site.occurrence))):
         changed = mutated(source, site)
         if same_program(source, changed):
             continue
         before, after = (site.name, "zeros") if site.operator == ZEROS else diff_of(source, changed)
-        one = {"operator": site.operator, "line": site.line, "before": before, "after": after, "source": changed}
-        chosen.append(one)
+        place = {"operator": site.operator, "occurrence": site.occurrence, "line": site.line}
+        chosen.append(place | {"before": before, "after": after, "source": changed})
     return chosen, len(sites)
 
 
@@ -110,16 +111,39 @@ def copied(folder: Path) -> None:
 
 
 def test_file(file: str, tests: Sequence[str], sample: int | None, seed: int, folder: Path) -> dict[str, Any]:
-    """Tests the mutants of one file.
+    """Tests mutants of one file."""
+    mutants, possible = chosen_mutants((ROOT / file).read_text(encoding="utf-8"), sample, seed)
+    run_mutants(file, tests, mutants, folder)
+    return {"tests": list(tests), "possible": possible, "mutants": mutants}
+
+
+def test_again(file: str, tests: Sequence[str], found: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Tests the survivors of an earlier run.
+
+    Raises:
+        RuntimeError: the file is another one by now.
+    """
+    source = (ROOT / file).read_text(encoding="utf-8")
+    alive = [one for one in found["mutants"] if one["outcome"] == "survived"]
+    for one in alive:
+        name = one["before"] if one["operator"] == ZEROS else ""
+        one["source"] = mutated(source, Site(one["operator"], one["occurrence"], one["line"], name))
+        if one["operator"] != ZEROS and diff_of(source, one["source"]) != (one["before"], one["after"]):
+            raise RuntimeError(f"{file} has changed: run all of its mutants")
+        del one["kind"], one["reason"]
+    if alive:
+        run_mutants(file, tests, alive, folder)
+    return found
+
+
+def run_mutants(file: str, tests: Sequence[str], mutants: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Replaces the ``source`` of every mutant by its ``outcome``, and ``by`` which test it was killed.
 
     Raises:
         RuntimeError: the tests fail on the file as it is.
     """
-    source = (ROOT / file).read_text(encoding="utf-8")
-    mutants, possible = chosen_mutants(source, sample, seed)
     job = {"file": str(folder / "repository" / file), "tests": list(tests)}
-    jobs = [job | {"source": None}, *(job | {"source": one["source"]} for one in mutants)]
-    results = run_jobs(jobs, folder)
+    results = run_jobs([job | {"source": None}, *(job | {"source": one["source"]} for one in mutants)], folder)
     whole = next(results)
     if whole["outcome"] != "survived":
         raise RuntimeError(f"{file}: its tests fail as it is: {whole}")
@@ -127,9 +151,8 @@ def test_file(file: str, tests: Sequence[str], sample: int | None, seed: int, fo
         del one["source"]
         one |= {"outcome": result["outcome"], "by": result["by"].rpartition("/")[2]}
         if one["outcome"] != "killed" or number % 50 == 0:
-            print(f"{file}:{one['line']} {number}/{len(mutants)} {one['outcome']}: {one['before']} -> {one['after']}")
-            sys.stdout.flush()
-    return {"tests": list(tests), "possible": possible, "seconds": whole["seconds"], "mutants": mutants}
+            place = f"{file}:{one['line']} {number}/{len(mutants)}"
+            print(f"{place} {one['outcome']}: {one['before']} -> {one['after']}", flush=True)
 
 
 def explained(file: str, mutants: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -178,9 +201,11 @@ def markdown(document: dict[str, Any]) -> str:
         "",
     ]
     for name, part in document["parts"].items():
-        run = part["run"]
-        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items() if version)
-        lines += [f"* {name}: `{run['command']}`, {run['date'][:10]}, {run['host']}; {versions}."]
+        run, again = part["run"], part.get("again")
+        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+        lines.append(f"* {name}: `{run['command']}`, {run['date'][:10]}, {run['host']}; {versions}.")
+        if again:
+            lines.append(f"  With the tests that its survivors asked for: `{again['command']}`, {again['date'][:10]}.")
     head = "| | mutants | tested | killed | time | equivalent | left | unexplained | kill rate | zeros noticed |"
     lines += ["", head, "|---|" + "---|" * 9]
     for name, part in document["parts"].items():
@@ -211,10 +236,12 @@ def _survivors(file: str, mutants: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
+    """Tests, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--sample", type=int, help="mutants of a file (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument("--again", action="store_true", help="test the survivors of the report's mutants again")
     parser.add_argument("--explain", action="store_true", help="test nothing, read the reasons of survivors again")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
     given = parser.parse_args()
@@ -223,11 +250,17 @@ def main() -> None:
     for name in () if given.explain else given.only:
         with tempfile.TemporaryDirectory() as folder:
             copied(Path(folder))
-            files = {
-                file: test_file(file, tests, given.sample, given.seed, Path(folder))
-                for file, tests in PARTS[name].items()
-            }
-        document["parts"][name] = {"run": described(), "files": files}
+            if given.again:
+                part = document["parts"][name]
+                for file, found in part["files"].items():
+                    test_again(file, PARTS[name][file], found, Path(folder))
+                part["again"] = described()
+            else:
+                files = {
+                    file: test_file(file, tests, given.sample, given.seed, Path(folder))
+                    for file, tests in PARTS[name].items()
+                }
+                document["parts"][name] = {"run": described(), "files": files}
         _write(document, target)
     _write(document, target)
     print(target.with_suffix(".md").read_text(encoding="utf-8").partition("## Every")[0])
@@ -240,12 +273,15 @@ def described() -> dict[str, Any]:
     run = describe_run(torch.device("cpu"))
     for package in ("pytest", "hypothesis", "cosmic_ray"):
         run["versions"][package] = importlib.metadata.version(package)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     run["versions"] = {key: run["versions"][key] for key in ("python", "torch", "pytest", "hypothesis", "cosmic_ray")}
     return {key: run[key] for key in ("command", "date", "host", "versions")} | {"commit": commit.stdout.strip()}
 
 
 def _write(document: dict[str, Any], target: Path) -> None:
+    document["parts"] = {name: document["parts"][name] for name in PARTS if name in document["parts"]}
     known = json.loads(SURVIVORS.read_text(encoding="utf-8"))
     for part in document["parts"].values():
         for file, found in part["files"].items():

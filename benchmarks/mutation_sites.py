@@ -78,24 +78,23 @@ def zeroed(function: Any) -> Any:
 
 
 def _zeros_like(value: Any) -> Any:
+    zeros = None
     if isinstance(value, torch.Tensor):
-        return value * 0 if value.is_floating_point() else torch.zeros_like(value)
-    if isinstance(value, np.ndarray):
+        zeros = value * 0 if value.is_floating_point() else torch.zeros_like(value)
+    elif isinstance(value, np.ndarray):
         zeros = np.zeros_like(value)
         zeros.setflags(write=value.flags.writeable)
-        return zeros
-    if isinstance(value, bool | int | float | str):
-        return type(value)()
-    if isinstance(value, list | tuple):
-        return type(value)(_zeros_like(item) for item in value)
-    if inspect.isgenerator(value):
-        return (_zeros_like(item) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        made = object.__new__(type(value))  # no check of the fields
+    elif isinstance(value, bool | int | float | str):
+        zeros = type(value)()
+    elif isinstance(value, list | tuple):
+        zeros = type(value)(_zeros_like(item) for item in value)
+    elif inspect.isgenerator(value):
+        zeros = (_zeros_like(item) for item in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        zeros = object.__new__(type(value))  # no check of the fields
         for field in fields(value):
-            object.__setattr__(made, field.name, _zeros_like(getattr(value, field.name)))
-        return made
-    return None
+            object.__setattr__(zeros, field.name, _zeros_like(getattr(value, field.name)))
+    return zeros
 
 
 def _cosmic_sites(source: str) -> Iterator[Site]:

@@ -34,6 +34,7 @@ class FirstFailure:
         self.file = file
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        """Pytest calls this for every phase of every test."""
         if report.failed and not self.file.exists():
             self.file.write_text(report.nodeid, encoding="utf-8")
 
@@ -77,10 +78,17 @@ def _child(tests: list[str], note: Path) -> None:
         os.dup2(quiet, 2)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
         code = pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", *tests], plugins=[FirstFailure(note)])
-        imported = [name for name in sys.modules if name not in here and name.partition(".")[0] not in OURS]
-        note.with_suffix(".imports").write_text("\n".join(imported), encoding="utf-8")
+        others = [name for name, module in sys.modules.items() if name not in here and not _ours(name, module)]
+        note.with_suffix(".imports").write_text("\n".join(others), encoding="utf-8")
     finally:
         os._exit(int(code))
+
+
+def _ours(name: str, module: Any) -> bool:
+    """Whether a module may be that of a mutant, or hold parts of it."""
+    file = Path(getattr(module, "__file__", None) or "/")
+    here = file.is_relative_to(Path.cwd()) or file.is_relative_to(os.environ["PYTHONPATH"])
+    return here or name.partition(".")[0] in OURS
 
 
 def main(jobs: Path, results: Path) -> None:
@@ -104,7 +112,7 @@ def main(jobs: Path, results: Path) -> None:
             path.write_text(original, encoding="utf-8")
         if source is None:
             _import_others(note)
-            limit = 15 + 10 * run_tests(job["tests"], limit, note)["seconds"]
+            limit = 15 + 5 * result["seconds"]
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
 

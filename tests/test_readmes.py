@@ -81,6 +81,8 @@ WAYS = {
     "benchmarks/how_it_works.py": Way("--output figure.png"),
     "benchmarks/losses.py": Way(parse_only=LONG),
     "benchmarks/mteb_eval.py": Way("--tasks LocalSTS"),
+    "benchmarks/long_run.py": Way(parse_only=LONG),
+    "benchmarks/mutation.py": Way(parse_only="takes hours"),
     "benchmarks/newcomer.py": Way(parse_only=LONG),
     "benchmarks/quick_start.py": Way(parse_only=LONG),
     "benchmarks/report.py": Way("--check"),

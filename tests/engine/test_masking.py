@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -210,11 +212,38 @@ def test_nothing_to_hide():
     assert mask_batch([], [], config(), seed=0, sample_ids=[]).batch.num_tokens == 0
 
 
+def test_to_moves_every_tensor():
+    batch = mask_batch([[10, 11, 12]], [[False] * 3], config(probability=1.0), seed=0, sample_ids=[4])
+    moved = batch.to("meta")
+    for before, after in ((batch.index, moved.index), (batch.targets, moved.targets)):
+        assert after.device.type == "meta" and (after.shape, after.dtype) == (before.shape, before.dtype)
+    assert moved.batch.input_ids.device.type == "meta" and moved.batch.num_tokens == 3
+    same = batch.to("cpu")
+    assert same.index.tolist() == [0, 1] and same.targets.tolist() == [11, 12]
+    assert same.batch.input_ids.tolist() == batch.batch.input_ids.tolist() and same.batch.sample_ids.tolist() == [4]
+
+
 def test_bad_inputs():
     with pytest.raises(ValueError, match="2 sequences of 3 tokens, 2 masks of 4 and 2 sample ids"):
         mask_batch([[1], [2, 3]], [[0, 0], [0, 0]], config(), seed=0, sample_ids=[0, 1])
     with pytest.raises(ValueError, match="must not be negative"):
         mask_batch([[1]], [[0]], config(), seed=0, sample_ids=[-1])
-    for changes in ({"probability": 0.0}, {"probability": 1.1}, {"style": "roberta"}, {"mask_token_id": VOCAB}):
+    with pytest.raises(ValueError, match=r"got seed -1 and sample ids \[3\]"):
+        mask_batch([[1]], [[0]], config(), seed=-1, sample_ids=[3])
+    with pytest.raises(ValueError, match=r"2 sequences of 2 tokens, 2 masks of 2 and 1 sample ids"):
+        mask_batch([[1], [2]], [[0], [0]], config(), seed=0, sample_ids=[0])
+    wrong = [{"probability": value} for value in (0.0, -0.5, 1.1, float("nan"))]
+    wrong += [{"style": "roberta"}, {"mask_token_id": VOCAB}, {"mask_token_id": -1}]
+    for changes in wrong:
         with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
             config(**changes)
+
+
+def test_settings_by_default_and_their_limits():
+    """The share is the paper's (METHOD 3.5); the first and the last token of the vocabulary can be the mask."""
+    plain = MaskingConfig(mask_token_id=0, vocab_size=VOCAB)
+    assert (plain.probability, plain.style) == (0.2, "bert")
+    assert config(mask_token_id=VOCAB - 1, probability=1.0).probability == 1.0
+    assert MaskingConfig(0, 1).vocab_size == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plain.probability = 0.5

@@ -160,6 +160,16 @@ def test_stats_come_from_the_same_pass():
     assert stats.count == B and stats.accuracy == stats.correct.float().mean() and not stats.lse.requires_grad
 
 
+def test_accuracy_is_the_share_of_the_right():
+    """Two of four queries find their own candidate; of none, none."""
+    queries = torch.eye(4, 6)
+    _, stats = info_nce(queries, queries[[1, 0, 2, 3]], return_stats=True)
+    assert stats.correct.tolist() == [False, False, True, True] and stats.count == 4
+    assert stats.accuracy.item() == 0.5 and stats.accuracy.dtype == torch.float32 and stats.accuracy.dim() == 0
+    _, stats = info_nce(queries[:0], queries, return_stats=True)
+    assert stats.accuracy.item() == 0.0 and stats.count == 0
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_a_query_without_negatives_has_loss_and_gradients_zero(reduction):
     one = {"queries": torch.ones(1, 4), "candidates": torch.eye(1, 4)}

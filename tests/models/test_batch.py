@@ -59,6 +59,12 @@ def test_to_moves_every_tensor():
     assert torch.equal(same.input_ids, batch.input_ids) and torch.equal(same.sample_ids, batch.sample_ids)
 
 
+def test_keys_are_the_same_in_every_version():
+    """Fixed answers: others would give a resumed run other dropout. Sequences of up to 2^24 tokens share no key."""
+    batch = PackedBatch.from_sequences([[5, 6], [], [7]], sample_ids=[0, 1, 3])
+    assert batch.token_ids().tolist() == [0, 1, 3 * 2**24]
+
+
 def test_it_is_frozen():
     batch = PackedBatch.from_sequences([[1]])
     with pytest.raises(dataclasses.FrozenInstanceError):
