@@ -22,8 +22,8 @@ def long_run(monkeypatch):
 
 
 def test_words_become_text(long_run):
-    words = "He did n't say ( at first ) : it costs $ 5 , does n't it ?".split()
-    assert long_run.plain_text(words) == "He didn't say (at first): it costs $5, doesn't it?"
+    words = ["He", "did", "n't", "say", "(", "at", "first", ")", ":", "it", "'s", "$", "5", ",", "is", "n't", "it", "?"]
+    assert long_run.plain_text(words) == "He didn't say (at first): it's $5, isn't it?"
 
 
 def test_sentences_are_of_all_corpora_and_different(long_run):
@@ -32,8 +32,10 @@ def test_sentences_are_of_all_corpora_and_different(long_run):
     assert all(len(text.split()) >= long_run.LEAST_WORDS and "\t" not in text for text in found)
     assert found[4825:4827] == [  # behind Wikipedia's
         "From the AP comes this story:",
-        "President Bush on Tuesday nominated two individuals to replace retiring jurists on federal courts in the "
-        "Washington area.",
+        (
+            "President Bush on Tuesday nominated two individuals to replace retiring jurists on federal courts in the "
+            "Washington area."
+        ),
     ]
 
 
