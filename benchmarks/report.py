@@ -35,7 +35,7 @@ NO_FIGURES = ("CHANGELOG.md",)  # versions and dates, each of its own time
 
 
 def documents() -> list[str]:
-    """The root's texts, the READMEs and the results' texts; what lies beside the folders is a run's or an environment's."""
+    """The texts of the root, the READMEs and the results; what lies elsewhere is a run's or an environment's."""
     found = [file for file in sorted(ROOT.glob("*.md")) if file.name not in NO_FIGURES]
     found += [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("README.md"))]
     return [file.relative_to(ROOT).as_posix() for file in [*found, *sorted(RESULTS.rglob("*.md"))]]

@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -328,8 +328,9 @@ def test_a_file_of_somebody_else(encoder, texts, tmp_path):
 
 def test_full_disks(encoder, texts, whole, tmp_path, monkeypatch):
     path = tmp_path / "e.npy"
+    usage = namedtuple("Usage", "total used free")
     with monkeypatch.context() as patch:
-        patch.setattr(corpus.shutil, "disk_usage", lambda *_: SimpleNamespace(total=1, used=1, free=1000))
+        patch.setattr(corpus.shutil, "disk_usage", lambda *_: usage(1, 1, 1000))
         with pytest.raises(RunError, match=r"30 embeddings take 0\.00 GiB, but 0\.00 GiB are free"):
             encode_corpus(encoder, texts, path, **SETTINGS)
     assert names(tmp_path) == []

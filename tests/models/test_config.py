@@ -97,10 +97,8 @@ def test_a_missing_field_is_named(field):
     [
         (
             {"model_type": "phi3"},
-            (
-                r"model_type 'phi3' is not supported; bivec runs llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2, "
-                r"gemma3_text$"
-            ),
+            r"model_type 'phi3' is not supported; bivec runs llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2, "
+            r"gemma3_text$",
         ),
         ({"model_type": "gemma3"}, r"model_type 'gemma3' .*gemma3_text$"),  # without a text_config
         ({"model_type": None}, r"model_type None"),
