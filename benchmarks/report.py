@@ -25,11 +25,10 @@ from collections.abc import Iterator, Sequence
 from report_prose import CLAIMS
 from report_results import RESULT_CLAIMS, TABLES, WHOLE
 from report_tables import DATA, ROOT
-from report_text import RESULTS, SPELLED, TABLE, Claim, missing, numbers, undeclared, updated
+from report_text import RESULTS, Claim, missing, undeclared, updated
 
 from bivec.models.files import write_text_atomic
 
-__all__ = ["SPELLED", "TABLE", "numbers"]  # what the tests read too
 FOLDERS = ("kernels", "models", "engine", "recipes", "benchmarks", "tests")
 NO_FIGURES = ("CHANGELOG.md",)  # versions and dates, each of its own time
 
