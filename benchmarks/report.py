@@ -25,18 +25,19 @@ from collections.abc import Iterator, Sequence
 from report_prose import CLAIMS
 from report_results import RESULT_CLAIMS, TABLES, WHOLE
 from report_tables import DATA, ROOT
-from report_text import RESULTS, SPELLED, TABLE, Claim, missing, numbers, undeclared, updated
+from report_text import RESULTS, Claim, missing, undeclared, updated
 
 from bivec.models.files import write_text_atomic
 
-__all__ = ["SPELLED", "TABLE", "numbers"]  # what the tests read too
-FOLDERS = ("kernels", "models", "engine", "recipes", "benchmarks")
+FOLDERS = ("kernels", "models", "engine", "recipes", "benchmarks", "tests")
+NO_FIGURES = ("CHANGELOG.md",)  # versions and dates, each of its own time
 
 
 def documents() -> list[str]:
-    """The READMEs and the results' texts; what lies beside the folders is a run's or an environment's."""
-    found = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("README.md"))]
-    return ["README.md", *(file.relative_to(ROOT).as_posix() for file in [*found, *sorted(RESULTS.rglob("*.md"))])]
+    """The texts of the root, the READMEs and the results; what lies elsewhere is a run's or an environment's."""
+    found = [file for file in sorted(ROOT.glob("*.md")) if file.name not in NO_FIGURES]
+    found += [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("README.md"))]
+    return [file.relative_to(ROOT).as_posix() for file in [*found, *sorted(RESULTS.rglob("*.md"))]]
 
 
 def claims_of(name: str) -> list[Claim]:
