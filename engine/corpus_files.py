@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from bivec.engine.errors import RunError
-from bivec.engine.json_files import json_or_none
+from bivec.engine.json_files import json_or_none, json_text
 from bivec.engine.recipe import differences
 from bivec.models.files import write_text_atomic
 
@@ -138,7 +137,7 @@ class CorpusFiles:
                 _reserve(file.fileno(), file.tell() + self.count * self.row_bytes)
                 os.fsync(file.fileno())
             (self.folder / DONE).write_bytes(bytes(self.num_slices))
-            write_text_atomic(self.folder / STATE, json.dumps(fingerprint, indent=2) + "\n")
+            write_text_atomic(self.folder / STATE, json_text(fingerprint))
 
     def write(self, first: int, vectors: np.ndarray) -> None:
         """The rows of a slice [n, D], then the mark that they are there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from bivec.engine.foreign_settings import (
     read_llm2vec,
     read_sentence_transformers,
 )
-from bivec.engine.json_files import read_json
+from bivec.engine.json_files import json_text, read_json
 from bivec.engine.origin import Origin
 from bivec.engine.records import check_types
 from bivec.engine.text_format import TextFormat, expand_template
@@ -150,7 +149,7 @@ def write_settings(
     settings = {**asdict(config), BOS: bos_token}
     settings |= {} if origin is None else {ORIGIN: origin.to_dict()}
     settings |= {} if trained_on is None else {TRAINED_ON: trained_on.to_dict()}
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json_text(settings), encoding="utf-8")
 
 
 def stored_bos(folder: Path) -> tuple[bool, str | None]:

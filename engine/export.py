@@ -7,7 +7,6 @@ and a model card.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from bivec.engine.encoder_config import (
     stored_origin,
 )
 from bivec.engine.errors import CheckpointError, ConfigError
-from bivec.engine.json_files import read_json
+from bivec.engine.json_files import json_text, read_json
 from bivec.engine.lora import ADAPTER_CONFIG
 from bivec.engine.model_card import CARD_FILE, ModelCard, is_ours, render_card
 from bivec.engine.sentence_transformers_files import sentence_transformers_files
@@ -73,7 +72,7 @@ def save_encoder(
         save_pretrained(encoder.model, temporary, is_causal=encoder.config.causal)
         exported_tokenizer(encoder).save_pretrained(temporary)
         files.write(temporary)
-        (temporary / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (temporary / CONFIG_FILE).write_text(json_text(settings), encoding="utf-8")
         if not readme.exists() or is_ours(readme):
             (temporary / CARD_FILE).write_text(
                 render_card(

@@ -1,7 +1,8 @@
-"""JSON files, read for what they must be, or for what they may be."""
+"""JSON files: read for what they must be, or for what they may be, and written in one form."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,8 @@ def json_or_none(file: Path) -> Any:
         return parse_json(file.read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def json_text(content: Any) -> str:
+    """A file's content: two spaces a level, and a last line end."""
+    return json.dumps(content, indent=2) + "\n"

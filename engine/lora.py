@@ -8,7 +8,6 @@ Source: Hu et al. 2021; METHOD 3.4 for targets and rank.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bivec.engine.distributed import ALONE, World, whole
-from bivec.engine.json_files import read_json
+from bivec.engine.json_files import json_text, read_json
 from bivec.kernels import fold_seed, lora_linears
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.files import atomic_directory
@@ -211,7 +210,7 @@ class Adapter:
         with atomic_directory(directory, last=ADAPTER_CONFIG) as temporary:
             write_more(temporary)
             save_file(tensors, temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-            (temporary / ADAPTER_CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            (temporary / ADAPTER_CONFIG).write_text(json_text(fields), encoding="utf-8")
 
 
 def add_lora(model: nn.Module, config: LoraConfig, seed: int = 0) -> Adapter:

@@ -12,7 +12,6 @@ The files of a run are listed in the README ("What a run writes"). Each step tha
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +30,7 @@ from bivec.engine.errors import RunError
 from bivec.engine.evaluation import sts_spearman
 from bivec.engine.export import rewrite_card
 from bivec.engine.inputs import load_inputs
+from bivec.engine.json_files import json_text
 from bivec.engine.metrics import Evaluation, StepLog, losses_by_stage
 from bivec.engine.model_card import card_of_run
 from bivec.engine.objectives import MntpObjective, SimcseObjective
@@ -396,4 +396,4 @@ class Run:
             "seconds": round(self._seconds(), 1),
             "peak_memory_bytes": self._peak(),
         }
-        write_text_atomic(self.directory / "results.json", json.dumps(content, indent=2) + "\n")
+        write_text_atomic(self.directory / "results.json", json_text(content))

@@ -16,6 +16,7 @@ import torch
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
+from bivec.engine.json_files import json_text
 from bivec.engine.recipe import RUN_FILE, TRAINED, Recipe, as_dict, differences
 from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.records import check_types
@@ -53,14 +54,14 @@ def write_run_file(directory: Path, recipe: Recipe, inputs: Inputs, device: str,
         "threads": torch.get_num_threads(),
         **fields,
     }
-    write_text_atomic(directory / RUN_FILE, json.dumps(content, indent=2) + "\n")
+    write_text_atomic(directory / RUN_FILE, json_text(content))
 
 
 def rewrite_run_file(directory: Path, **fields: Any) -> None:
     """Changes fields that do not belong to the recipe."""
     file = directory / RUN_FILE
     content = json.loads(file.read_text(encoding="utf-8")) | fields
-    write_text_atomic(file, json.dumps(content, indent=2) + "\n")
+    write_text_atomic(file, json_text(content))
 
 
 def earlier_run(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:

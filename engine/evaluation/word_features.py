@@ -36,6 +36,7 @@ from torch import Tensor
 from bivec.engine.errors import ConfigError, RunError
 from bivec.engine.evaluation.word_data import WordCorpus
 from bivec.engine.fingerprint import model_checksum, tokenizer_checksum
+from bivec.engine.json_files import json_text
 from bivec.kernels import segment_pool
 from bivec.models.files import write_text_atomic
 
@@ -304,7 +305,7 @@ def _publish(vectors: np.memmap, temporary: Path, file: Path, identity: dict[str
     vectors.flush()
     sidecar.unlink(missing_ok=True)
     temporary.replace(file)
-    write_text_atomic(sidecar, json.dumps(identity, indent=2) + "\n")
+    write_text_atomic(sidecar, json_text(identity))
     published: np.ndarray = np.load(file, mmap_mode="r")
     return published
 
