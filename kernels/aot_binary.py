@@ -238,7 +238,7 @@ def compile_jobs(jobs: Sequence[Job]) -> list[Compiled | Exception]:
     return outcomes
 
 
-def _compiled(job: Job, kernel: Any, log: str, resources: Any, assembly: str) -> Compiled:
+def _compiled(job: Job, kernel: Any, log: str, resources: Resources, assembly: str) -> Compiled:
     launch, metadata = job.launch, kernel.metadata
     config = {name: value for name, value in launch.arguments.items() if name.startswith("BLOCK_")}
     result = Report(

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bivec.kernels.gemm import multiplies_halves, multiply_
-from bivec.kernels.info_nce_kernels import PLAIN, WITH_ID, Columns, Rows, project_rows, score_rows
+from bivec.kernels.info_nce_kernels import PADDING, PLAIN, WITH_ID, Columns, Rows, project_rows, score_rows
 from bivec.kernels.info_nce_plan import EPS, Grads, Options, Steps, all_widths, workspace_budget
 from bivec.kernels.launch import architecture
 
@@ -122,7 +122,7 @@ def _describe(groups: list[_Group], hard: Tensor | None, options: Options) -> Co
     device = groups[0].vectors.device
     inverse = torch.zeros(end, dtype=torch.float32, device=device)
     ids = torch.zeros(end, dtype=torch.int64, device=device) if with_ids else None
-    kinds = torch.zeros(end, dtype=torch.int8, device=device) if with_ids or padded else None
+    kinds = torch.full((end,), PADDING, dtype=torch.int8, device=device) if with_ids or padded else None
     for group in groups:
         at = slice(group.start, group.start + group.vectors.shape[0])
         inverse[at] = _inverse_norms(group.vectors, options.normalize)

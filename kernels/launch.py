@@ -76,6 +76,11 @@ def architecture(device: torch.device) -> str:
     raise RuntimeError(f"no Triton architecture for tensors on {device}")
 
 
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """A matrix whose columns are neighbours, as kernels that take one stride want it: ``x``, or a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, num_warps: int, num_stages: int) -> None:
     """Launches ``kernel`` on the current stream of the tensors' device; an empty grid launches nothing."""
     record = _recording.get()

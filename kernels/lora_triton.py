@@ -14,20 +14,17 @@ in ``kernels/lora.py``, far below what the bytes cost at the usual ranks.
 
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bivec.kernels.dropout import seed_tensor
+from bivec.kernels.launch import rows_contiguous
 from bivec.kernels.lora_kernels import gradient, project_, row_keys, update_
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _stacked(lora_as: Sequence[Tensor]) -> Tensor:
@@ -47,7 +44,7 @@ def forward(
     dropout_p: float,
 ) -> list[Tensor]:
     """The products and launches of the forward; see ``lora_linears_op``."""
-    x = _rows_contiguous(x)
+    x = rows_contiguous(x)
     keys = row_keys(seed, token_ids) if seed is not None and token_ids is not None else None
     m = _stacked(lora_as)
     h = torch.empty(x.shape[0], m.shape[0], dtype=torch.float32, device=x.device)
@@ -78,13 +75,13 @@ def backward(
     count = len(weights)
     want_x, *others = wanted
     want_weights, want_biases, want_as, want_bs = (others[i * count : (i + 1) * count] for i in range(4))
-    x = _rows_contiguous(x)
-    grads = {p: _rows_contiguous(d_out) for p, d_out in enumerate(d_outs) if d_out is not None}
+    x = rows_contiguous(x)
+    grads = {p: rows_contiguous(d_out) for p, d_out in enumerate(d_outs) if d_out is not None}
     active = list(grads)
     lora_dtype = lora_as[0].dtype
     hs = h.split([a.shape[0] for a in lora_as], 1)
 
-    def each(wants: Sequence[bool], make: Any) -> list[Tensor]:
+    def each(wants: Sequence[bool], make: Callable[[int], Tensor]) -> list[Tensor]:
         return [make(p) if want else x.new_empty(0) for p, want in enumerate(wants)]
 
     d_weights = each(want_weights, lambda p: grads[p].t() @ x)
@@ -92,7 +89,7 @@ def backward(
     d_bs = each(want_bs, lambda p: gradient(grads[p], hs[p], lora_dtype, scaling).t().to(lora_dtype))  # [out, r]
     chosen = [p for p in active if want_x or want_as[p]]
     if not chosen:
-        return [x.new_empty(0), *d_weights, *d_biases, *each(want_as, None), *d_bs]
+        return [x.new_empty(0), *d_weights, *d_biases, *(x.new_empty(0) for _ in lora_as), *d_bs]
 
     ranks = [lora_as[p].shape[0] for p in chosen]
     dh = torch.empty(x.shape[0], sum(ranks), dtype=torch.float32, device=x.device)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bivec.kernels.launch import architecture, launch
+from bivec.kernels.launch import architecture, launch, rows_contiguous
 from bivec.kernels.tuning import Config, config_for
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -125,13 +125,9 @@ def _config(kernel: str, x: Tensor) -> Config:
     return config_for("segment_pool", kernel, architecture(x.device), itemsize=x.element_size())
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def forward(hidden: Tensor, starts: Tensor, ends: Tensor, weighted: bool) -> Tensor:
     """Launches the forward kernel; see ``segment_pool_op``."""
-    hidden = _rows_contiguous(hidden)
+    hidden = rows_contiguous(hidden)
     config = _config("segment_pool_forward", hidden)
     num_spans, dim = starts.shape[0], hidden.shape[1]
     out = hidden.new_empty(num_spans, dim)
@@ -152,7 +148,7 @@ def forward(hidden: Tensor, starts: Tensor, ends: Tensor, weighted: bool) -> Ten
 
 def backward(d_out: Tensor, starts: Tensor, ends: Tensor, num_tokens: int, weighted: bool, in_order: bool) -> Tensor:
     """Puts the spans in order and launches the backward kernel; see ``segment_pool_backward_op``."""
-    d_out = _rows_contiguous(d_out)
+    d_out = rows_contiguous(d_out)
     config = _config("segment_pool_backward", d_out)
     dim = d_out.shape[1]
     d_hidden = d_out.new_empty(num_tokens, dim)

@@ -76,7 +76,7 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T, those of all sequences."""
         return self.input_ids.shape[0]
 
     @property

@@ -1,6 +1,6 @@
 """The content of a ``config.json``, value by value and checked: numbers, windows, rotary settings.
 
-``models/config.py`` makes a :class:`DecoderConfig` of it.
+``models/config.py`` makes a ``DecoderConfig`` of it.
 """
 
 from __future__ import annotations

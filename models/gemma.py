@@ -90,7 +90,7 @@ class Gemma3Layer(Gemma2Layer):
     ),
 )
 class Gemma(Llama):
-    """Gemma 1."""
+    """The decoder of Gemma 1; what differs from LLaMA is in :class:`GemmaLayer` and :class:`ScaledEmbedding`."""
 
     embedding, decoder_layer = ScaledEmbedding, GemmaLayer
 

@@ -134,10 +134,9 @@ class DecoderLayer(nn.Module):
         self.mlp = self.feed_forward(config)
 
     def forward(self, x: Tensor, update: Tensor | None, context: AttentionContext) -> StreamAndUpdate:
-        """Takes the residual stream and the update still to be added to it; returns the same pair.
+        """From the residual stream and the update still to be added to it, None if it is added, to the same pair.
 
-        Leaving the last addition to the next norm fuses every residual addition of the model with a norm. The update is
-        None where the projection has added it already.
+        Leaving the last addition to the next norm fuses every residual addition of the model with a norm.
         """
         normed, x = self._normed(self.input_layernorm, x, update, context)
         x, update = self.self_attn(normed, x, context)
@@ -209,13 +208,12 @@ class Llama(nn.Module):
             attention_dropout: on the attention probabilities (SimCSE, METHOD 4.2), in training and evaluation alike.
             seed: keys the dropout; the layer number is folded in.
             output_hidden_states: also return the residual stream: embedding, after each layer, and last the final norm.
-            recompute: "none", "selective" or "layer": what a backward makes again instead of keeping it
-                (``models/recompute.py``). The result is the same.
+            recompute: "none", "selective" or "layer": what a backward makes again, by ``models/recompute.py``.
             backend: None, "torch" or "triton".
 
         Returns:
-            hidden_states [T, D], whose graph can be walked backward once, as a backward overwrites activations that it
-            has read; with ``output_hidden_states`` the pair (hidden_states, num_layers + 1 tensors).
+            hidden_states [T, D], whose graph can be walked backward once: a backward overwrites what it has read; with
+            ``output_hidden_states`` the pair (hidden_states, num_layers + 1 tensors).
 
         Raises:
             ValueError: what ``PackedBatch.check`` refuses, dropout without a seed, an unknown ``recompute``.

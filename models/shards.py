@@ -82,7 +82,8 @@ def _weight_files(folder: Path) -> list[Path]:
             ) from None
         if odd is not None:
             raise CheckpointError(
-                f"{index_file}: weight_map names {odd[:80]!r}, expected the name of a file beside it; download it again"
+                f"{index_file}: not a safetensors index (weight_map names {odd[:80]!r}, expected the name of a file "
+                "beside it); download it again"
             )
         files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
