@@ -39,6 +39,7 @@ def build(directory: Path, names: list[str]) -> int:
     pdoc.render.configure(docformat="google", footer_text=f"bivec {bivec.__version__}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # of others, imported for the annotations
         pdoc.pdoc(*names, output_directory=directory)
     return len(modules)
 

@@ -60,18 +60,17 @@ def requirements(setup):
     return [Requirement(line) for line in lines]
 
 
-def test_every_lower_bound_is_pinned_for_ci(setup):
+def pins():
     lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
-    pins = {}
-    for line in lines:
-        if not line.startswith("#"):
-            name, version = line.split("==")
-            pins[name] = Version(version)
+    return {name: Version(version) for name, _, version in (line.partition("==") for line in lines if "==" in line)}
+
+
+def test_every_lower_bound_is_pinned_for_ci(setup):
     bounds = {}
     for one in requirements(setup):
         (lower,) = [part.version for part in one.specifier if part.operator == ">="]
         assert bounds.setdefault(one.name, Version(lower)) == Version(lower), f"{one.name} has two bounds"
-    assert pins == bounds
+    assert pins() == bounds
 
 
 def test_there_are_no_upper_bounds(setup):
@@ -302,3 +301,24 @@ def test_every_package_of_the_clone_is_in_the_wheel(setup):
     ).stdout.split()
     packages = {".".join(("bivec", *Path(file).parent.parts)) for file in tracked}
     assert packages == set(setup["given"]["packages"])
+
+
+@pytest.mark.parametrize(
+    ("file", "start", "end"),
+    [("README.md", "(.ci/oldest.txt):", "All tests run"), ("CHANGELOG.md", "* Higher lower bounds", "###")],
+)
+def test_the_oldest_versions_in_prose_are_those_of_the_pins(file, start, end):
+    text = (ROOT / file).read_text(encoding="utf-8").partition(start)[2].partition(end)[0]
+    text = re.sub(r"\([^)]*\)", "", text)  # remarks on other versions
+    found = re.findall(r"([a-z][\w-]*)\s+(\d+(?:\.\d+)+)", text)
+    assert len(found) >= 6
+    pinned = pins()
+    wrong = [f"{name} {version}" for name, version in found if Version(version) != pinned[name]]
+    assert wrong == []
+
+
+def test_the_mutants_of_the_security_page_are_those_that_were_run():
+    stated = re.search(r"([\d,]+) mutants", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))[1]
+    figures = (ROOT / "benchmarks" / "results" / "fuzz.md").read_text(encoding="utf-8")
+    total = re.search(r"^\| all \| (\d+) \|", figures, flags=re.MULTILINE)[1]
+    assert stated.replace(",", "") == total
