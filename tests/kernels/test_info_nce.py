@@ -87,6 +87,16 @@ def test_matches_float64(name, dtype, reduction):
         assert error <= 0.01, key
 
 
+@pytest.mark.parametrize("name", ["ids everywhere, shared", "ids everywhere, own, targets", "symmetric with all"])
+def test_sizes_of_real_steps(name):
+    """Above 256, where Python makes a new object of every number."""
+    tensors, options = example(OPTIONS[name], sizes=(260, 300, 270, 2, 288))
+    truth = run(ref.info_nce, tensors, options, torch.float64)
+    plain = run(ref.info_nce, tensors, options)
+    for key, value in run(info_nce, tensors, options).items():
+        assert relative_error(value, truth[key]) <= 2 * relative_error(plain[key], truth[key]) + FLOOR, key
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_gradcheck(name, reduction):
@@ -351,7 +361,26 @@ BAD = [
     ({"margin": 0.1, "scale": -1.0}, "margin needs a positive scale"),
     ({"matryoshka_dims": [8, D + 1]}, "matryoshka_dims must be"),
     ({"matryoshka_dims": [8, 8]}, "matryoshka_dims must be"),
+    ({"matryoshka_dims": [0]}, "matryoshka_dims must be"),
+    ({"matryoshka_dims": []}, "matryoshka_dims must be"),
+    ({"matryoshka_dims": [8.0]}, "matryoshka_dims must be"),
     ({"matryoshka_weights": [1.0]}, "without matryoshka_dims"),
+    ({"matryoshka_dims": [8], "matryoshka_weights": [1.0, 2.0]}, "must be 1 non-negative"),
+    ({"matryoshka_dims": [8, 4], "matryoshka_weights": [1.0]}, "must be 2 non-negative"),
+    ({"matryoshka_dims": [8, 4], "matryoshka_weights": [2.0, -1.0]}, "must be 2 non-negative"),
+    ({"matryoshka_dims": [8], "matryoshka_weights": [float("inf")]}, "must be 1 non-negative"),
+    ({"candidates": torch.ones(N, D, device="meta")}, "candidates is on meta, queries on cpu"),
+    ({"hard_negatives": torch.ones(M, D, device="meta")}, "hard_negatives is on meta"),
+    ({"hard_negatives": torch.ones(M, D - 1)}, "hard_negatives must be"),
+    ({"hard_negatives": torch.ones(M)}, "hard_negatives must be"),
+    ({"hard_negatives": torch.ones(M, D).long()}, "hard_negatives must be floating point"),
+    ({"candidates": torch.ones(N, D).long()}, "candidates must be floating point"),
+    ({"queries": torch.ones(D)}, "must share D"),
+    ({"candidates": torch.ones(1, N, D)}, "must share D"),
+    ({"targets": torch.full((B,), -1)}, r"found -1 … -1"),
+    ({"targets": torch.zeros(B, dtype=torch.int32)}, r"targets must be \[11\] int64"),
+    ({"margin": 0.1, "scale": 0.0}, "margin needs a positive scale"),
+    ({"candidates": torch.ones(B, D), "symmetric": True, "targets": torch.arange(B)}, "targets given"),
     ({"matryoshka_dims": [8], "matryoshka_weights": [0.0]}, "not all 0"),
     ({"reduction": "max"}, "reduction must be"),
     ({"workspace_bytes": 100}, "cannot hold the logits of one query"),

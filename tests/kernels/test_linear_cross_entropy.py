@@ -250,6 +250,17 @@ BAD = {
     "must not repeat": lambda h, w, t, i: (h, w, t, i.where(i != i[0], i[1])),
     r"targets must lie in \[0, 211\)": lambda h, w, t, i: (h, w, t + V, i),
     r"row numbers in \[0, 37\)": lambda h, w, t, i: (h, w, t, i + T),
+    r"found -1 … ": lambda h, w, t, i: (h, w, t.index_fill(0, i[:1] % N, -1), i),
+    r"row numbers in .*found -1 … ": lambda h, w, t, i: (h, w, t, i.where(i != i[0], -1)),
+    r"found .* … 211$": lambda h, w, t, i: (h, w, t.index_fill(0, i[:1] % N, V), i),
+    "weight is on meta, hidden on cpu": lambda h, w, t, i: (h, w.to("meta"), t, i),
+    "targets is on meta, hidden on cpu": lambda h, w, t, i: (h, w, t.to("meta"), i),
+    "index is on meta, hidden on cpu": lambda h, w, t, i: (h, w, t, i.to("meta")),
+    r"share D; got \(37,\)": lambda h, w, t, i: (h[:, 0], w, t, i),
+    r"share D; .* \(211,\)": lambda h, w, t, i: (h, w[:, 0], t, i),
+    "and weight must be floating point": lambda h, w, t, i: (h, w.long(), t, i),
+    r"targets must be \[23\] int64": lambda h, w, t, i: (h, w, t.int(), i),
+    r"index must be \[N\] int64; got \(23, 1\)": lambda h, w, t, i: (h, w, t, i[:, None]),
 }
 
 
@@ -265,6 +276,10 @@ def test_bad_tensors_are_refused(message):
     [
         ({"reduction": "median"}, "reduction must be"),
         ({"softcap": 0.0}, "softcap must be"),
+        ({"softcap": -1.0}, "softcap must be"),
+        ({"softcap": float("inf")}, "softcap must be"),
+        ({"softcap": float("nan")}, "softcap must be"),
+        ({"workspace_bytes": 0}, "at least 844 bytes"),
         ({"normalizer": 3, "reduction": "sum"}, "normalizer needs"),
         ({"normalizer": torch.ones(2)}, "normalizer must hold one number"),
         ({"workspace_bytes": V * 4 - 1}, "at least 844 bytes"),
