@@ -1,6 +1,7 @@
 """info_nce against the whole-matrix float64 statement in kernels/reference.py; saturation, masks, memory bounds."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from bivec.kernels import info_nce
 from bivec.kernels import reference as ref
 from bivec.kernels.backend import checks_values
+from bivec.kernels.info_nce_plan import Options, workspace_budget
 
 B, N, M, K, D = 11, 17, 5, 3, 24
 FLOOR = 2e-6  # fp32 rounding of logits up to 20, seen through exp, relative
@@ -308,6 +310,16 @@ def test_memory_with_options_stays_within_the_workspace(name):
     sets = 3 if name == "matryoshka" else 2  # saved, returned, and of one of the dims
     limit = budget + sets * count * size * width * 4 + 16 * size * 8
     assert peak_bytes(step) <= limit < min(2 * budget, size * size * 4 / 8)
+
+
+def test_the_workspace_by_default():
+    """What the docstring says: 64 MiB, 256 on an accelerator, more where one query needs it."""
+    options = Options(torch.arange(B), None, None, None, True, False, None, False, (D,), (1.0,), "mean", None)
+    for device, default in (("cpu", 64 * 2**20), ("cuda", 256 * 2**20)):
+        for minimum, expected in ((1, default), (default, default), (default + 1, default + 1)):
+            assert workspace_budget(torch.device(device), options, minimum, N, D) == expected
+    small = replace(options, workspace_bytes=1000)
+    assert workspace_budget(torch.device("cpu"), small, 1000, N, D) == 1000
 
 
 def test_16384_by_16384_within_256_mb():

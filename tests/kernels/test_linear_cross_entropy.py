@@ -7,6 +7,7 @@ import torch
 
 from bivec.kernels import linear_cross_entropy
 from bivec.kernels import reference as ref
+from bivec.kernels.linear_cross_entropy_torch import chunking
 
 T, D, V, N = 37, 29, 211, 23  # multiples of nothing
 FLOOR = 1e-6  # fp32 rounding of a sum of a few hundred terms, relative
@@ -227,6 +228,24 @@ def test_memory_with_options_stays_within_the_workspace(softcap, reduction, trai
     gradients = (3 * rows + 2 * trained * vocab) * width * 4  # saved, and returned
     limit = budget + gradients + 12 * rows * 8
     assert peak_bytes(step) <= limit < min(2 * budget, rows * vocab * 4 / 8)
+
+
+def test_the_workspace_by_default():
+    """What the docstring says: 128 MiB of logits, 256 on an accelerator, never less than one row; even chunks."""
+    row = 2**20
+
+    def rows(device, budget=None, row_bytes=row, tile_row_bytes=0, num_rows=1000):
+        sizes = {"row_bytes": row_bytes, "tile_row_bytes": tile_row_bytes, "workspace_bytes": budget}
+        return chunking(V, num_rows, **sizes, device=torch.device(device))
+
+    assert rows("cpu") == (125, V) and rows("cuda") == (250, V)  # of at most 128 and 256: eight and four equal chunks
+    assert rows("cpu", row_bytes=2**28) == (1, V) and rows("cpu", num_rows=0) == (1, V)
+    assert rows("cpu", 7 * row, num_rows=8) == (4, V)  # not seven and one
+    # a quarter of the budget for the upcast tile, of at least one row of the weight
+    assert rows("cpu", 8 * row, tile_row_bytes=row // 4) == (6, 8)
+    assert rows("cpu", 2 * row, tile_row_bytes=row) == (1, 1)
+    with pytest.raises(ValueError, match=f"at least {2 * row} bytes"):
+        rows("cpu", 2 * row - 1, tile_row_bytes=row)
 
 
 @pytest.mark.parametrize("vocab", [32000, 49152, 50257, 128256, 151936])
