@@ -1,6 +1,7 @@
 """info_nce against the whole-matrix float64 statement in kernels/reference.py; saturation, masks, memory bounds."""
 
 import itertools
+import sys
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,23 @@ def test_sizes_of_real_steps(name):
     plain = run(ref.info_nce, tensors, options)
     for key, value in run(info_nce, tensors, options).items():
         assert relative_error(value, truth[key]) <= 2 * relative_error(plain[key], truth[key]) + FLOOR, key
+
+
+def test_a_reduction_is_known_by_its_letters():
+    """Not by the object that a literal makes."""
+    tensors, options = example(OPTIONS["own"])
+    for reduction in ("none", "mean", "sum"):
+        made = run(info_nce, tensors, options | {"reduction": "".join(list(reduction))})
+        for key, value in run(info_nce, tensors, options | {"reduction": reduction}).items():
+            assert torch.equal(made[key], value)
+
+
+def test_the_backend_that_is_asked_for_runs(monkeypatch):
+    module = sys.modules[info_nce.__module__]
+    monkeypatch.setattr(module, "resolve", lambda asked, *_: asked)
+    monkeypatch.setattr(module, "_triton", lambda *_: ("by triton", None, None, None))
+    assert info_nce(torch.eye(2), torch.eye(2), backend="triton") == "by triton"
+    assert info_nce(torch.eye(2), torch.eye(2), backend="torch").dim() == 0
 
 
 @pytest.mark.parametrize("name", OPTIONS)

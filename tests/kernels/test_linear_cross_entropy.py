@@ -1,6 +1,7 @@
 """linear_cross_entropy against the float64 statement in kernels/reference.py; its memory bound and repeatability."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -96,6 +97,26 @@ def test_stats_come_from_the_same_pass():
     assert torch.equal(stats.correct, (logits.argmax(1) == targets) & valid) and stats.correct[1]
     assert (stats.lse[~valid] == 0).all() and int(stats.count) == int(valid.sum())
     assert not stats.lse.requires_grad and loss.requires_grad
+
+
+def test_a_reduction_is_known_by_its_letters():
+    """Not by the object that a literal makes."""
+    for reduction in ("none", "mean", "sum"):
+        made = "".join(list(reduction))
+        for a, b in zip(
+            run(linear_cross_entropy, *example(), reduction=made),
+            run(linear_cross_entropy, *example(), reduction=reduction),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_the_backend_that_is_asked_for_runs(monkeypatch):
+    module = sys.modules[linear_cross_entropy.__module__]
+    monkeypatch.setattr(module, "resolve", lambda asked, *_: asked)
+    monkeypatch.setattr(module, "_triton", lambda *_: ("by triton", None, None))
+    assert linear_cross_entropy(*example(), backend="triton") == "by triton"
+    assert linear_cross_entropy(*example(), backend="torch").dim() == 0
 
 
 def test_extreme_logits_stay_finite():
@@ -239,6 +260,9 @@ def test_the_workspace_by_default():
         return chunking(V, num_rows, **sizes, device=torch.device(device))
 
     assert rows("cpu") == (125, V) and rows("cuda") == (250, V)  # of at most 128 and 256: eight and four equal chunks
+    for device, fitting in (("cpu", 128), ("cuda", 256)):
+        assert rows(device, num_rows=fitting) == (fitting, V)
+        assert rows(device, num_rows=fitting + 1) == (fitting // 2 + 1, V)
     assert rows("cpu", row_bytes=2**28) == (1, V) and rows("cpu", num_rows=0) == (1, V)
     assert rows("cpu", 7 * row, num_rows=8) == (4, V)  # not seven and one
     # a quarter of the budget for the upcast tile, of at least one row of the weight
