@@ -37,7 +37,8 @@ from timing import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = ROOT / "benchmarks" / "mutation_survivors.json"
-INFO_NCE, CROSS_ENTROPY = ("tests/kernels/test_info_nce.py",), ("tests/kernels/test_linear_cross_entropy.py",)
+INFO_NCE = ("tests/kernels/test_info_nce_arguments.py", "tests/kernels/test_info_nce.py")
+CROSS_ENTROPY = ("tests/kernels/test_linear_cross_entropy.py",)
 PACKING = ("tests/engine/test_packing.py", "tests/models/test_batch.py", "tests/engine/test_triple_batches.py")
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # part -> file -> its tests
     "packing": {"engine/packing.py": PACKING, "models/batch.py": PACKING, "engine/triple_batches.py": PACKING},
