@@ -37,18 +37,19 @@ from timing import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = ROOT / "benchmarks" / "mutation_survivors.json"
-INFO_NCE, CROSS_ENTROPY = ("tests/kernels/test_info_nce.py",), ("tests/kernels/test_linear_cross_entropy.py",)
+INFO_NCE = ("tests/kernels/test_info_nce_arguments.py", "tests/kernels/test_info_nce.py")
+CROSS_ENTROPY = ("tests/kernels/test_linear_cross_entropy.py",)
 PACKING = ("tests/engine/test_packing.py", "tests/models/test_batch.py", "tests/engine/test_triple_batches.py")
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # part -> file -> its tests
     "packing": {"engine/packing.py": PACKING, "models/batch.py": PACKING, "engine/triple_batches.py": PACKING},
     "masking": {"engine/masking.py": ("tests/engine/test_masking.py",)},
     "losses": {
-        "kernels/info_nce.py": INFO_NCE,
-        "kernels/info_nce_plan.py": INFO_NCE,
-        "kernels/info_nce_torch.py": INFO_NCE,
         "kernels/linear_cross_entropy.py": CROSS_ENTROPY,
         "kernels/linear_cross_entropy_torch.py": CROSS_ENTROPY,
+        "kernels/info_nce_torch.py": INFO_NCE,
+        "kernels/info_nce.py": INFO_NCE,
         "engine/objectives.py": ("tests/engine/test_objectives.py",),
+        "kernels/info_nce_plan.py": INFO_NCE,
     },
     "schedule": {"engine/optim.py": ("tests/engine/test_optim.py",)},
 }
@@ -255,13 +256,12 @@ def main() -> None:
                 for file, found in part["files"].items():
                     test_again(file, PARTS[name][file], found, Path(folder))
                 part["again"] = described()
-            else:
-                files = {
-                    file: test_file(file, tests, given.sample, given.seed, Path(folder))
-                    for file, tests in PARTS[name].items()
-                }
-                document["parts"][name] = {"run": described(), "files": files}
-        _write(document, target)
+                _write(document, target)
+                continue
+            part = document["parts"][name] = {"run": described(), "files": {}}
+            for file, tests in PARTS[name].items():
+                part["files"][file] = test_file(file, tests, given.sample, given.seed, Path(folder))
+                _write(document, target)
     _write(document, target)
     print(target.with_suffix(".md").read_text(encoding="utf-8").partition("## Every")[0])
 

@@ -112,7 +112,7 @@ def main(jobs: Path, results: Path) -> None:
             path.write_text(original, encoding="utf-8")
         if source is None:
             _import_others(note)
-            limit = 15 + 5 * result["seconds"]
+            limit = 15 + 3 * result["seconds"]
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
 

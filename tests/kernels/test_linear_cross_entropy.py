@@ -1,12 +1,14 @@
 """linear_cross_entropy against the float64 statement in kernels/reference.py; its memory bound and repeatability."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 
 from bivec.kernels import linear_cross_entropy
 from bivec.kernels import reference as ref
+from bivec.kernels.linear_cross_entropy_torch import chunking
 
 T, D, V, N = 37, 29, 211, 23  # multiples of nothing
 FLOOR = 1e-6  # fp32 rounding of a sum of a few hundred terms, relative
@@ -95,6 +97,26 @@ def test_stats_come_from_the_same_pass():
     assert torch.equal(stats.correct, (logits.argmax(1) == targets) & valid) and stats.correct[1]
     assert (stats.lse[~valid] == 0).all() and int(stats.count) == int(valid.sum())
     assert not stats.lse.requires_grad and loss.requires_grad
+
+
+def test_a_reduction_is_known_by_its_letters():
+    """Not by the object that a literal makes."""
+    for reduction in ("none", "mean", "sum"):
+        made = "".join(list(reduction))
+        for a, b in zip(
+            run(linear_cross_entropy, *example(), reduction=made),
+            run(linear_cross_entropy, *example(), reduction=reduction),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_the_backend_that_is_asked_for_runs(monkeypatch):
+    module = sys.modules[linear_cross_entropy.__module__]
+    monkeypatch.setattr(module, "resolve", lambda asked, *_: asked)
+    monkeypatch.setattr(module, "_triton", lambda *_: ("by triton", None, None))
+    assert linear_cross_entropy(*example(), backend="triton") == "by triton"
+    assert linear_cross_entropy(*example(), backend="torch").dim() == 0
 
 
 def test_extreme_logits_stay_finite():
@@ -229,6 +251,27 @@ def test_memory_with_options_stays_within_the_workspace(softcap, reduction, trai
     assert peak_bytes(step) <= limit < min(2 * budget, rows * vocab * 4 / 8)
 
 
+def test_the_workspace_by_default():
+    """What the docstring says: 128 MiB of logits, 256 on an accelerator, never less than one row; even chunks."""
+    row = 2**20
+
+    def rows(device, budget=None, row_bytes=row, tile_row_bytes=0, num_rows=1000):
+        sizes = {"row_bytes": row_bytes, "tile_row_bytes": tile_row_bytes, "workspace_bytes": budget}
+        return chunking(V, num_rows, **sizes, device=torch.device(device))
+
+    assert rows("cpu") == (125, V) and rows("cuda") == (250, V)  # of at most 128 and 256: eight and four equal chunks
+    for device, fitting in (("cpu", 128), ("cuda", 256)):
+        assert rows(device, num_rows=fitting) == (fitting, V)
+        assert rows(device, num_rows=fitting + 1) == (fitting // 2 + 1, V)
+    assert rows("cpu", row_bytes=2**28) == (1, V) and rows("cpu", num_rows=0) == (1, V)
+    assert rows("cpu", 7 * row, num_rows=8) == (4, V)  # not seven and one
+    # a quarter of the budget for the upcast tile, of at least one row of the weight
+    assert rows("cpu", 8 * row, tile_row_bytes=row // 4) == (6, 8)
+    assert rows("cpu", 2 * row, tile_row_bytes=row) == (1, 1)
+    with pytest.raises(ValueError, match=f"at least {2 * row} bytes"):
+        rows("cpu", 2 * row - 1, tile_row_bytes=row)
+
+
 @pytest.mark.parametrize("vocab", [32000, 49152, 50257, 128256, 151936])
 def test_vocabularies_of_real_models(vocab):
     g = torch.Generator().manual_seed(0)
@@ -250,6 +293,17 @@ BAD = {
     "must not repeat": lambda h, w, t, i: (h, w, t, i.where(i != i[0], i[1])),
     r"targets must lie in \[0, 211\)": lambda h, w, t, i: (h, w, t + V, i),
     r"row numbers in \[0, 37\)": lambda h, w, t, i: (h, w, t, i + T),
+    r"found -1 … ": lambda h, w, t, i: (h, w, t.index_fill(0, i[:1] % N, -1), i),
+    r"row numbers in .*found -1 … ": lambda h, w, t, i: (h, w, t, i.where(i != i[0], -1)),
+    r"found .* … 211$": lambda h, w, t, i: (h, w, t.index_fill(0, i[:1] % N, V), i),
+    "weight is on meta, hidden on cpu": lambda h, w, t, i: (h, w.to("meta"), t, i),
+    "targets is on meta, hidden on cpu": lambda h, w, t, i: (h, w, t.to("meta"), i),
+    "index is on meta, hidden on cpu": lambda h, w, t, i: (h, w, t, i.to("meta")),
+    r"share D; got \(37,\)": lambda h, w, t, i: (h[:, 0], w, t, i),
+    r"share D; .* \(211,\)": lambda h, w, t, i: (h, w[:, 0], t, i),
+    "and weight must be floating point": lambda h, w, t, i: (h, w.long(), t, i),
+    r"targets must be \[23\] int64": lambda h, w, t, i: (h, w, t.int(), i),
+    r"index must be \[N\] int64; got \(23, 1\)": lambda h, w, t, i: (h, w, t, i[:, None]),
 }
 
 
@@ -265,6 +319,10 @@ def test_bad_tensors_are_refused(message):
     [
         ({"reduction": "median"}, "reduction must be"),
         ({"softcap": 0.0}, "softcap must be"),
+        ({"softcap": -1.0}, "softcap must be"),
+        ({"softcap": float("inf")}, "softcap must be"),
+        ({"softcap": float("nan")}, "softcap must be"),
+        ({"workspace_bytes": 0}, "at least 844 bytes"),
         ({"normalizer": 3, "reduction": "sum"}, "normalizer needs"),
         ({"normalizer": torch.ones(2)}, "normalizer must hold one number"),
         ({"workspace_bytes": V * 4 - 1}, "at least 844 bytes"),
