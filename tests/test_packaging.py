@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -283,9 +284,10 @@ def test_no_pip_audit_is_said(monkeypatch, tmp_path, capsys, audit):
 
 
 def test_the_audit_follows_requirements_of_requirements(audit):
-    found = audit.closure("bivec", "all")
-    assert found.keys() >= {"torch", "numpy", "sympy", "safetensors"} and "bivec" not in found  # sympy is torch's
-    assert "+" not in found["torch"]
+    found = audit.closure("transformers", "torch")
+    assert found.keys() >= {"torch", "safetensors", "mpmath"} and "transformers" not in found  # torch, sympy, mpmath
+    assert "+" not in found["torch"] and found["safetensors"] == metadata.version("safetensors")
+    assert "torch" not in audit.closure("transformers", "")
 
 
 def test_the_pythons_script_names_those_that_setup_promises(setup):
