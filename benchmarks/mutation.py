@@ -48,12 +48,12 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # part -> file -> its tests
     "packing": {"engine/packing.py": PACKING, "models/batch.py": PACKING, "engine/triple_batches.py": PACKING},
     "masking": {"engine/masking.py": ("tests/engine/test_masking.py",)},
     "losses": {
+        "kernels/info_nce.py": INFO_NCE,
+        "kernels/info_nce_plan.py": INFO_NCE,
+        "kernels/info_nce_torch.py": INFO_NCE,
         "kernels/linear_cross_entropy.py": CROSS_ENTROPY,
         "kernels/linear_cross_entropy_torch.py": CROSS_ENTROPY,
-        "kernels/info_nce_torch.py": INFO_NCE,
-        "kernels/info_nce.py": INFO_NCE,
         "engine/objectives.py": OBJECTIVES,
-        "kernels/info_nce_plan.py": INFO_NCE,
     },
     "schedule": {"engine/optim.py": ("tests/engine/test_optim.py",)},
 }
