@@ -38,18 +38,22 @@ from timing import describe_run
 ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = ROOT / "benchmarks" / "mutation_survivors.json"
 INFO_NCE = ("tests/kernels/test_info_nce_arguments.py", "tests/kernels/test_info_nce.py")
+OBJECTIVES = (
+    "tests/engine/test_objectives.py",
+    "tests/engine/test_properties.py::test_ranks_together_have_the_step_of_one",
+)
 CROSS_ENTROPY = ("tests/kernels/test_linear_cross_entropy.py",)
 PACKING = ("tests/engine/test_packing.py", "tests/models/test_batch.py", "tests/engine/test_triple_batches.py")
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # part -> file -> its tests
     "packing": {"engine/packing.py": PACKING, "models/batch.py": PACKING, "engine/triple_batches.py": PACKING},
     "masking": {"engine/masking.py": ("tests/engine/test_masking.py",)},
     "losses": {
+        "kernels/info_nce.py": INFO_NCE,
+        "kernels/info_nce_plan.py": INFO_NCE,
+        "kernels/info_nce_torch.py": INFO_NCE,
         "kernels/linear_cross_entropy.py": CROSS_ENTROPY,
         "kernels/linear_cross_entropy_torch.py": CROSS_ENTROPY,
-        "kernels/info_nce_torch.py": INFO_NCE,
-        "kernels/info_nce.py": INFO_NCE,
-        "engine/objectives.py": ("tests/engine/test_objectives.py",),
-        "kernels/info_nce_plan.py": INFO_NCE,
+        "engine/objectives.py": OBJECTIVES,
     },
     "schedule": {"engine/optim.py": ("tests/engine/test_optim.py",)},
 }

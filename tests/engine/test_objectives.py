@@ -292,3 +292,32 @@ def test_no_noise_outside_the_steps(tiny_llama_dir):
         next(losses)
         losses.close()
         assert objective.adapter.noise.seed is None
+
+
+def ways_with_less_memory(objective):
+    """The settings on the way, in words."""
+    found = []
+    while objective is not None:
+        found.append(objective.memory_setting())
+        objective = objective.with_less_memory()
+    return found
+
+
+def test_mntp_with_less_memory(tiny_llama_dir):
+    """Five blocks of 16 tokens: two at a time, then one, then more recomputation."""
+    assert ways_with_less_memory(mntp_objective(tiny_llama_dir, None)) == [
+        "micro-batches of 80 tokens, recomputation 'none'",
+        "micro-batches of 32 tokens, recomputation 'none'",
+        "micro-batches of 16 tokens, recomputation 'none'",
+        "micro-batches of 16 tokens, recomputation 'selective'",
+        "micro-batches of 16 tokens, recomputation 'layer'",
+    ]
+
+
+def test_simcse_with_less_memory(tiny_llama_dir):
+    """More recomputation, then half the tokens, never fewer than the longest of the sentences has."""
+    tokens, longest = 2 * sum(map(len, SENTENCES)), max(map(len, SENTENCES))
+    expected = [f"recomputation {level!r}" for level in ("none", "selective", "layer")]
+    while (tokens := tokens // 2) >= longest:
+        expected.append(f"micro-batches of {tokens} tokens, recomputation 'layer'")
+    assert ways_with_less_memory(simcse_objective(tiny_llama_dir)) == expected and len(expected) == 5

@@ -97,6 +97,13 @@ def test_sizes_of_real_steps(name):
         assert relative_error(value, truth[key]) <= 2 * relative_error(plain[key], truth[key]) + FLOOR, key
 
 
+def test_the_mean_of_one_query_is_its_loss():
+    queries, candidates = torch.ones(1, 4), torch.eye(3, 4)
+    mean, total, single = (info_nce(queries, candidates, reduction=one) for one in ("mean", "sum", "none"))
+    assert mean == total == single[0] and mean > 1
+    torch.testing.assert_close(mean, torch.tensor(3.0).log())
+
+
 def test_a_reduction_is_known_by_its_letters():
     """Not by the object that a literal makes."""
     tensors, options = example(OPTIONS["own"])
