@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = re.compile(
-    r"(__init__\.py|(engine|kernels|models)/.*\.py|kernels/tuning/.*\.json|engine/evaluation/data/.*\.json)"
+    r"(__init__\.py|py\.typed|(engine|kernels|models)/.*\.py|kernels/tuning/.*\.json|engine/evaluation/data/.*\.json)"
 )
 DATA = re.compile(r"recipes/data/.*(?<!\.py)")
 DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}

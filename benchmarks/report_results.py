@@ -9,6 +9,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import mutation
 import quick_start
 import report_tables as readmes
 import round_trips
@@ -138,6 +139,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 # files that a script writes whole: the text as it should be, of the text as it is
 WHOLE: dict[str, Callable[[str], str]] = {
+    "benchmarks/results/mutation.md": lambda _: mutation.markdown(result("mutation.json")),
     "benchmarks/results/quick_start.md": lambda _: quick_start.report(result("quick_start.json")),
     "benchmarks/results/round_trips.md": lambda _: round_trips.markdown(result("round_trips.json")),
     "benchmarks/results/supervised_sick.md": lambda _: supervised_sick.report(result("supervised_sick.json")),
