@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,3 +146,18 @@ def test_survivors_are_counted_by_their_reason(scripts):
     assert counts == {"equivalent": 2, "unexplained": 1, "left": 1, "killed": 1, "timeout": 1}
     assert mutation.kill_rate(counts) == 50.0  # of four that can be told apart, one of them stopped by its time
     assert [one.get("kind") for one in mutation.explained("g.py", mutants, known)][:1] == ["unexplained"]
+
+
+def test_the_committed_report_follows_from_its_json(scripts):
+    """Every survivor has its reason there, and every public function's zeros are noticed or explained."""
+    mutation, _ = scripts
+    results = ROOT / "benchmarks" / "results"
+    document = json.loads((results / "mutation.json").read_text(encoding="utf-8"))
+    assert set(document["parts"]) == set(mutation.PARTS)
+    assert mutation.markdown(document) == (results / "mutation.md").read_text(encoding="utf-8")
+    known = json.loads(mutation.SURVIVORS.read_text(encoding="utf-8"))
+    for part in document["parts"].values():
+        for file, found in part["files"].items():
+            assert mutation.explained(file, found["mutants"], known) == found["mutants"]
+            assert not mutation.counts_of(found["mutants"])["unexplained"], file
+            assert not [one for one in found["mutants"] if one["operator"] == "zeros" and one["outcome"] == "survived"]
