@@ -245,6 +245,61 @@ def test_damaged_numbers_are_named(llama, tmp_path, name, value, width, skip, me
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"attention.key_length": 15}, "of 15 channels; expected a multiple, and an even number"),
+        ({"attention.value_length": 8}, r"value_length = 8, but a head has 16 channels"),
+        ({"attention.causal": 1}, "attention.causal is 1, expected bool"),
+        ({"rope.scaling.type": "linear"}, "'linear' with the factor 0.0"),
+        ({"rope.scaling.type": "longrope"}, "'longrope' in a GGUF file is not supported"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 0},
+            "original_context_length is 0, expected at least 1",
+        ),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.yarn_beta_fast": -1.0},
+            "yarn_beta_fast is -1.0, expected a positive number",
+        ),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(llama, tmp_path, metadata, message):
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama), **metadata)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_pretrained(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "width", "skip", "message"),
+    [
+        ("GGUF", 9, 4, 0, "GGUF version 9; versions"),
+        ("llama.block_count", 99, 4, 0, "truncated or damaged .unknown value type 99"),
+        (TENSOR, 99, 4, 20, "has the unknown type number 99"),
+    ],
+)
+def test_damaged_headers_are_named(llama, tmp_path, name, value, width, skip, message):
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
+    set_number(path, name, value, width, skip)
+    with pytest.raises(CheckpointError, match=message):
+        read_header(path)
+
+
+def test_what_is_missing_is_named(llama, tmp_path):
+    tensors = llama_cpp_tensors(llama)
+    path = write_gguf(tmp_path / "m.gguf", tensors)
+    path.write_bytes(path.read_bytes().replace(b"llama.block_count", b"llama.block_sizes"))
+    with pytest.raises(ConfigError, match=r"the GGUF metadata lack llama\.block_count"):
+        load_pretrained(path)
+    path = write_gguf(tmp_path / "e.gguf", {name: x for name, x in tensors.items() if name != "token_embd.weight"})
+    with pytest.raises(CheckpointError, match=r"token_embd\.weight is missing"):
+        load_pretrained(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_header(tmp_path / "nothing.gguf")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_header(tmp_path)
+
+
 def test_names_are_there_once(llama, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
     content = path.read_bytes()
