@@ -24,7 +24,7 @@ from bivec.kernels import apply_rotary, geglu, rms_norm, swiglu
 from bivec.models.families import MODEL_CLASSES
 
 # Prefix of the class names, by module (transformers.models.<key>.modeling_<key>): our classes are called so too.
-FAMILIES = {model_type.removesuffix("_text"): one.__name__ for model_type, one in MODEL_CLASSES.items()}
+FAMILIES = {model_type.removesuffix("_text"): one.__name__ for model_type, one in sorted(MODEL_CLASSES.items())}
 Forward = Callable[..., Any]
 
 KINDS = {"RMSNorm": "rms_norm", "MLP": "mlp", "Attention": "rotary"}

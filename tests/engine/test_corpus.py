@@ -19,7 +19,7 @@ from bivec.engine import corpus, corpus_files
 from bivec.engine.corpus import encode_corpus
 from bivec.engine.data import load_texts
 from bivec.engine.encoder import Encoder
-from bivec.engine.errors import BivecError, RunError
+from bivec.engine.errors import BivecError, ConfigError, RunError
 
 WORKER = Path(__file__).with_name("corpus_worker.py")
 SAMPLE = Path(__file__).parents[2] / "recipes/data/wikipedia_sentences.txt.gz"
@@ -407,3 +407,13 @@ def test_tables_are_read_slice_by_slice(encoder, texts, tmp_path):
     assert not isinstance(column, list)
     path = encode_corpus(encoder, column, tmp_path / "e.npy", slice_texts=8)
     np.testing.assert_allclose(np.load(path), encoder.encode(texts), rtol=0, atol=1e-5)
+
+
+def test_what_an_output_cannot_be(encoder, texts, tmp_path, monkeypatch):
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(ConfigError, match=r"folder\.npy is a folder; give the name of a file"):
+        encode_corpus(encoder, texts, tmp_path / "folder.npy", **SETTINGS)
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"e\.parquet: Parquet needs the package pyarrow: pip install pyarrow"):
+        encode_corpus(encoder, texts, tmp_path / "e.parquet", **SETTINGS)
+    assert names(tmp_path) == ["folder.npy"]

@@ -393,3 +393,9 @@ def test_sentences_are_counted_from_0_and_not_from_the_end():
     for index in (-1, 2):
         with pytest.raises(IndexError, match=f"sentence {index} of 2"):
             sentences[index]
+
+
+def test_a_table_of_blank_texts_holds_none(tmp_path):
+    (tmp_path / "t.csv").write_text('text,n\n" ",1\n"",2\n')
+    with pytest.raises(DataError, match=r"t\.csv holds no texts: give"):
+        load_texts(tmp_path / "t.csv", column="text", drop_empty=True)
