@@ -19,19 +19,27 @@ from typing import Any
 from packaging.requirements import Requirement
 
 IGNORED: dict[str, str] = {}  # a vulnerability's name, and why it does not concern bivec
-UNREACHABLE = re.compile(r"connect|timed out|timeout|resolve|unreachable|proxy|blocking this service", re.IGNORECASE)
+UNREACHABLE = re.compile(
+    r"could not connect|connection (error|refused|reset|aborted)|max retries exceeded|timed out|failed to resolve|"
+    r"name resolution|network is unreachable|proxy ?error|blocking this service",
+    re.IGNORECASE,
+)
+USAGE = re.compile(r"^usage: ", re.MULTILINE)  # it was called wrongly: its own fault, or ours
 
 
 def main(extra: str) -> int:
     """The exit code."""
     packages = closure("bivec", extra)
+    if not packages:
+        print("bivec is not installed for this Python: nothing to audit", file=sys.stderr)
+        return 1
     try:
         answer = ask(packages)
     except FileNotFoundError:
         print("pip-audit is not installed: nothing was audited (pip install pip-audit)")
         return 0
     if isinstance(answer, str):
-        if UNREACHABLE.search(answer):
+        if UNREACHABLE.search(answer) and not USAGE.search(answer):
             print(f"the database of vulnerabilities could not be reached: nothing was audited\n{answer.strip()[-500:]}")
             return 0
         print(f"pip-audit has failed:\n{answer}", file=sys.stderr)

@@ -88,6 +88,7 @@ def run_jobs(jobs: list[dict[str, Any]], folder: Path) -> Iterator[dict[str, Any
     found.write_text("", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)  # options of the pytest that runs this one
     command = [sys.executable, str(ROOT / "benchmarks" / "mutation_worker.py"), str(sent), str(found)]
     with subprocess.Popen(command, cwd=folder / "repository", env=environment) as worker, found.open() as results:
         seen = 0

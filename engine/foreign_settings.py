@@ -194,7 +194,7 @@ def _stored_length(folder: Path) -> dict[str, int | float]:
             "the case of the texts before you give them"
         )
     file = folder / "tokenizer_config.json"
-    tokenizer = read_json(file, dict) if file.is_file() else {}
+    tokenizer = read_json(file, dict, allow_nan=True) if file.is_file() else {}
     if tokenizer.get("truncation_side") == "left":
         raise ConfigError(
             f"{file}: truncation_side is 'left': a long text would lose its beginning, in bivec it loses its end; "

@@ -66,7 +66,7 @@ def card_of_run(directory: str | Path) -> ModelCard:
     directory = Path(directory)
     file = directory / RUN_FILE
     try:
-        content = parse_json(file.read_bytes(), allow_nan=False)
+        content = parse_json(file.read_bytes())
         recipe = content["recipe"]
         stages = [name for name in TRAINED if name in recipe["stages"]]
         data = {name: Path(str(recipe[f"{name}_data"])).name for name in stages if recipe.get(f"{name}_data")}

@@ -81,7 +81,7 @@ def earlier_run(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
     if not options.resume:
         raise RunError(f"{directory}: holds a run already; give --resume to go on with it, or another --output-dir")
     try:
-        earlier: dict[str, Any] = parse_json(file.read_bytes(), allow_nan=False)
+        earlier: dict[str, Any] = parse_json(file.read_bytes())  # max_grad_norm may be Infinity
         changed = differences(earlier["recipe"], as_dict(recipe))
         data = earlier.get("data", {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

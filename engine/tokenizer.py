@@ -83,6 +83,8 @@ def load_tokenizer(path: str | Path, *, bos_token: str | None = None, add_bos: b
 
 def _of_the_tokenizer(error: BaseException) -> bool:
     """Whether what was raised says that the file is bad: a panic of tokenizers' Rust is not even an Exception."""
+    if isinstance(error, (ImportError, MemoryError)):
+        return False
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

@@ -41,9 +41,16 @@ MODEL_CLASSES: dict[str, type[Llama]] = {}
 
 
 def register(model_type: str, family: Family) -> Callable[[Model], Model]:
-    """Decorates the class that runs the checkpoints of ``model_type``, the name in their ``config.json``."""
+    """Decorates the class that runs the checkpoints of ``model_type``, the name in their ``config.json``.
+
+    Raises:
+        ValueError: another file runs them.
+    """
 
     def enter(model_class: Model) -> Model:
+        taken = MODEL_CLASSES.get(model_type, model_class).__module__
+        if taken != model_class.__module__:
+            raise ValueError(f"model_type {model_type!r} is registered by {taken} and by {model_class.__module__}")
         FAMILIES[model_type], MODEL_CLASSES[model_type] = family, model_class
         return model_class
 

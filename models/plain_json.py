@@ -7,7 +7,6 @@ NaN and Infinity, and on deep nesting it raises RecursionError, which is no Valu
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
 
@@ -33,10 +32,11 @@ def parse_json(text: str | bytes, *, allow_nan: bool = True) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice[:60]!r} is there twice; keep one of them")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and repr(found[key]) != repr(value):  # repr: 1 and true and 1.0 are not the same
+            raise ValueError(f"the key {key[:60]!r} is there twice, with two values; keep one of them")
+        found[key] = value
     return found
 
 

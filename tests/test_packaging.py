@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import io
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -22,6 +23,10 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import bivec
+
+USAGE = """usage: pip-audit [-h] [-V] [-l] [-r REQUIREMENT] [-s SERVICE] [--timeout TIMEOUT] [--require-hashes]
+pip-audit: error: unrecognized arguments: --no-such-option
+"""  # "timeout" and "resolve" are words of its usage
 
 ROOT = Path(__file__).parents[1]
 FAKE = """#!{python}
@@ -272,9 +277,15 @@ def test_a_database_that_knows_nothing_is_no_clean_bill(monkeypatch, tmp_path, c
 
 @pytest.mark.usefixtures("two_packages")
 def test_another_failure_of_the_audit_is_one(monkeypatch, tmp_path, capsys, audit):
-    code, shown = audited(monkeypatch, tmp_path, capsys, audit, said="unrecognized arguments: --json", code=2)
+    code, shown = audited(monkeypatch, tmp_path, capsys, audit, said=USAGE, code=2)
     assert code == 1
     assert "unrecognized arguments" in shown.err
+
+
+def test_without_bivec_there_is_nothing_to_audit(monkeypatch, capsys, audit):
+    monkeypatch.setattr(audit, "closure", lambda *_: {})
+    assert audit.main("all") == 1
+    assert "bivec is not installed" in capsys.readouterr().err
 
 
 def test_no_pip_audit_is_said(monkeypatch, tmp_path, capsys, audit):
@@ -324,3 +335,16 @@ def test_the_mutants_of_the_security_page_are_those_that_were_run():
     figures = (ROOT / "benchmarks" / "results" / "fuzz.md").read_text(encoding="utf-8")
     total = re.search(r"^\| all \| (\d+) \|", figures, flags=re.MULTILINE)[1]
     assert stated.replace(",", "") == total
+
+
+def test_every_script_of_ci_is_there_and_can_be_run():
+    """What git does not track is not in CI's clone, where this test runs."""
+    named = {}
+    for document in (".ci/run", "README.md", "CONTRIBUTING.md", "SECURITY.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for before, name in re.findall(r"(python |bash |-c )?(\.ci/[\w.]*\w)", text):
+            named[name] = named.get(name, False) or (document == ".ci/run" and not before)
+    assert {".ci/run", ".ci/types", ".ci/oldest.txt", ".ci/audit.py"} <= named.keys()
+    for name, called in named.items():
+        assert (ROOT / name).is_file(), name
+        assert not called or os.access(ROOT / name, os.X_OK), f"{name} cannot be executed"

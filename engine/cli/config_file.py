@@ -143,7 +143,7 @@ def _text(value: Any, place: str) -> str:
 
 def _read_json(path: Path, text: str) -> Any:
     try:
-        return parse_json(text, allow_nan=False)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     except ValueError as error:

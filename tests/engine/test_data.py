@@ -201,6 +201,12 @@ def test_tables_that_pandas_would_bend(tmp_path, content, message):
         load_texts(tmp_path / "bad.csv", column="text")
 
 
+@pytest.mark.parametrize("blank", ["", "   ", " \t"])
+def test_blank_lines_of_a_table_are_no_rows(tmp_path, blank):
+    (tmp_path / "a.csv").write_text(f"text,label\nhello,1\n{blank}\nworld,2\n{blank}")
+    assert list(load_texts(tmp_path / "a.csv", column="text")) == ["hello", "world"]
+
+
 def test_a_cell_may_be_longer_than_the_csv_module_thinks(tmp_path):
     (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
     assert [len(text) for text in load_texts(tmp_path / "long.csv")] == [200_000]

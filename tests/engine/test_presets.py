@@ -46,6 +46,7 @@ def test_a_wheel_holds_the_samples_and_the_command(setup_arguments):
     recipe = PRESETS["smollm2-135m"]
     for file in (recipe.mntp_data, recipe.simcse_data, recipe.sts_dev, recipe.sts_test):
         assert Path(file) in held, file
-    assert {file for file in DATA.iterdir() if file.suffix != ".py" and file.is_file()} == held
+    samples = {file for file in DATA.iterdir() if file.suffix != ".py" and file.is_file()}
+    assert samples | {ROOT / "py.typed"} == held
     assert "bivec.engine.cli" in setup_arguments["packages"]
     assert setup_arguments["entry_points"] == {"console_scripts": ["bivec = bivec.engine.cli:main"]}

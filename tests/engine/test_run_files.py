@@ -71,7 +71,7 @@ def test_results_that_are_none(text, message, tmp_path):
         read_results(tmp_path, True)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"recipe": 1, "recipe": 2}', '{"recipe": {"a": NaN}}', "[]"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"recipe": 1, "recipe": 2}', "[]"])
 def test_a_run_file_that_is_none_is_refused(text, tmp_path):
     (tmp_path / RUN_FILE).write_text(text)
     for read in (card_of_run, lambda folder: earlier_run(PRESETS["smollm2-135m"], RunOptions(folder, resume=True))):

@@ -546,3 +546,13 @@ def test_vocabularies_in_gguf_that_are_none(fields, message, tmp_path, monkeypat
     (tmp_path / "m.gguf").touch()
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), ModuleNotFoundError("No module named 'transformers'")])
+def test_what_is_no_fault_of_the_file_is_not_said_of_it(tiny_llama_dir, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("bivec.engine.tokenizer._wrap", fails)
+    with pytest.raises(type(error), match=str(error)):
+        load_tokenizer(tiny_llama_dir)

@@ -180,7 +180,7 @@ def check_settings(source: Path, case: Path, name: str, valid: Any, found: Any) 
 
     data = (case / name).read_bytes()
     try:
-        content = strict_json(data) if name.endswith(".json") else yaml.safe_load(data.decode("utf-8"))
+        content = strict_json(data, nan=True) if name.endswith(".json") else yaml.safe_load(data.decode("utf-8"))
     except (yaml.YAMLError, ValueError) as error:
         raise Unreadable(str(error)) from None
     flat: dict[str, Any] = {}

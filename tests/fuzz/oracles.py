@@ -27,10 +27,10 @@ class Unreadable(Exception):
 
 
 def strict_json(data: bytes, nan: bool = False) -> Any:
-    """Plain JSON: UTF-8, no key twice, and but for ``nan`` no NaN and no infinity."""
+    """Plain JSON: UTF-8, no key with two values, and but for ``nan`` no NaN and no infinity."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
+        if len({(key, repr(value)) for key, value in pairs}) > len(dict(pairs)):
             raise Unreadable("a key is there twice")
         return dict(pairs)
 

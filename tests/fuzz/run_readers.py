@@ -102,7 +102,7 @@ def without_nulls(part: Any) -> Any:
 @refused_or
 def check_run(source: Path, case: Path, name: str, valid: Any, found: Any) -> str | None:
     """Recipe and data are those of the run; results and metrics are what the files say, number for number."""
-    strict_json((case / "run.json").read_bytes())
+    strict_json((case / "run.json").read_bytes(), nan=True)
     content = strict_json((case / "results.json").read_bytes())
     stages = [{"sts_test_spearman": None, **stage} for stage in content["stages"]]
     if not all(

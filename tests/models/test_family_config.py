@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from bivec.engine.cli.versions import older
-from bivec.models import ConfigError, DecoderConfig
+from bivec.models import ConfigError, DecoderConfig, Llama, Qwen2
 from bivec.models.config_fields import FULL, SLIDING
-from bivec.models.families import FAMILIES, MODEL_CLASSES
+from bivec.models.families import FAMILIES, MODEL_CLASSES, register
 from bivec.models.rope import rotary_tables
 
 NAMES = {
@@ -238,3 +238,11 @@ def test_the_text_half_of_a_multimodal_file():
 def test_bad_values_are_named(family, changes, message):
     with pytest.raises(ConfigError, match=rf"^config\.json: .*{message}"):
         read(family, **changes)
+
+
+def test_a_model_type_has_one_class():
+    """A copy of a model's file would else take its place without a word."""
+    stray = type("Stray", (Llama,), {"__module__": "bivec.models.stray"})
+    with pytest.raises(ValueError, match=r"'qwen2' is registered by bivec\.models\.qwen and by bivec\.models\.stray"):
+        register("qwen2", FAMILIES["qwen2"])(stray)
+    assert MODEL_CLASSES["qwen2"] is register("qwen2", FAMILIES["qwen2"])(Qwen2)

@@ -118,3 +118,12 @@ def test_an_adapter_of_the_recipe_that_does_not_fit(recipe, execute, fails, tmp_
     assert "is in the weights already: mntp was merged" in error
     error = fails(recipe, target, *flags, run / "simcse")
     assert "was trained on weights that hold mntp" in error and not target.exists()
+
+
+def test_a_run_that_clips_no_gradient_ends_and_goes_on(execute, recipe, tmp_path):
+    """Its run.json holds an Infinity, which is no plain JSON."""
+    flags = ["--stages", "bi,simcse", "--set", "simcse.optim.max_grad_norm=inf"]
+    execute(recipe, tmp_path / "run", *flags)
+    assert "Infinity" in (tmp_path / "run" / "run.json").read_text()
+    assert (tmp_path / "run" / "merged" / "README.md").is_file()
+    execute(recipe, tmp_path / "run", *flags, "--resume")
