@@ -10,8 +10,11 @@ with SICK_train.txt and SICK_test_annotated.txt, as for benchmarks/supervised_si
 that was stopped; what was logged before is kept.
 
 Every ten seconds the resident memory, the open files and the threads of the process are read from /proc (Linux only);
-the speed is in the run's metrics.jsonl. Each stage is judged by itself, without its first fifth, in which memory pools
-fill: growth is the slope of a line through memory, drift the median speed of the last third over that of the first.
+the speed is in the run's metrics.jsonl. Only training is judged: of every step the first reading counts, so that
+evaluations and the writing of models do not, and the first fifth of what a process trains of a stage, in which memory
+pools fill, is left out. Growth is the slope of a line through the memory, one slope for all processes and a height for
+each; speed is shown as the medians of the first and of the last third. The triples' overlap with STS-B is counted as
+benchmarks/supervised_sick.py counts it.
 Writes long_run.{json,md,png} into benchmarks/results.
 """
 
@@ -34,6 +37,9 @@ from typing import Any
 
 import numpy as np
 from quick_start import processor
+from supervised_sick import overlap
+
+from bivec.engine.data import load_sts
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -41,7 +47,7 @@ DATA = RECIPES / "data"
 RESULTS = ROOT / "benchmarks" / "results"
 LEAST_WORDS = 4  # shorter ones say little; of Wikipedia the sample has six at least
 SECONDS = 10.0  # between two readings
-SETTLING = 0.2  # of a stage, not judged
+SETTLING = 0.2  # of what a process trains of a stage, not judged
 
 LONG = {
     "mntp.optim.steps": 120,
@@ -58,6 +64,7 @@ class Reading:
     """Of the training process, at one moment."""
 
     seconds: float  # since the start, those of runs that were resumed included
+    process: int  # 0, and one more for every --resume
     stage: str
     step: int
     resident_mib: float
@@ -133,21 +140,32 @@ def place(metrics: Path) -> tuple[str, int]:
     return last["stage"], last["step"]
 
 
+def read_log(log: Path) -> list[Reading]:
+    """What an earlier process has logged; a last line that was not written to its end is taken off the file."""
+    if not log.exists():
+        return []
+    text = log.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        text = text[: text.rfind("\n") + 1]
+        log.write_text(text, encoding="utf-8")
+    return [Reading(**json.loads(line)) for line in text.splitlines()]
+
+
 def train(command: list[str], run: Path, log: Path) -> list[Reading]:
     """Runs the recipe; every reading is appended to ``log`` at once.
 
     Raises:
         SystemExit: the recipe failed.
     """
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    readings = [Reading(**json.loads(line)) for line in lines]
+    readings = read_log(log)
+    number = readings[-1].process + 1 if readings else 0
     begun = time.monotonic() - (readings[-1].seconds if readings else 0.0)
     with subprocess.Popen(command) as process:
         while process.poll() is None:
             values = read_process(process.pid)
             stage, step = place(run / "metrics.jsonl")
             if values is not None and stage != "start":
-                readings.append(Reading(round(time.monotonic() - begun, 1), stage, step, *values))
+                readings.append(Reading(round(time.monotonic() - begun, 1), number, stage, step, *values))
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(readings[-1])) + "\n")
             time.sleep(SECONDS)
@@ -174,19 +192,28 @@ def drift(stage: str, readings: Sequence[Reading], metrics: Sequence[dict[str, A
         ValueError: the stage was too short for three readings.
     """
     own = [reading for reading in readings if reading.stage == stage]
-    steps = [line for line in metrics if line["stage"] == stage]
-    settled = [reading for reading in own if reading.step > SETTLING * len(steps)]
-    speeds = [line["tokens_per_s"] for line in steps if line["step"] > SETTLING * len(steps)]
+    first = {(reading.process, reading.step): reading for reading in reversed(own)}  # of every step
+    training = sorted(first.values(), key=lambda reading: reading.seconds)
+    parts = [[one for one in training if one.process == number] for number in {one.process: 0 for one in training}]
+    parts = [part[int(SETTLING * len(part)) :] for part in parts]
+    settled = [reading for part in parts for reading in part]
     if len(settled) < 3:
         raise ValueError(f"{stage} gave {len(settled)} readings after its settling, too few to judge")
-    hours = np.array([reading.seconds for reading in settled]) / 3600
-    memory = [reading.resident_mib for reading in settled]
+    hours, memory = (
+        np.concatenate([values - values.mean() for values in map(np.array, columns)])  # each process by itself
+        for columns in (
+            [[one.seconds / 3600 for one in part] for part in parts],
+            [[one.resident_mib for one in part] for part in parts],
+        )
+    )
+    steps = [line for line in metrics if line["stage"] == stage]
+    speeds = [line["tokens_per_s"] for line in steps if line["step"] > SETTLING * len(steps)]
     return Drift(
         stage=stage,
         steps=len(steps),
-        minutes=(own[-1].seconds - own[0].seconds) / 60,
-        resident_mib=thirds(memory),
-        growth_mib_per_hour=float(np.polyfit(hours, memory, 1)[0]),
+        minutes=(training[-1].seconds - training[0].seconds) / 60,
+        resident_mib=thirds([reading.resident_mib for reading in settled]),
+        growth_mib_per_hour=float(hours @ memory / (hours @ hours)),
         open_files=(settled[0].open_files, settled[-1].open_files),
         threads=(settled[0].threads, settled[-1].threads),
         tokens_per_s=thirds(speeds),
@@ -262,6 +289,14 @@ def make_triples(sick: Path, output: Path) -> Path:
     return output
 
 
+def overlaps(triples: Path | None) -> dict[str, dict[str, int]]:
+    """How much of STS-B stands in the triples."""
+    if triples is None:
+        return {}
+    rows = [json.loads(line) for line in triples.read_text(encoding="utf-8").splitlines()]
+    return {split: overlap(rows, load_sts(DATA / f"stsb_{split}.csv.gz")) for split in ("dev", "test")}
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,13 +313,16 @@ def main() -> None:
     readings = train(recipe_command(arguments.run, flags, triples), arguments.run, log)
     results = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))
     metrics = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    started = json.loads((arguments.run / "run.json").read_text(encoding="utf-8"))
+    recipe = started["recipe"]
     content = {
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": f"{processor()}, {os.cpu_count()} cores",
-        "versions": json.loads((arguments.run / "run.json").read_text(encoding="utf-8"))["versions"],
-        "settings": LONG,
+        "versions": started["versions"],
+        "settings": {stage: recipe[stage] for stage in ("mntp", "simcse", "supervised")},
         "flags": flags,
         "stages": results["stages"],
+        "overlap": overlaps(triples),
         "drift": [asdict(drift(stage, readings, metrics)) for stage in dict.fromkeys(m["stage"] for m in metrics)],
         "readings": [asdict(reading) for reading in readings],
         "metrics": metrics,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,15 @@ def test_a_line_half_written_is_no_place(long_run, tmp_path):
     assert long_run.place(metrics) == ("start", 0)
 
 
-def judged(long_run, memory, speed):
+def judged(long_run, memory, speed=lambda _: 300.0, processes=lambda _: 0, extra=()):
     """The drift of a stage of 100 steps, ten seconds each, with these values at each step."""
-    readings = [long_run.Reading(10.0 * i, "simcse", i, memory(i), 20 + i // 50, 4) for i in range(1, 101)]
+    readings = [
+        long_run.Reading(10.0 * i, processes(i), "simcse", i, memory(i), 20 + i // 50, 4) for i in range(1, 101)
+    ]
     metrics = [{"stage": "simcse", "step": i, "tokens_per_s": speed(i)} for i in range(1, 101)]
-    other = [long_run.Reading(0.0, "mntp", 1, 9e9, 9, 9)]
-    return long_run.drift("simcse", other + readings, [{"stage": "mntp", "step": 1, "tokens_per_s": 1.0}, *metrics])
+    other = [long_run.Reading(0.0, 0, "mntp", 1, 9e9, 9, 9)]
+    all_metrics = [{"stage": "mntp", "step": 1, "tokens_per_s": 1.0}, *metrics]
+    return long_run.drift("simcse", [*other, *readings, *extra], all_metrics)
 
 
 def test_growth_and_drift_are_seen_and_the_settling_is_not(long_run):
@@ -77,9 +81,30 @@ def test_growth_and_drift_are_seen_and_the_settling_is_not(long_run):
     assert last - first == pytest.approx(54) and leaking.tokens_per_s[0] - leaking.tokens_per_s[1] == pytest.approx(54)
 
 
+@pytest.mark.parametrize("evaluation", [100.0, 5000.0])
+def test_evaluation_is_no_training(long_run, evaluation):
+    """Readings behind the last step, while the sets are encoded and the model is written."""
+    extra = [long_run.Reading(1000.0 + 10 * i, 0, "simcse", 100, evaluation, 99, 9) for i in range(1, 121)]
+    assert judged(long_run, lambda i: 500.0 + i, extra=extra) == judged(long_run, lambda i: 500.0 + i)
+
+
+def test_a_resumed_run_hides_no_leak(long_run):
+    """The second process begins with little memory again."""
+    found = judged(long_run, lambda i: 500.0 + 4 * (i % 50), processes=lambda i: i // 50)
+    assert found.growth_mib_per_hour == pytest.approx(1440)
+
+
+def test_a_log_that_was_cut_off_is_gone_on_with(long_run, tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert long_run.read_log(log) == []
+    reading = long_run.Reading(1.0, 0, "mntp", 1, 2.0, 3, 4)
+    log.write_text(json.dumps(asdict(reading)) + '\n{"seconds": 1')
+    assert long_run.read_log(log) == long_run.read_log(log) == [reading]
+
+
 def test_too_few_readings_are_an_error(long_run):
-    readings = [long_run.Reading(1.0, "mntp", 1, 1.0, 1, 1)] * 2
-    with pytest.raises(ValueError, match="mntp gave 2 readings"):
+    readings = [long_run.Reading(1.0, 0, "mntp", 1, 1.0, 1, 1)] * 2
+    with pytest.raises(ValueError, match="mntp gave 1 readings"):
         long_run.drift("mntp", readings, [{"stage": "mntp", "step": 1, "tokens_per_s": 1.0}])
 
 
@@ -96,7 +121,9 @@ def test_a_run(long_run, tiny_llama_dir, tmp_path, monkeypatch, capsys):
     content = json.loads((tmp_path / "results" / "long_run.json").read_text())
     assert [row["stage"] for row in content["stages"]][-1] == "bi+mntp+simcse"
     assert [(row["stage"], row["steps"]) for row in content["drift"]] == [("mntp", 30), ("simcse", 30)]
-    assert len(content["metrics"]) == 60 and content["flags"] == flags
+    assert len(content["metrics"]) == 60 and content["flags"] == flags and content["overlap"] == {}
+    assert content["settings"]["mntp"]["sequence_length"] == 16
+    assert str(tmp_path) not in json.dumps(content["settings"])
     table = (tmp_path / "results" / "long_run.md").read_text()
     assert table.strip() in capsys.readouterr().out and "| simcse | 30 |" in table
     assert (tmp_path / "results" / "long_run.png").stat().st_size > 10_000
