@@ -1,7 +1,8 @@
 """No reader of ours takes a damaged file for another one, nor ends in anything but an error of ours.
 
 A worker (worker.py) reads mutants of small valid files, see there for what is a finding. Here a fixed seed and a few
-hundred mutants a reader; BIVEC_LONG_TESTS=1 reads ten thousand in all. benchmarks/results/fuzz.md has their figures.
+hundred mutants a reader; BIVEC_LONG_TESTS=1 reads ten thousand in all. With BIVEC_RECORD=1 beside it their counts are
+written into benchmarks/results/fuzz.json, of which `python benchmarks/report.py` makes the table in fuzz.md.
 """
 
 import collections
@@ -9,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,8 @@ for package in ("gguf", "sentencepiece", "datasets", "yaml"):
     pytest.importorskip(package)
 
 WORKER = Path(__file__).with_name("worker.py")
-LONG = "BIVEC_LONG_TESTS"
+LONG, RECORD = "BIVEC_LONG_TESTS", "BIVEC_RECORD"
+FIGURES = Path(__file__).parents[2] / "benchmarks" / "results" / "fuzz.json"
 SEED = 0
 COUNTS = {  # mutants; those of CI are as many as a second or two allow
     "safetensors": (100, 500),
@@ -63,7 +66,23 @@ def fuzz(llama: Path, folder: Path, job: dict) -> dict:
 @pytest.fixture(scope="module")
 def report(tiny_llama_dir, tmp_path_factory):
     counts = {name: both[bool(os.environ.get(LONG))] for name, both in COUNTS.items()}
-    return fuzz(tiny_llama_dir, tmp_path_factory.mktemp("fuzz"), {"seed": SEED, "counts": counts})
+    found = fuzz(tiny_llama_dir, tmp_path_factory.mktemp("fuzz"), {"seed": SEED, "counts": counts})
+    if os.environ.get(LONG) and os.environ.get(RECORD):
+        record(found)
+    return found
+
+
+def record(found: dict) -> None:
+    """Replaces the counts of every reader in the committed figures; what was found before the mends stays."""
+    figures = json.loads(FIGURES.read_text(encoding="utf-8"))
+    figures["date"] = datetime.now(timezone.utc).date().isoformat()
+    for row in figures["readers"]:
+        results = found[row["reader"]]["results"]
+        outcomes = collections.Counter(result["outcome"] for result in results)
+        row |= {"mutants": len(results), "cpu_s": round(found[row["reader"]]["seconds"], 1)}
+        row |= {"refused": outcomes["refused"], "accepted": outcomes["accepted"], "as_it_was": outcomes["same"]}
+        row["findings"] = sum(count for outcome, count in outcomes.items() if outcome not in FINE)
+    FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 @pytest.mark.slow

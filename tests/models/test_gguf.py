@@ -285,6 +285,34 @@ def test_damaged_headers_are_named(llama, tmp_path, name, value, width, skip, me
         read_header(path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("split.count", 3, "split over 3 files; merge them with llama-gguf-split --merge"),
+        ("general.alignment", 0, "general.alignment is 0, expected a number of bytes"),
+    ],
+)
+def test_layouts_that_are_not_read_are_named(tmp_path, key, value, message):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_uint32(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=message):
+        read_header(tmp_path / "m.gguf")
+
+
+def test_layers_of_different_heads_are_named(llama, tmp_path, monkeypatch):
+    def by_layer(writer, count):
+        writer.add_array("llama.attention.head_count", [count, count])
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_head_count", by_layer)
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama))
+    with pytest.raises(ConfigError, match=r"attention\.head_count differs from layer to layer, which is not supported"):
+        load_pretrained(path)
+
+
 def test_what_is_missing_is_named(llama, tmp_path):
     tensors = llama_cpp_tensors(llama)
     path = write_gguf(tmp_path / "m.gguf", tensors)

@@ -1,0 +1,100 @@
+"""Errors that no test of their module walks into: what the coverage of a whole run left over."""
+
+import json
+
+import pytest
+
+from bivec.engine.corpus import encode_corpus
+from bivec.engine.data import load_texts
+from bivec.engine.encoder import Encoder
+from bivec.engine.encoder_config import EncoderConfig
+from bivec.engine.entailment import entailment_triples
+from bivec.engine.errors import CheckpointError, ConfigError, DataError, RunError
+from bivec.engine.evaluation import study
+from bivec.engine.evaluation.auto_encoder import _padded_batches
+from bivec.engine.gguf_export import save_gguf
+from bivec.engine.lora import LoraConfig, add_lora, load_adapter
+from bivec.engine.recipe import SupervisedStage
+from bivec.engine.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def encoder(tiny_llama_dir):
+    return Encoder.from_pretrained(tiny_llama_dir)
+
+
+def test_settings_that_exclude_each_other():
+    with pytest.raises(ConfigError, match="similarity 'l3' is unknown; choose one of cosine, dot"):
+        EncoderConfig(similarity="l3")
+    with pytest.raises(ConfigError, match="init_adapter is 'simcse', but tuning is 'full', which has no adapter"):
+        SupervisedStage(tuning="full", init_adapter="simcse")
+    with pytest.raises(ConfigError, match="on_bad_line is 'drop', expected one of error, skip"):
+        SupervisedStage(on_bad_line="drop")
+
+
+def test_one_adapter_at_a_time(encoder, tiny_llama_dir):
+    add_lora(encoder.model, LoraConfig(rank=2), seed=0)
+    with pytest.raises(ConfigError, match="already carries a LoRA adapter; merge or remove it first"):
+        load_adapter(encoder.model, tiny_llama_dir)
+
+
+def test_a_corpus_is_a_file(encoder, tmp_path):
+    folder = tmp_path / "a.npy"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match="is a folder; give the name of a file"):
+        encode_corpus(encoder, ["a"], folder)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [('{"a": 1, "a": 2}', "the key 'a' is there twice"), ("9" * 5000, "digits")]
+)
+def test_json_lines_that_cannot_be_read(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_text('{"sent0": "a", "sent1": "b", "hard_neg": "c"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 3: not JSON that can be read.*{message}"):
+        entailment_triples([tmp_path / "rows.jsonl"])
+
+
+def test_a_table_without_a_text(tmp_path):
+    (tmp_path / "a.csv").write_text('text,n\n"  ",1\n" ",2\n')
+    with pytest.raises(DataError, match=r"a\.csv holds no texts"):
+        load_texts(tmp_path / "a.csv", column="text", drop_empty=True)
+
+
+@pytest.mark.parametrize(("budget", "most"), [(0, None), (8, 0)])
+def test_batches_hold_something(budget, most):
+    with pytest.raises(ValueError, match=f"must be at least 1, got {budget} and {most}"):
+        list(_padded_batches([3, 2], budget, most))
+
+
+def test_a_length_that_is_no_number(tiny_llama_dir, tmp_path):
+    for file in tiny_llama_dir.glob("*token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": "long"}))
+    with pytest.raises(CheckpointError, match="model_max_length is 'long', expected a number of tokens"):
+        load_tokenizer(tmp_path)
+
+
+def test_gguf_knows_bpe_alone(encoder, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    words = encoder.tokenizer.get_vocab()
+    encoder.tokenizer._tokenizer = Tokenizer(models.WordLevel(words, unk_token=next(iter(words))))
+    with pytest.raises(ConfigError, match="a tokenizer of kind 'WordLevel'; GGUF export knows BPE"):
+        save_gguf(encoder, tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_baseline_that_fails_is_named(tmp_path, monkeypatch):
+    """Its training is a process of its own."""
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("import sys; sys.exit(3)")
+    monkeypatch.setattr(study.Study, "_identity", lambda *_: {"recipe": "x"})
+    monkeypatch.setattr(study.Study, "_flags", lambda *_: [])
+    monkeypatch.setattr(study.Study, "__post_init__", lambda _: None, raising=False)
+    subject = study.Study(tmp_path / "run", recipe, tmp_path, tmp_path / "out")
+    with pytest.raises(
+        RunError, match=r"training the baseline uni\+simcse failed \(its error is above\): .*recipe\.py"
+    ):
+        subject._train("uni+simcse")
