@@ -9,6 +9,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import coverage_report
 import mutation
 import quick_start
 import report_tables as readmes
@@ -139,6 +140,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 # files that a script writes whole: the text as it should be, of the text as it is
 WHOLE: dict[str, Callable[[str], str]] = {
+    "benchmarks/results/coverage.md": lambda _: coverage_report.markdown(result("coverage.json")),
     "benchmarks/results/mutation.md": lambda _: mutation.markdown(result("mutation.json")),
     "benchmarks/results/quick_start.md": lambda _: quick_start.report(result("quick_start.json")),
     "benchmarks/results/round_trips.md": lambda _: round_trips.markdown(result("round_trips.json")),

@@ -74,6 +74,7 @@ WAYS = {
     "benchmarks/attention.py": Way(parse_only=GPU),
     "benchmarks/compare.py": Way(),
     "benchmarks/contrastive_cost.py": Way("--shape tiny --micro-batch-tokens 256 --batches 16 32 --turns 1 --output ."),
+    "benchmarks/coverage_report.py": Way(parse_only="reads what a whole run of the tests has left"),
     "benchmarks/corpus.py": Way(parse_only=LONG),
     "benchmarks/encode.py": Way("--shape tiny --quick --no-peer --output ."),
     "benchmarks/gpu_suite.py": Way(parse_only=GPU),
