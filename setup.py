@@ -171,7 +171,11 @@ setup(
         "bivec.engine.evaluation": ["data/*.json"],
     },
     entry_points={"console_scripts": ["bivec = bivec.engine.cli:main"]},
-    install_requires=["torch>=2.11", "safetensors>=0.4.3", "numpy>=2.0"],  # pyarrow asks for numpy 2
+    install_requires=[
+        "torch>=2.13",  # with 2.11 torch.compile loses gradients of LoRA
+        "safetensors>=0.4.3",
+        "numpy>=2.0",  # pyarrow asks for it
+    ],
     extras_require={
         "quickstart": QUICKSTART,
         "hub": HUB,

@@ -7,7 +7,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 PYTHON = "3.10"
-REQUIRED = {"torch": "2.11", "safetensors": "0.4.3", "numpy": "2.0"}  # with the oldest version that does
+REQUIRED = {"torch": "2.13", "safetensors": "0.4.3", "numpy": "2.0"}  # with the oldest version that does
 OPTIONAL = {  # oldest version, and the extra that installs it
     "triton": ("3.6", "all"),
     "transformers": ("5.2", "quickstart"),

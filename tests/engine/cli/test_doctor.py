@@ -294,7 +294,7 @@ def test_versions(bivec_json, monkeypatch):
     document = bivec_json("doctor", "--only", "versions", code=1)
     checked = by_name(document, "versions")
     assert document["failed"] == ["versions: torch", "versions: safetensors", "versions: transformers"]
-    assert checked["torch"]["detail"] == "2.10.1+cpu is older than 2.11: pip install 'torch>=2.11'"
+    assert checked["torch"]["detail"] == "2.10.1+cpu is older than 2.13: pip install 'torch>=2.13'"
     assert checked["safetensors"]["detail"].startswith("is not installed: pip install 'safetensors>=")
     assert (checked["mteb"]["status"], checked["mteb"]["detail"]) == ("missing", 'pip install "bivec[eval]"')
     assert checked["triton"]["status"] == "ok"
