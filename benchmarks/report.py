@@ -30,12 +30,11 @@ from report_text import RESULTS, Claim, missing, undeclared, updated
 from bivec.models.files import write_text_atomic
 
 FOLDERS = ("kernels", "models", "engine", "recipes", "benchmarks", "tests")
-NO_FIGURES = ("CHANGELOG.md",)  # versions and dates, each of its own time
 
 
 def documents() -> list[str]:
     """The texts of the root, the READMEs and the results; what lies elsewhere is a run's or an environment's."""
-    found = [file for file in sorted(ROOT.glob("*.md")) if file.name not in NO_FIGURES]
+    found = sorted(ROOT.glob("*.md"))
     found += [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("README.md"))]
     return [file.relative_to(ROOT).as_posix() for file in [*found, *sorted(RESULTS.rglob("*.md"))]]
 

@@ -247,6 +247,7 @@ def recipes() -> Iterator[Claim]:
     yield from given("engine/distributed.py: timeout_seconds, BEAT_SECONDS", "(600 s)", "within some ten seconds")
     yield from given("tests/engine/test_ranks.py: tolerance", "float64 to 1e-10 with two processes")
     yield from given("tests/recipes/test_recipes.py", "under 150 lines")
+    yield from given("engine/trainer.py: what follows a step out of memory", "micro-batches of half the size")
 
 
 def contrastive_cost() -> Iterator[Claim]:
@@ -276,6 +277,14 @@ def security() -> Iterator[Claim]:
     yield from given("a version of bivec", "before 1.0 no older one")
 
 
+def changelog() -> Iterator[Claim]:
+    """CHANGELOG.md; bounds of versions are those of setup.py as it was then."""
+    yield from given(NAMES, "Qwen 2, 2.5 and 3", "SmolLM 1 to 3", "Gemma 1 to 3")
+    yield from given("a version of bivec", "Before 1.0 a minor version")
+    bounds = ("torch 2.13 (with 2.11 LoRA", "numpy 2.0 (pyarrow", "scipy 1.13,", "matplotlib 3.9,", "scikit-learn 1.5,")
+    yield from given("setup.py of 0.1.0", *bounds, "huggingface_hub 1.3,")
+
+
 def contributing() -> Iterator[Claim]:
     """CONTRIBUTING.md."""
     yield from given("house rules", "Files up to 400 lines, functions up to 60")
@@ -283,6 +292,7 @@ def contributing() -> Iterator[Claim]:
 
 CLAIMS: dict[str, Callable[[], Iterator[Claim]]] = {
     "README.md": readme,
+    "CHANGELOG.md": changelog,
     "CONTRIBUTING.md": contributing,
     "SECURITY.md": security,
     "benchmarks/README.md": benchmarks,

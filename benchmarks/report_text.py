@@ -24,7 +24,8 @@ BEGINS = re.compile(r"(?<!\w)(?<!\d[.,])")
 NUMBER = re.compile(rf"(?<!\w)(?<!\d[.,])(?<![A-Za-z0-9]-){DIGITS}")
 SPELLED = re.compile(
     r"\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|fifteen|twenty|thirty|half|third|quarter)\b"
-    r"(?: \w+){0,2} (?:seconds?|minutes?|hours?|percent|times|points)\b",
+    r"(?: \w+){0,2} (?:seconds?|minutes?|hours?|percent|times|points)\b"
+    r"|\b(?:twice|thrice|double|half|(?:a|two) (?:third|quarter|fifth|tenth)s?) (?:as|the|of)\b",
     re.IGNORECASE,
 )
 FENCE = re.compile(r"^```(\w*)\n.*?^```$", re.DOTALL | re.MULTILINE)

@@ -191,14 +191,17 @@ def _stored_shapes(path: Path) -> dict[str, torch.Size]:
     file = path / WHOLE
     if file.is_file():
         with safe_open(file, framework="pt") as handle:
-            return {key: torch.Size(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+            return {key: torch.Size(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 - no dict
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     if not stored:
         raise ValueError(f"neither {WHOLE} nor shards are there")
-    return {key: entry.size for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    shapes = {key: entry.size for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    if others := sorted(stored.keys() - shapes.keys()):
+        raise ValueError(f"{', '.join(others)}: no tensor")
+    return shapes
 
 
 def _read(path: Path, targets: dict[str, Tensor]) -> None:

@@ -108,11 +108,9 @@ class World:
         """
         if self.size == 1:
             return rows
-        import torch.distributed._functional_collectives as collectives
+        from torch.distributed._functional_collectives import all_gather_single_autograd
 
-        # torch 2.13; its name before was all_gather_tensor_autograd
-        newest = getattr(collectives, "all_gather_single_autograd", None)
-        gather: Callable[..., Tensor] = newest or collectives.all_gather_tensor_autograd
+        gather: Callable[..., Tensor] = all_gather_single_autograd  # WORLD may be None, by its types
         most = max(counts)
         padded = nn.functional.pad(rows if rows.itemsize >= 4 else rows.float(), (0, 0, 0, most - len(rows)))
         gathered = gather(padded, 0, torch.distributed.group.WORLD).view(self.size, most, -1)
@@ -240,8 +238,7 @@ def _last_exchange() -> None:
     flag = torch.zeros(1)
     torch.distributed.all_reduce(flag)
     deadline = time.monotonic() + BEAT_SECONDS * MISSED_BEATS
-    # a method of torch._C that its stubs lack: holders of the C++ tensor
-    while flag._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]  # noqa: SLF001
+    while flag._use_count() > 1 and time.monotonic() < deadline:  # type: ignore[attr-defined]  # noqa: SLF001 - of torch._C
         time.sleep(0.001)
 
 

@@ -33,4 +33,6 @@ __all__ = [
 ]
 
 for _module in iter_modules(__path__):  # the file of a new family registers its class without being named anywhere
-    import_module(f"{__name__}.{_module.name}")
+    if _module.name.isidentifier():  # an editor's copy is no module
+        import_module(f"{__name__}.{_module.name}")
+del _module

@@ -70,8 +70,7 @@ def as_flags(path: str | Path, settings: dict[str, Any], parser: argparse.Argume
     Raises:
         ConfigError: a key that is neither a flag nor a hyper-parameter, or a value that none can have.
     """
-    # argparse has no public way to list a parser's flags
-    actions = parser._actions  # noqa: SLF001
+    actions = parser._actions  # noqa: SLF001 - argparse has no public list of a parser's flags
     flags = {action.dest: action for action in actions if action.dest not in (*NOT_IN_A_FILE, "set")}
     known = [*flags, *(name for name in setting_names(recipe) if name not in OWN_FLAGS)]
     words = []

@@ -215,8 +215,7 @@ def _function_words(sentence: _Sentence) -> None:
             sentence.put(kind, position, position + 1)
 
 
-# the rules of the shared task, one after the other
-def _function_kind(sentence: _Sentence, position: int) -> str | None:  # noqa: PLR0911
+def _function_kind(sentence: _Sentence, position: int) -> str | None:  # noqa: PLR0911 - the task's rules, one by one
     token = sentence.tokens[position]
     if token.relation in ("fixed", "goeswith"):
         return None

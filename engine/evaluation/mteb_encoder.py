@@ -123,7 +123,7 @@ class MTEBEncoder:
         *,
         task_metadata: TaskMetadata,
         hf_split: str | None = None,  # noqa: ARG002 - of mteb's protocol
-        hf_subset: str | None = None,  # noqa: ARG002
+        hf_subset: str | None = None,  # noqa: ARG002 - likewise
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> np.ndarray:

@@ -117,9 +117,9 @@ def build_wikitext(sources: list[Path], output_dir: Path) -> dict[str, int]:
                 if len(paragraph.split()) >= MIN_PARAGRAPH_WORDS:
                     kept_paragraphs.append(paragraph)
     files = {"wikitext2_paragraphs.txt.gz": kept_paragraphs, "wikipedia_sentences.txt.gz": list(kept_sentences)}
-    for name, lines in files.items():
-        write_gzip(output_dir / name, "".join(line + "\n" for line in lines))
-    return {name: len(lines) for name, lines in files.items()}
+    for name, texts in files.items():
+        write_gzip(output_dir / name, "".join(text + "\n" for text in texts))
+    return {name: len(texts) for name, texts in files.items()}
 
 
 def build_stsb(source: Path, target: Path) -> int:

@@ -159,7 +159,7 @@ def read_one(reader, seed: int, number: int, source: Path, home: Path, valid, gu
 
 def serve(reader, seed: int, numbers: range, source: Path, home: Path, log: int) -> None:
     """The child: a line of JSON for every mutant, its number before and what came of it behind."""
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open to the end
     guard = Guard()
     copy_tree(source, home / "valid")
     valid = reader.read(home / "valid")

@@ -46,13 +46,13 @@ KILLS_OF_A_RUN = 5  # then it is left to finish
 def serve() -> None:
     """Reads jobs from stdin and answers each with how its child ended; one JSON line each."""
     import datasets  # noqa: F401 - this and the following: not to be imported in every child
-    import matplotlib.figure  # noqa: F401
-    import scipy.stats  # noqa: F401
+    import matplotlib.figure  # noqa: F401 - likewise
+    import scipy.stats  # noqa: F401 - likewise
     import torch
     import torch._dynamo  # an optimiser imports it
     import transformers
 
-    from bivec.engine import run_start  # noqa: F401
+    from bivec.engine import run_start  # noqa: F401 - likewise
 
     assert torch.get_num_threads() == 1 and transformers.PreTrainedTokenizerFast  # the attribute imports its module
     for line in sys.stdin:
