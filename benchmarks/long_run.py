@@ -52,9 +52,10 @@ SETTLING = 0.2  # of what a process trains of a stage, not judged
 LONG = {
     "mntp.optim.steps": 120,
     "mntp.optim.warmup_steps": 12,
-    "simcse.optim.steps": 400,
+    "simcse.optim.steps": 500,
     "simcse.optim.warmup_steps": 20,
     "simcse.batch_size": 64,
+    "simcse.evaluate_every": 100,
     "supervised.optim.steps": 60,
 }
 
