@@ -52,11 +52,11 @@ SETTLING = 0.2  # of what a process trains of a stage, not judged
 LONG = {
     "mntp.optim.steps": 120,
     "mntp.optim.warmup_steps": 12,
-    "simcse.optim.steps": 450,
+    "simcse.optim.steps": 400,
     "simcse.optim.warmup_steps": 20,
     "simcse.batch_size": 64,
     "simcse.attention_dropout": 0.5,  # with 0.3 the loss is gone after 40 of these steps
-    "simcse.evaluate_every": 50,
+    "simcse.evaluate_every": 100,
     "supervised.optim.steps": 60,
 }
 
