@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from bivec.engine.distributed import ALONE, World
-from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
 from bivec.engine.planner import Plan, Setting, batch_tokens, free_memory, parse_memory, plan_contrastive, plan_mntp
 from bivec.engine.recipe import Recipe
@@ -85,18 +84,6 @@ def plan_cuts(
             setting("supervised"), "supervised", tokens, sequences, longest, available
         )
     return plans
-
-
-def named_dtype(name: str) -> torch.dtype:
-    """torch's dtype of weights of this name.
-
-    Raises:
-        RunError: it has none, or one of integers.
-    """
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise RunError(f"--dtype {name}: no floating-point dtype of torch; expected float32, bfloat16 or float16")
-    return found
 
 
 def as_cut(name: str, plan: Plan) -> dict[str, Any]:

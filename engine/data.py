@@ -27,6 +27,7 @@ from bivec.engine.data_files import (
     load_table,
 )
 from bivec.engine.errors import DataError
+from bivec.engine.tokenizer import prefix_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -196,7 +197,12 @@ def mntp_blocks(
         DataError: too little text for one block, or ``per_block_bos`` with a tokenizer that puts nothing in front.
         ValueError: a size below 1, or a block that holds nothing but the prefix.
     """
-    prefix = _prefix_ids(tokenizer) if per_block_bos else []
+    prefix = prefix_ids(tokenizer) if per_block_bos else []
+    if per_block_bos and not prefix:
+        raise DataError(
+            f"the tokenizer {tokenizer.name_or_path!r} puts no BOS in front of a text; give one, --set bos_token=…, or "
+            "--set mntp.bos_in_every_block=false"
+        )
     if group_size < 1 or block_size <= len(prefix):
         raise ValueError(f"need group_size > 0 and block_size > {len(prefix)}, got {group_size} and {block_size}")
     body = block_size - len(prefix)
@@ -311,19 +317,6 @@ def _text_column(dataset: Dataset, column: str | None, source: str) -> str:
     if nulls:
         raise DataError(f"{source}: {nulls} of {len(dataset)} rows have no value in the column {column!r}")
     return column
-
-
-def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts in front of a text."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    marks = encoded["special_tokens_mask"]
-    prefix: list[int] = encoded["input_ids"][: marks.index(0)]
-    if not prefix:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path!r} puts no BOS in front of a text; give one, --set bos_token=…, or "
-            "--set mntp.bos_in_every_block=false"
-        )
-    return prefix
 
 
 def _tokenized(

@@ -253,7 +253,8 @@ class Encoder:
                 show_progress_bar=False,
             )
             for hidden, cu_seqlens, indices in states:
-                embeddings[self._index(indices)] = self._pooled(hidden, cu_seqlens, [rows[i] for i in indices])
+                spans = [(rows[i].start, rows[i].end) for i in indices]
+                embeddings[self._index(indices)] = self.pool_spans(hidden, cu_seqlens, spans, self.config.pooling)
                 advance(len(indices))
             if unit:
                 embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
@@ -324,6 +325,29 @@ class Encoder:
                     hidden = self.model(batch, causal=self.config.causal, backend=self.backend)
                 yield hidden, batch.cu_seqlens, group
                 advance(len(group))
+
+    def pool_spans(self, hidden: Tensor, cu_seqlens: Tensor, spans: Sequence[tuple[int, int]], pooling: str) -> Tensor:
+        """Pools one span of every row of :meth:`hidden_states`.
+
+        Args:
+            hidden: [T, D].
+            cu_seqlens: [B+1] int32.
+            spans: of the B rows, (first token, last token + 1), counted from the row's first.
+            pooling: a pooling's name, see :meth:`from_pretrained`.
+
+        Returns:
+            [B, D] float32 on the device.
+        """
+        begins = cu_seqlens[:-1].long()
+        pooled = segment_pool(
+            hidden,
+            cu_seqlens,
+            mode=POOLINGS[pooling],
+            span_starts=begins + self._index([start for start, _ in spans]),
+            span_ends=begins + self._index([end for _, end in spans]),
+            backend=self.backend,
+        )
+        return pooled.float()
 
     def as_mteb(
         self,
@@ -399,19 +423,6 @@ class Encoder:
         from bivec.engine.gguf_export import save_gguf
 
         save_gguf(self, path, dtype=dtype)
-
-    def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, rows: list[Row]) -> Tensor:
-        """[B, D] float32 on the device: every row's span of the packed hidden states."""
-        begins = cu_seqlens[:-1].long()
-        pooled = segment_pool(
-            hidden,
-            cu_seqlens,
-            mode=POOLINGS[self.config.pooling],
-            span_starts=begins + self._index([row.start for row in rows]),
-            span_ends=begins + self._index([row.end for row in rows]),
-            backend=self.backend,
-        )
-        return pooled.float()
 
     def _index(self, values: list[int]) -> Tensor:
         """int64 on the device; a GPU need not stop for the copy."""

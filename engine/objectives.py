@@ -1,6 +1,6 @@
 """The two unsupervised objectives of LLM2Vec on packed batches: MNTP and SimCSE.
 
-Each has a pure loss function and an objective that feeds it: given a step number, the objective yields the losses of
+Each has a pure loss function of one batch, and an objective for training: given a step number, it yields the losses of
 the step's micro-batches, whose sum is the loss of the step. Data order, masks and dropout are functions of (seed, step)
 alone, so a resumed run repeats an uninterrupted one bit by bit.
 
@@ -74,6 +74,7 @@ def simcse_loss(
     *,
     scale: float = 20.0,
     pooling: str = "mean",
+    causal: bool = False,
     skip_prefix: int = 0,
     attention_dropout: float = 0.3,
     seed: int | Tensor | None = None,
@@ -83,10 +84,11 @@ def simcse_loss(
     """Unsupervised SimCSE: two dropout views of every sentence, in-batch negatives, one direction (METHOD 4.4).
 
     Args:
-        model: a decoder, run bidirectionally.
+        model: a decoder.
         views: 2B sequences, sentence i at i and at B + i; distinct ``sample_ids`` give the two views distinct dropout.
         scale: inverse temperature of the cosine.
         pooling: mode of ``segment_pool``.
+        causal: keep the decoder's own mask (the paper's Uni+SimCSE).
         skip_prefix: tokens at the start of each sequence left out of the pooling (1 = without the BOS).
         attention_dropout: on the attention probabilities; with the LoRA dropout the only noise between the views.
         seed: of the attention dropout.
@@ -96,7 +98,8 @@ def simcse_loss(
     Returns:
         0-dim loss, mean over the B sentences.
     """
-    hidden = model(views, attention_dropout=attention_dropout, seed=seed, recompute=recompute, backend=backend)
+    options = {"attention_dropout": attention_dropout, "seed": seed, "recompute": recompute, "backend": backend}
+    hidden = model(views, causal=causal, **options)
     spans = views.cu_seqlens.long()
     pooled = segment_pool(
         hidden,
@@ -190,7 +193,7 @@ class MntpObjective:
 
 @dataclass(frozen=True)
 class SimcseObjective:
-    """The step of :func:`simcse_loss` with ``batch_size`` sentences, in micro-batches by gradient caching.
+    """Steps of ``batch_size`` sentences, with loss and gradients of :func:`simcse_loss`, by gradient caching.
 
     Of several ranks each takes its share of the sentences; the views of all of them are everyone's negatives.
     """

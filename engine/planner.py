@@ -40,10 +40,10 @@ import torch
 from bivec.engine.errors import RunError
 from bivec.engine.lora import PROJECTIONS, LoraConfig
 from bivec.kernels import dropout
+from bivec.kernels.linear_cross_entropy_torch import DEFAULT_WORKSPACE_BYTES, DEFAULT_WORKSPACE_BYTES_ACCELERATOR
 from bivec.models import DecoderConfig
 from bivec.models.recompute import LEVELS
 
-LOGITS_WORKSPACE = {"cpu": 128 << 20, "cuda": 256 << 20}  # of linear_cross_entropy
 SLACK = 0.08  # of a device's memory that a plan leaves: fragments, the runtime, what others take meanwhile
 GOOD_MICRO_BATCH = 1024  # tokens from which on larger products gain less than recomputation costs
 CGROUP = Path("/sys/fs/cgroup")
@@ -159,9 +159,8 @@ def predict(setting: Setting, micro: MicroBatch) -> MemoryPrediction:
 
     # in the loss: the last hidden states, the gradient of those that are scored or pooled, the workspace
     pooled = micro.scored or micro.sequences
-    workspace = min(
-        LOGITS_WORKSPACE.get(setting.device, LOGITS_WORKSPACE["cuda"]), 4 * micro.scored * config.vocab_size
-    )
+    most = DEFAULT_WORKSPACE_BYTES.get(setting.device, DEFAULT_WORKSPACE_BYTES_ACCELERATOR)
+    workspace = min(most, 4 * micro.scored * config.vocab_size)
     loss = last_norm + itemsize * hidden * (tokens + pooled) + workspace
     loss += 8 * hidden * min(micro.scored, workspace // (4 * config.vocab_size) + 1)  # a chunk's rows and gradients
 
@@ -336,6 +335,8 @@ def free_memory(device: torch.device) -> int:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:  # of a container
         limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # there is none, or its limit is "max"
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        used -= int(counts["active_file"]) + int(counts["inactive_file"])  # given back to whoever asks for memory
+    except (OSError, ValueError, KeyError):  # there is none, or its limit is "max"
         return available
     return min(available, limit - used)

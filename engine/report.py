@@ -6,9 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bivec.engine.evaluation.figure import new_figure, save_figure
+from bivec.engine.figure import new_figure, save_figure
 
 CAUSAL, BIDIRECTIONAL = "#9aa5b1", "#2f6fb5"
+SHOWN = (  # whose similarities a run prints
+    "A man is playing the guitar on stage.",
+    "Someone performs music for an audience.",
+    "The stock market fell sharply on Monday.",
+    "Shares lost much of their value this week.",
+    "A kitten is sleeping on the sofa.",
+)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bivec.engine.checkpoint import list_checkpoints
-from bivec.engine.cuts import as_cut, named_dtype, plan_cuts
+from bivec.engine.cuts import as_cut, plan_cuts
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.encoder import Encoder
 from bivec.engine.encoder_config import POOLINGS, EncoderConfig, stored_encoder_config, stored_prompts, text_format
@@ -36,13 +36,13 @@ from bivec.engine.model_card import card_of_run
 from bivec.engine.objectives import MntpObjective, SimcseObjective
 from bivec.engine.recipe import TRAINED, Recipe, with_horizon
 from bivec.engine.recipe_arguments import RunOptions
-from bivec.engine.report import StageResult, draw_results, results_table, similarity_table
+from bivec.engine.report import SHOWN, StageResult, draw_results, results_table, similarity_table
 from bivec.engine.run_files import (
-    base_model,
     check_same_data,
     check_same_device,
     check_shared,
     chosen_device,
+    chosen_template,
     device_type,
     earlier_run,
     read_results,
@@ -52,24 +52,18 @@ from bivec.engine.run_files import (
 )
 from bivec.engine.run_weights import RunWeights, Stage, stage_is_done
 from bivec.engine.supervised import SupervisedObjective, TripleRows
-from bivec.engine.text_format import resolve_template
 from bivec.engine.tokenizer import prefix_length
 from bivec.engine.trainer import Intervals, Objective, StepMetrics, peak_memory_bytes, train
 from bivec.engine.triple_batches import TripleBatches
 from bivec.engine.triples import TripleSet
 from bivec.kernels import fold_seed
 from bivec.models.files import remove_abandoned, write_text_atomic
+from bivec.models.weights import named_dtype
 
 MNTP_SEED, SIMCSE_SEED, LORA_SEED, SUPERVISED_SEED = 1, 2, 3, 4  # folded into the run's seed
 ORDER = 5  # into the supervised one
 KEPT = ("normalize", "similarity", "max_length", "skip_instruction")  # settings of an encoder that is trained further
-SHOWN = (
-    "A man is playing the guitar on stage.",
-    "Someone performs music for an audience.",
-    "The stock market fell sharply on Monday.",
-    "Shares lost much of their value this week.",
-    "A kitten is sleeping on the sofa.",
-)
+OF_A_STAGE = ("pooling", "causal", "template", "pool_tail")  # what a contrastive stage leaves in the folder, besides
 
 
 class Run:
@@ -93,7 +87,7 @@ class Run:
         self.template: str | None = None
         self.triple_rows: TripleRows | None = None
         if self.inputs.triples is not None:
-            self.template = self._chosen_template(stored)
+            self.template = chosen_template(recipe, stored)
             self.triple_rows = self._triple_rows(self.inputs.triples)
         # bf16 as the paper, but for the CPU, where it runs a hundred times slower than fp32
         self.dtype = named_dtype(recipe.dtype or ("float32" if device_type(options) == "cpu" else "bfloat16"))
@@ -110,7 +104,7 @@ class Run:
         )
         self.weights.origin()  # an adapter that is there twice is told of before anything is trained
         # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
-        self.state = start_state(recipe.model, recipe.adapters)
+        self.begun = self.state = start_state(recipe.model, recipe.adapters)
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
         world.barrier()  # everyone has looked at the directory as it was
@@ -165,28 +159,20 @@ class Run:
             vocab_size=self.inputs.config.vocab_size,
         )
 
-    def _chosen_template(self, stored: EncoderConfig | None) -> str | None:
-        """Of supervised training: the one asked for, else that of the model's folder, else by the decoder's name."""
-        asked, base = self.recipe.supervised.template, base_model(self.recipe.model)
-        given = asked if asked != "auto" else None if stored is None else stored.template
-        template = resolve_template(given, base)
-        why = f"of {base}" if asked == "auto" else "as asked for"
-        print(f"supervised: {'no template' if template is None else f'template {template!r}'}, {why}", flush=True)
-        return template
-
     def evaluate(self, stage: str | None = None, *, causal: bool | None = None, pooling: str | None = None) -> None:
         """STS-B dev of the model as it stands.
 
         Args:
             stage: names the result; None = after what has been trained.
-            causal: the decoder's own mask; None = bidirectional, or as the last contrastive stage has it.
-            pooling: None = the mean, or that of the last contrastive stage.
+            causal: the decoder's own mask; None = bidirectional, unless the stage's name begins with "uni".
+            pooling: None = the mean, or that of the last contrastive stage. What an earlier run has trained is used
+                as its folder says.
         """
         stage = stage or self.state
         if any(result.stage == stage for result in self.results):
             return
-        trained = self.state.rpartition("+")[2]
-        config = self._encoder_config(trained, causal, pooling)
+        trained = self._last_trained(self.state)
+        config = self._encoder_config(trained, stage.startswith("uni") if causal is None else causal, pooling)
         score = self._sts("dev", trained, config)
         self.results.append(StageResult(stage, config.pooling, score))
         self._write_results()
@@ -289,6 +275,14 @@ class Run:
         mask = "uni" if getattr(stage, "causal", False) else "bi"
         return "+".join([mask, *self.state.split("+")[1:], name])
 
+    def _trained(self, state: str) -> list[str]:
+        """The stages of this run that are in a state; what was trained before is in the weights that it began with."""
+        return [name for name in state.split("+")[len(self.begun.split("+")) :] if name in TRAINED]
+
+    def _last_trained(self, state: str) -> str:
+        """The last of them; "" where there is none."""
+        return (self._trained(state) or [""])[-1]
+
     @staticmethod
     def _without_start(stage: Stage, names: Sequence[str]) -> list[str]:
         """Without the stage whose adapter this one goes on with: the result of this one takes its place."""
@@ -333,7 +327,7 @@ class Run:
     def _save_encoder(self) -> np.ndarray:
         """Writes ``merged/``; returns the unit vectors of the sentences that are shown. Keeps no second model alive."""
         self.weights.merge(self.weights.merged)  # whole, where it was sharded
-        config = self._encoder_config(self.state.rpartition("+")[2])
+        config = self._encoder_config(self._last_trained(self.state))
         if self.world.is_main:
             encoder = Encoder(
                 self.weights.model,
@@ -350,20 +344,21 @@ class Run:
         self.weights.load()
         tested = []
         for result in self.results:
-            names = [name for name in TRAINED if name in self.recipe.stages and name in result.stage.split("+")]
+            names = self._trained(result.stage)
             if names[-1:] == ["supervised"]:
                 names = self._without_start(self.recipe.supervised, names)
             self.weights.merge(names)
-            trained = names[-1] if names else "bi"
+            trained = self._last_trained(result.stage)
             config = self._encoder_config(trained, result.stage.startswith("uni"), result.pooling)
             tested.append(replace(result, sts_test_spearman=self._sts("test", trained, config)))
         self.results = tested
 
     def _encoder_config(self, stage: str, causal: bool | None = None, pooling: str | None = None) -> EncoderConfig:
-        """How a stage has trained the model to be used; ``causal`` and ``pooling`` count where they are given."""
+        """How a stage of this run ("" = none yet) has trained the model to be used; arguments given count more."""
         rules: dict[str, Any] = {"pooling": "mean", "pool_bos": self.pool_bos, "causal": False}
         if self.stored is not None:  # what no recipe says stays as the model's folder has it
-            rules |= {name: getattr(self.stored, name) for name in KEPT}
+            kept = (*KEPT, *OF_A_STAGE) if not stage and self.begun != "bi" else KEPT
+            rules |= {name: getattr(self.stored, name) for name in kept}
         if stage in ("simcse", "supervised"):
             trained = getattr(self.recipe, stage)
             rules |= {"pooling": trained.pooling, "causal": trained.causal}
@@ -386,7 +381,7 @@ class Run:
         return self._earlier_seconds + time.monotonic() - self._started
 
     def _peak(self) -> int:
-        return max(self._earlier_peak, peak_memory_bytes())
+        return max(self._earlier_peak, peak_memory_bytes(self.device))
 
     def _write_results(self) -> None:
         if not self.world.is_main:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bivec.engine.distributed import ALONE, World
+from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import RunError
 from bivec.engine.inputs import Inputs
 from bivec.engine.json_files import json_text
@@ -21,6 +22,7 @@ from bivec.engine.recipe import RUN_FILE, TRAINED, Recipe, as_dict, differences
 from bivec.engine.recipe_arguments import RunOptions
 from bivec.engine.records import check_types
 from bivec.engine.report import StageResult
+from bivec.engine.text_format import resolve_template
 from bivec.kernels import BackendError
 from bivec.kernels.backend import resolve
 from bivec.models.files import write_text_atomic
@@ -62,6 +64,22 @@ def rewrite_run_file(directory: Path, **fields: Any) -> None:
     file = directory / RUN_FILE
     content = json.loads(file.read_text(encoding="utf-8")) | fields
     write_text_atomic(file, json_text(content))
+
+
+def recorded_recipe(directory: Path) -> dict[str, Any]:
+    """The recipe of a run, as its ``run.json`` has it.
+
+    Raises:
+        RunError: it is not there, or not that of a run.
+    """
+    file = directory / RUN_FILE
+    try:
+        recipe = parse_json(file.read_bytes())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file}: not the {RUN_FILE} of a run of this version ({error!r})") from error
+    if not isinstance(recipe, dict):
+        raise RunError(f"{file}: not the {RUN_FILE} of a run of this version (recipe is {repr(recipe)[:80]})")
+    return recipe
 
 
 def earlier_run(recipe: Recipe, options: RunOptions) -> dict[str, Any] | None:
@@ -204,6 +222,16 @@ def base_model(model: str) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             break
     return model
+
+
+def chosen_template(recipe: Recipe, stored: EncoderConfig | None) -> str | None:
+    """Of supervised training: the one asked for, else that of the model's folder, else by the decoder's name."""
+    asked, base = recipe.supervised.template, base_model(recipe.model)
+    given = asked if asked != "auto" else None if stored is None else stored.template
+    template = resolve_template(given, base)
+    why = f"of {base}" if asked == "auto" else "as asked for"
+    print(f"supervised: {'no template' if template is None else f'template {template!r}'}, {why}", flush=True)
+    return template
 
 
 def start_state(model: str, adapters: Sequence[str]) -> str:

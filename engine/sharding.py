@@ -74,10 +74,10 @@ def shard(model: Llama, world: World, device: torch.device | str, compute_dtype:
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
 
 
-def gathered(model: Llama, world: World, dtype: torch.dtype | None = None) -> Llama | None:
+def gathered(model: Llama, world: World) -> Llama | None:
     """The trunk put together in the host memory of rank 0, one parameter after the other; None on the other ranks.
 
-    Every rank must call it. ``dtype`` is that of the result; None = the parameters'.
+    Every rank must call it.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -92,7 +92,7 @@ def gathered(model: Llama, world: World, dtype: torch.dtype | None = None) -> Ll
             continue
         tensor = whole(parameter.detach())
         if world.is_main:
-            tensors[name] = nn.Parameter(tensor.to("cpu", dtype, copy=True), requires_grad=False)
+            tensors[name] = nn.Parameter(tensor.to("cpu", copy=True), requires_grad=False)
     if not world.is_main:
         return None
     plain.load_state_dict(tensors, assign=True)

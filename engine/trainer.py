@@ -66,10 +66,10 @@ class StepMetrics:
     peak_memory_bytes: int
 
 
-def peak_memory_bytes() -> int:
-    """Peak device memory where there is one, else the peak resident set of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """Peak memory of a GPU; of the process, where ``device`` is the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
@@ -229,5 +229,5 @@ def _optimizer_step(
         grad_norm=norm_value,
         tokens=int(all_tokens),
         tokens_per_s=0.0,
-        peak_memory_bytes=world.max(peak_memory_bytes()),
+        peak_memory_bytes=world.max(peak_memory_bytes(next(iter(state.parameters.values())).device)),
     )

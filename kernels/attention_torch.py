@@ -89,9 +89,10 @@ def fused_attention(
         plainly_causal = options.causal and options.window is None  # needs no mask in memory
         unseen = None if plainly_causal else hidden[length]
         mask = None if unseen is None else ~unseen
-        out = F.scaled_dot_product_attention(
-            q_g, k_g, v_g, attn_mask=mask, is_causal=plainly_causal, scale=options.scale, enable_gqa=True
-        )
+        with torch.autocast(q.device.type, enabled=False):  # which would lower the precision
+            out = F.scaled_dot_product_attention(
+                q_g, k_g, v_g, attn_mask=mask, is_causal=plainly_causal, scale=options.scale, enable_gqa=True
+            )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     if groups.order is not None:

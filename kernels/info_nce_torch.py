@@ -43,7 +43,7 @@ class _Plan:
     cached: bool  # all prepared column vectors fit
 
 
-def inverse_norm(x: Tensor) -> Tensor:
+def _inverse_norm(x: Tensor) -> Tensor:
     """``[..., 1]`` for ``x [..., D]``; 0 for a zero vector."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.where(norm > EPS, norm.reciprocal(), 0.0)
@@ -54,7 +54,7 @@ def _unit(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
     converted = x.to(dtype)
     if not normalize:
         return converted
-    inverse = inverse_norm(converted)
+    inverse = _inverse_norm(converted)
     return converted * inverse if converted is x else converted.mul_(inverse)
 
 
@@ -63,7 +63,7 @@ def _project_(grad: Tensor, x: Tensor, plan: _Plan, weight: float) -> None:
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
     for start in range(0, x.shape[0], plan.tile):
         g, rows = grad[start : start + plan.tile], x[start : start + plan.tile].to(grad.dtype)  # [t, D]
-        inverse = inverse_norm(rows)  # [t, 1]
+        inverse = _inverse_norm(rows)  # [t, 1]
         unit = rows * inverse
         g.sub_(unit.mul_((unit * g).sum(-1, keepdim=True))).mul_(inverse * weight)
 

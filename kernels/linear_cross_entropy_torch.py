@@ -232,10 +232,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             scale = scale[kept]  # [kept rows]
         grad_hidden = None
         if grad_rows is not None:
-            grad_hidden = (grad_rows * (scale[:, None] if per_row else scale)).to(grad_rows.dtype)  # [rows, D]
-            if index is not None:
-                zeros = grad_hidden.new_zeros(ctx.hidden_shape)
-                grad_hidden = zeros.index_add_(0, index, grad_hidden)
+            # a factor without dimensions would be rounded to hidden's dtype first
+            grad_hidden = torch.mul(grad_rows, scale.reshape(-1, 1), out=torch.empty_like(grad_rows))  # [rows, D]
+            if index is not None:  # rows are unique: nothing to add up, so no atomics
+                grad_hidden = grad_hidden.new_zeros(ctx.hidden_shape).index_copy_(0, index, grad_hidden)
         if ctx.recompute_weight:
             with torch.autocast(grad_loss.device.type, enabled=False):
                 wanted = {"want_rows": False, "want_weight": True}

@@ -70,6 +70,18 @@ def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), dim)
 
 
+def _project(x: Tensor, lora_as: Sequence[Tensor], dropout_p: float, seed: int | Tensor, token_ids: Tensor) -> Tensor:
+    """``dropout(x) A^T`` of all A, ``[T, sum of r]``, in the dtype of the LoRA matrices (fp32 over a bf16 base)."""
+    joined = _joined(lora_as, 0)
+    if dropout_p:
+        h = joined.new_empty(x.shape[0], joined.shape[0])
+        for rows, keep in _keep_words(seed, token_ids, x, dropout_p, h.dtype):
+            torch.mm(_dropped_(keep, x[rows], h.dtype), joined.T, out=h[rows])
+    else:
+        h = x.to(joined.dtype) @ joined.T
+    return h.mul_(1.0 / (1.0 - dropout_p))
+
+
 class _LoraLinears(torch.autograd.Function):
     """The operands are all weights, then all biases, all A and all B."""
 
@@ -84,20 +96,14 @@ class _LoraLinears(torch.autograd.Function):
         *operands: Tensor,
     ) -> tuple[Tensor, ...]:
         weights, biases, lora_as, lora_bs = _split(operands, 4)
-        # the update runs in the dtype of the LoRA matrices (fp32 over a bf16 base)
-        joined = _joined(lora_as, 0)
-        if dropout_p:
-            h = joined.new_empty(x.shape[0], joined.shape[0])  # [T, sum of r]
-            for rows, keep in _keep_words(seed, token_ids, x, dropout_p, h.dtype):
-                torch.mm(_dropped_(keep, x[rows], h.dtype), joined.T, out=h[rows])
-        else:
-            h = x.to(joined.dtype) @ joined.T
-        h.mul_(1.0 / (1.0 - dropout_p))
-        ys = []
-        for weight, bias, lora_b, part in zip(weights, biases, lora_bs, h.split(_ranks(lora_as), 1), strict=True):
-            y = torch.addmm(bias, x, weight.T) if bias is not None else x @ weight.T  # [T, out]
-            _add_product_(y, part, lora_b.T, scaling)
-            ys.append(y)
+        # dtypes are those of the operands, whatever autocast asks for
+        with torch.autocast(x.device.type, enabled=False):
+            h = _project(x, lora_as, dropout_p, seed, token_ids)
+            ys = []
+            for weight, bias, lora_b, part in zip(weights, biases, lora_bs, h.split(_ranks(lora_as), 1), strict=True):
+                y = torch.addmm(bias, x, weight.T) if bias is not None else x @ weight.T  # [T, out]
+                _add_product_(y, part, lora_b.T, scaling)
+                ys.append(y)
         ctx.save_for_backward(x, token_ids, h, seed if isinstance(seed, Tensor) else None, *weights, *lora_as, *lora_bs)
         ctx.seed = None if isinstance(seed, Tensor) else seed
         ctx.scaling, ctx.dropout_p = scaling, dropout_p
@@ -116,25 +122,26 @@ class _LoraLinears(torch.autograd.Function):
         d_weights, d_biases, d_as, d_bs = (_blank(len(weights)) for _ in range(4))
         dhs = {}
         reached = {p: dy for p, dy in enumerate(dys) if dy is not None}  # on other outputs nothing depends
-        for p, dy in reached.items():
-            dy_wide = dy.to(lora_bs[p].dtype)
-            if need_bs[p]:
-                d_bs[p] = (dy_wide.T @ hs[p]).mul_(ctx.scaling)
-            if need_as[p] or need_x:
-                dhs[p] = (dy_wide @ lora_bs[p]).mul_(ctx.scaling / (1.0 - ctx.dropout_p))  # [T, r]
-            if need_x:
-                dx = dy @ weights[p] if dx is None else dx.addmm_(dy, weights[p])  # [T, in]
-            if need_weights[p]:
-                d_weights[p] = dy.T @ x
-            if need_biases[p]:
-                d_biases[p] = dy.sum(0)
-        if dhs:
-            dh, joined = _joined(list(dhs.values()), 1), _joined([lora_as[p] for p in dhs], 0)
-            mask = (ctx.seed if seed is None else seed, token_ids, ctx.dropout_p) if ctx.dropout_p else None
-            together = _update_backward(x, dh, joined, dx, any(need_as[p] for p in dhs), mask)
-            if together is not None:
-                for p, d_a in zip(dhs, together.split(_ranks([lora_as[p] for p in dhs])), strict=True):
-                    d_as[p] = d_a.to(dh.dtype) if need_as[p] else None
+        with torch.autocast(x.device.type, enabled=False):
+            for p, dy in reached.items():
+                dy_wide = dy.to(lora_bs[p].dtype)
+                if need_bs[p]:
+                    d_bs[p] = (dy_wide.T @ hs[p]).mul_(ctx.scaling)
+                if need_as[p] or need_x:
+                    dhs[p] = (dy_wide @ lora_bs[p]).mul_(ctx.scaling / (1.0 - ctx.dropout_p))  # [T, r]
+                if need_x:
+                    dx = dy @ weights[p] if dx is None else dx.addmm_(dy, weights[p])  # [T, in]
+                if need_weights[p]:
+                    d_weights[p] = dy.T @ x
+                if need_biases[p]:
+                    d_biases[p] = dy.sum(0)
+            if dhs:
+                dh, joined = _joined(list(dhs.values()), 1), _joined([lora_as[p] for p in dhs], 0)
+                mask = (ctx.seed if seed is None else seed, token_ids, ctx.dropout_p) if ctx.dropout_p else None
+                together = _update_backward(x, dh, joined, dx, any(need_as[p] for p in dhs), mask)
+                if together is not None:
+                    for p, d_a in zip(dhs, together.split(_ranks([lora_as[p] for p in dhs])), strict=True):
+                        d_as[p] = d_a.to(dh.dtype) if need_as[p] else None
         return dx, None, None, None, None, *d_weights, *d_biases, *d_as, *d_bs
 
 

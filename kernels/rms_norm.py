@@ -29,12 +29,17 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _vecdot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of x y over the last dimension, in their dtype whatever autocast asks for; forms no product in memory."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.linalg.vecdot(x, y)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
         wide = x.to(_statistics_dtype(x))
-        # vecdot reads the row once and forms no x²
-        rstd = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        rstd = _vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         scale = weight.to(wide.dtype) + weight_offset if weight_offset else weight.to(wide.dtype)
         ctx.save_for_backward(x, weight, rstd)
         ctx.weight_offset = weight_offset
@@ -53,7 +58,7 @@ class _RMSNorm(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             g = wide_dy * (weight.to(rstd.dtype) + ctx.weight_offset)
-            projection = torch.linalg.vecdot(g, normed).div_(x.shape[-1]).neg_().unsqueeze(-1)
+            projection = _vecdot(g, normed).div_(x.shape[-1]).neg_().unsqueeze(-1)
             dx = g.addcmul_(normed, projection).mul_(rstd).to(x.dtype)
         return dx, dweight, None, None
 

@@ -31,7 +31,7 @@ class StoredTensor:
     file: Path
     key: str  # its name in the file
     shape: tuple[int, ...]
-    dtype: str  # "float32", "bfloat16", "float16"
+    dtype: str  # "float64", "float32", "bfloat16" or "float16"
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from bivec.models import gguf
 from bivec.models.config import DecoderConfig
-from bivec.models.errors import CheckpointError
+from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.families import MODEL_CLASSES
 from bivec.models.files import atomic_directory
 from bivec.models.llama import Llama
@@ -206,14 +206,23 @@ def _check_tensors(
             )
 
 
+def named_dtype(name: str | torch.dtype) -> torch.dtype:
+    """The dtype of weights of this name, "bfloat16" or "torch.bfloat16"; a dtype is taken as it is.
+
+    Raises:
+        ConfigError: torch has none, or one of integers.
+    """
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype {name}: no floating-point dtype of torch; expected float32, bfloat16 or float16")
+    return dtype
+
+
 def _target_dtype(asked: torch.dtype | str | None, device: torch.device, stored: str) -> torch.dtype:
     if asked is None:
         # bf16 matrix products on a CPU without AMX run at a hundredth of fp32's speed
         asked = "float32" if device.type == "cpu" else stored
-    dtype = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise CheckpointError(f"dtype {asked!r}: expected a floating-point torch dtype such as 'float32' or 'bfloat16'")
-    return dtype
+    return named_dtype(asked)
 
 
 def _fill(

@@ -94,18 +94,19 @@ def main() -> None:
     """The command."""
     arguments = parse_arguments()
     try:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)  # before hours of work
         data = shipped_word_data(DATA) if arguments.conll2003 is None else conll2003_word_data(arguments.conll2003)
         data = select_word_data(data, arguments.tasks.split(","), sentences=arguments.sentences)
         scores, read_at = word_scores(arguments, data)
         table = words_markdown(scores, paper_model=arguments.paper_model, read_at=read_at)
+        corpora = {one.name: {"train": one.train.fingerprint(), "test": one.test.fingerprint()} for one in data}
+        probe = asdict(PRESETS[arguments.preset])
+        content = {"probe": probe, "data": corpora, "read_at": read_at, "scores": [score.to_dict() for score in scores]}
+        write_text_atomic(arguments.output_dir / "words.json", json.dumps(content, indent=1) + "\n")
+        write_text_atomic(arguments.output_dir / "words.md", table + "\n")
     except (BivecError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    corpora = {one.name: {"train": one.train.fingerprint(), "test": one.test.fingerprint()} for one in data}
-    probe = asdict(PRESETS[arguments.preset])
-    content = {"probe": probe, "data": corpora, "read_at": read_at, "scores": [score.to_dict() for score in scores]}
-    write_text_atomic(arguments.output_dir / "words.json", json.dumps(content, indent=1) + "\n")
-    write_text_atomic(arguments.output_dir / "words.md", table + "\n")
     print(table)
 
 

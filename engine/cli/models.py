@@ -40,10 +40,10 @@ def open_model(given: argparse.Namespace, device: str | None = None) -> Encoder:
     Raises:
         BivecError: no such model, damaged files, settings that cannot be, a device or backend that is not here.
     """
-    from bivec.engine.cuts import named_dtype
     from bivec.engine.encoder import Encoder
     from bivec.engine.hub import prefer_offline
     from bivec.engine.recipe import PACKAGED_MODEL
+    from bivec.models.weights import named_dtype
 
     prefer_offline([name for name in (given.model, *given.adapter) if name != PACKAGED_MODEL])
     return Encoder.from_pretrained(

@@ -61,8 +61,8 @@ def device(text: str) -> str:
 
 def dtype(text: str) -> str:
     """argparse's type of a dtype of weights."""
-    from bivec.engine.cuts import named_dtype
     from bivec.engine.errors import BivecError
+    from bivec.models.weights import named_dtype
 
     try:
         named_dtype(text)

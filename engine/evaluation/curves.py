@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bivec.engine.errors import RunError
-from bivec.engine.evaluation.figure import new_figure, save_figure
 from bivec.engine.evaluation.paper import paper_rows, paper_title
+from bivec.engine.figure import new_figure, save_figure
 from bivec.engine.metrics import Evaluation, StepLog
 
 EVALUATIONS = "evaluations.jsonl"

@@ -10,8 +10,6 @@ recipes/data/future_token_triples.jsonl is of our own writing in their format, a
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from bivec.engine.data_files import decoded_lines
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import DataError
 from bivec.engine.evaluation.echo import ECHO_TEMPLATE, EchoEncoder, token_span
-from bivec.engine.evaluation.figure import new_figure, save_figure
 from bivec.engine.evaluation.variants import Variant
+from bivec.engine.figure import new_figure, save_figure
 from bivec.engine.text_format import encode_strings
-from bivec.kernels import segment_pool
+from bivec.models.plain_json import parse_json
 
 FIELDS = {
     "query": ("query", "q"),
@@ -186,10 +185,8 @@ def prefix_vectors(encoder: Encoder, triples: Sequence[FutureTriple]) -> tuple[n
         raise DataError(f"of {len(triples)} triples none has a prefix that is tokenised alike in its three sentences")
     vectors = np.empty((len(rows), encoder.dimension), np.float32)
     for hidden, cu_seqlens, indices in encoder.hidden_states(rows):
-        begins = cu_seqlens[:-1].long()
-        bounds = begins[:, None] + torch.tensor([spans[i] for i in indices], device=begins.device)  # [B, 2]
-        pooled = segment_pool(hidden, cu_seqlens, mode="mean", span_starts=bounds[:, 0], span_ends=bounds[:, 1])
-        vectors[indices] = pooled.float().cpu().numpy()
+        pooled = encoder.pool_spans(hidden, cu_seqlens, [spans[i] for i in indices], "mean")
+        vectors[indices] = pooled.cpu().numpy()
     return vectors.reshape(-1, 3, encoder.dimension), len(triples) - len(rows) // 3
 
 
@@ -245,18 +242,14 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The file's objects, each with where it stands."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        content = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+    lines = decoded_lines(path)
     found: list[tuple[str, Any]] = []
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, line in enumerate(content.split("\n"), start=1):
+        for number, line in enumerate(lines, start=1):
             if line.strip():
                 found.append((f"line {number}", _parse(line, f"{path}, line {number}")))
     else:
-        whole = _parse(content, str(path))
+        whole = _parse("".join(lines), str(path))
         whole = whole.get("data") if isinstance(whole, dict) else whole
         if not isinstance(whole, list):
             raise DataError(f'{path}: expected a list of objects, or one under "data"')
@@ -269,7 +262,7 @@ def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error})") from None
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from bivec.engine.errors import RunError
 from bivec.engine.recipe import RUN_FILE, TRAINED
+from bivec.engine.run_files import recorded_recipe
 from bivec.models.files import write_text_atomic
 
 
@@ -75,7 +76,7 @@ def fingerprint(directory: str | Path) -> dict[str, str]:
         files = sorted(directory.glob("*")) if directory.is_dir() else [directory]
         return {file.name: _checksum(file, 1 << 20) for file in files if file.is_file()}
     trained = [file for name in TRAINED for file in sorted((directory / name).glob("*.safetensors"))]
-    recipe = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
+    recipe = recorded_recipe(directory)
     found = {str(file.relative_to(directory)): _checksum(file) for file in trained}
     return {"recipe": f"{zlib.crc32(json.dumps(recipe, sort_keys=True).encode()):08x}"} | found
 

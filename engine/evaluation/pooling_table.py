@@ -20,15 +20,13 @@ from torch import Tensor
 
 from bivec.engine.data import STSPair
 from bivec.engine.encoder import Encoder
-from bivec.engine.encoder_config import POOLINGS as MODES
 from bivec.engine.encoder_config import text_format
 from bivec.engine.evaluation.echo import ECHO_TEMPLATE, EchoEncoder
-from bivec.engine.evaluation.figure import new_figure, save_figure
 from bivec.engine.evaluation.paper import paper_rows
 from bivec.engine.evaluation.sts import sts_spearman
 from bivec.engine.evaluation.variants import Variant
+from bivec.engine.figure import new_figure, save_figure
 from bivec.engine.text_format import Row, encoding_head
-from bivec.kernels import segment_pool
 
 POOLINGS = {"eos_token": "EOS", "mean": "mean", "weighted_mean": "weighted mean"}
 ECHO = "echo"
@@ -142,14 +140,9 @@ def embed_poolings(
     for read, poolings in passes:
         inputs = [row.input_ids for row in read]
         for hidden, cu_seqlens, indices in encoder.hidden_states(inputs, tokens_per_batch=tokens_per_batch):
-            begins = cu_seqlens[:-1].long()
             for pooling in poolings:
-                spans = torch.tensor([(rows[pooling][i].start, rows[pooling][i].end) for i in indices])
-                spans = begins[:, None] + spans.to(begins.device)  # [B, 2]
-                pooled = segment_pool(
-                    hidden, cu_seqlens, mode=MODES[pooling], span_starts=spans[:, 0], span_ends=spans[:, 1]
-                )
-                result[pooling][indices] = pooled.float().cpu().numpy()
+                spans = [(rows[pooling][i].start, rows[pooling][i].end) for i in indices]
+                result[pooling][indices] = encoder.pool_spans(hidden, cu_seqlens, spans, pooling).cpu().numpy()
     return result
 
 

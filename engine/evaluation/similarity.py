@@ -23,8 +23,8 @@ from bivec.engine.data import load_texts
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import DataError
 from bivec.engine.evaluation.auto_encoder import AutoEncoder
-from bivec.engine.evaluation.figure import new_figure, save_figure
 from bivec.engine.evaluation.paper import paper_findings
+from bivec.engine.figure import new_figure, save_figure
 from bivec.engine.packing import token_budget_batches
 from bivec.engine.text_format import encode_strings
 from bivec.models import PackedBatch

@@ -39,6 +39,7 @@ from bivec.engine.evaluation.word_tasks import (
 )
 from bivec.engine.json_files import json_or_none
 from bivec.engine.recipe import RUN_FILE
+from bivec.engine.run_files import recorded_recipe
 from bivec.models.files import write_text_atomic
 
 PARTS = ("baselines", "pooling", "tasks", "words", "prefixes", "masks", "curves")
@@ -246,7 +247,7 @@ class Study:
 
     def _flags(self, name: str) -> list[str]:
         """The run's own hyper-parameters, where a smoke test is not enough."""
-        recipe = json.loads((self.run / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
+        recipe = recorded_recipe(self.run)
         adapters = [*recipe["adapters"], *([str(self.run / "mntp")] if "mntp" in name else [])]
         flags = ["--model", recipe["model"], "--stages", "bi,simcse", "--adapters", ",".join(adapters)]
         flags += ["--seed", str(recipe["seed"])]

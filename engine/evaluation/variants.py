@@ -6,7 +6,6 @@ A variant is a decoder, the results of the stages that are put into it, and a ma
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,11 @@ import torch
 
 from bivec.engine.encoder import Encoder
 from bivec.engine.encoder_config import CONFIG_FILE as ENCODER_FILE
-from bivec.engine.errors import RunError
+from bivec.engine.encoder_config import EncoderConfig, stored_encoder_config
+from bivec.engine.errors import BivecError, RunError
 from bivec.engine.inputs import resolve_model
 from bivec.engine.recipe import RUN_FILE, TRAINED
-from bivec.engine.run_files import start_state
+from bivec.engine.run_files import recorded_recipe, start_state
 from bivec.engine.run_weights import stage_is_done
 from bivec.models.weights import CONFIG_FILE
 
@@ -97,16 +97,16 @@ def run_variants(directory: str | Path) -> list[Variant]:
     directory = Path(directory)
     if not (directory / RUN_FILE).is_file():
         return decoder_variants(str(directory))
+    recipe = recorded_recipe(directory)
     try:
-        recipe = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))["recipe"]
         model, earlier, stages = str(recipe["model"]), tuple(recipe["adapters"]), list(recipe["stages"])
         pool_bos = recipe["pool_bos"]
         trained_causal = {name for name in TRAINED if recipe[name].get("causal", False)}
         goes_on = recipe["supervised"]["init_adapter"] == "simcse"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{directory / RUN_FILE}: not the {RUN_FILE} of a run of this version ({error!r})") from error
     if pool_bos is None:  # as the model's folder said, which the run has written down
-        pool_bos = _merged_settings(directory)["pool_bos"]
+        pool_bos = _merged_settings(directory).pool_bos
     settings = {"pool_bos": bool(pool_bos)}
     merged = directory / "merged"  # the tokenizer as the run had it
     tokenizer = str(merged) if (merged / "tokenizer.json").is_file() else model
@@ -121,7 +121,8 @@ def run_variants(directory: str | Path) -> list[Variant]:
         of_stage = dict(settings)
         if name == "supervised":
             stored = _merged_settings(directory)
-            of_stage |= {key: stored[key] for key in ("pooling", "template", "pool_tail") if stored[key] is not None}
+            of_stage |= {"pooling": stored.pooling, "pool_tail": stored.pool_tail}
+            of_stage |= {} if stored.template is None else {"template": stored.template}
         of_stage |= {"pooling": recipe["simcse"].get("pooling", "mean")} if name == "simcse" else {}
         found.append(Variant("+".join([mask, *before, *trained]), base, adapters, tokenizer, of_stage))
     return found
@@ -151,11 +152,13 @@ def _sources(
     return str(directory / whole[-1]), tuple(str(directory / name) for name in after)
 
 
-def _merged_settings(directory: Path) -> dict[str, Any]:
+def _merged_settings(directory: Path) -> EncoderConfig:
     """How texts become vectors in the encoder that a run has written."""
-    file = directory / "merged" / ENCODER_FILE
+    merged = directory / "merged"
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return {name: stored[name] for name in ("pooling", "pool_bos", "template", "pool_tail")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file}: the run has not been finished, or the file is damaged ({error!r})") from error
+        stored = stored_encoder_config(merged, is_causal=None) if (merged / ENCODER_FILE).is_file() else None
+    except BivecError as error:
+        raise RunError(f"{merged}: damaged ({error})") from error
+    if stored is None:
+        raise RunError(f"{merged}: the run has not been finished")
+    return stored

@@ -329,7 +329,8 @@ def test_free_memory_of_this_machine_and_of_a_container(monkeypatch, tmp_path):
     assert 64 << 20 < here < 1 << 45
     monkeypatch.setattr(planner, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("100000000\n")
-    (tmp_path / "memory.current").write_text("40000000\n")
+    (tmp_path / "memory.current").write_text("70000000\n")
+    (tmp_path / "memory.stat").write_text("anon 40000000\nactive_file 10000000\ninactive_file 20000000\n")
     assert free_memory(torch.device("cpu")) == 60_000_000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(torch.device("cpu")) > 100_000_000

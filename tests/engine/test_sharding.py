@@ -160,4 +160,3 @@ def test_put_together_again(family, request):
     assert type(plain) is {"llama": Llama, "mistral": Mistral}[family] and not is_sharded(plain)
     assert all(torch.equal(parameter, before[name]) for name, parameter in plain.named_parameters())
     assert torch.equal(plain(PackedBatch.from_sequences(SEQUENCES)), expected)
-    assert gathered(model, ALONE, torch.bfloat16).norm.weight.dtype == torch.bfloat16

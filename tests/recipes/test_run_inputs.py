@@ -136,7 +136,7 @@ def test_bad_settings_are_found_before_any_work(fails, recipe, tmp_path, monkeyp
         (["--stages", "bi,mlm"], "unknown stage mlm"),
         (["--device", "nonsense"], "--device nonsense: not usable here"),
         (["--device", "cpu", "--backend", "triton"], "--backend: flash_attention: backend="),
-        (["--dtype", "int8"], "--dtype int8: no floating-point dtype of torch"),
+        (["--dtype", "int8"], "dtype int8: no floating-point dtype of torch"),
         (["--model", tmp_path / "nowhere"], f"{tmp_path / 'nowhere'}: no such directory"),
     ):
         error = fails(recipe, out, *flags)

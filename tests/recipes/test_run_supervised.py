@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bivec.engine.data import load_sts
 from bivec.engine.encoder import Encoder
+from bivec.engine.evaluation import sts_spearman
 from bivec.engine.lora import load_adapter
 from bivec.engine.metrics import StepLog
 from bivec.engine.text_format import MODEL_TEMPLATES
@@ -127,6 +129,24 @@ def test_on_the_model_that_another_run_has_made(execute, whole, recipe, tiny_lla
     assert losses(tmp_path / "going on")[0][1] == pytest.approx(
         losses(tmp_path / "merged")[0][1], rel=0.05
     )  # its dropout
+
+
+def test_a_state_of_an_earlier_run_is_scored_as_that_run_left_it(execute, recipe, tmp_path):
+    """Also where this run trains a stage of the same name, with other settings: the test set sees no weights of it."""
+    causal = replace(recipe, simcse=replace(recipe.simcse, causal=True, pooling="weighted_mean"))
+    execute(causal, tmp_path / "first", "--stages", "bi,simcse")
+    flags = ("--stages", "bi,simcse,supervised", "--set", "simcse.optim.learning_rate=0.1")
+    execute(recipe, tmp_path / "second", "--model", tmp_path / "first", *flags)
+    last, again = stages(tmp_path / "first")[-1], {one["stage"]: one for one in stages(tmp_path / "second")}
+    assert list(again)[-3:] == ["uni+simcse", "bi+simcse+simcse", "bi+simcse+simcse+supervised"]
+    assert again["uni+simcse"] == pytest.approx(last, abs=0.01)
+    assert again["bi+simcse+simcse"]["pooling"] == "mean"
+    scores = [one["sts_test_spearman"] for one in again.values()][-3:]
+    assert len(set(scores)) == 3
+    # the last state is the saved encoder
+    whole = Encoder.from_pretrained(tmp_path / "second")
+    pairs = load_sts(recipe.sts_test)[: recipe.eval_pairs]
+    assert sts_spearman(whole.encode, pairs) == pytest.approx(scores[-1], abs=0.01)
 
 
 def test_an_adapter_that_is_in_the_model_already(execute, fails, recipe, tmp_path):

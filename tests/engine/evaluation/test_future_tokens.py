@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -238,8 +239,15 @@ def test_missing_files_and_other_encodings(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
         load_future_triples(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes('{"q": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"latin\.jsonl, line 1: not UTF-8"):
         load_future_triples(tmp_path / "latin.jsonl")
+    whole = gzip.compress(json.dumps([{"q": "a"}]).encode() * 99)
+    (tmp_path / "cut.json.gz").write_bytes(whole[:20] + b"\xff" + whole[21:])
+    with pytest.raises(DataError, match=r"cut\.json\.gz: broken gzip file"):
+        load_future_triples(tmp_path / "cut.json.gz")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.jsonl, line 1: not JSON \(it is nested too deep"):
+        load_future_triples(tmp_path / "deep.jsonl")
 
 
 def test_table_and_figure(tmp_path):
