@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bivec.engine.distributed import ALONE, World, is_sharded_tensor, sharded_like
-from bivec.engine.errors import CheckpointError
+from bivec.engine.errors import CheckpointError, first_line
 from bivec.models.files import atomic_directory
 from bivec.models.plain_json import parse_json
 
@@ -214,7 +214,7 @@ def _read(path: Path, targets: dict[str, Tensor]) -> None:
         try:
             dcp.load(targets, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
         except dcp.CheckpointException as error:  # a BaseException
-            raise ValueError(str(error).splitlines()[0]) from error
+            raise ValueError(first_line(error)) from error
         return
     with safe_open(file, framework="pt") as handle:
         for key, target in targets.items():

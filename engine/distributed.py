@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from bivec.engine.errors import ConfigError, RunError
+from bivec.engine.errors import ConfigError, RunError, first_line
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -207,7 +207,7 @@ def process_group(
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise RunError(
-            f"rank {world.rank} of {world.size} did not meet the others at {address}:{port}: {_first_line(error)}"
+            f"rank {world.rank} of {world.size} did not meet the others at {address}:{port}: {first_line(error)}"
         ) from error
     pulse = _Pulse(dist.PrefixStore("bivec", store.clone() if hasattr(store, "clone") else store), world)
     try:
@@ -218,7 +218,7 @@ def process_group(
             raise
         raise RunError(
             f"lost {lost}: killed, stuck, or stopped by an error that is printed there; rank {world.rank} ends too "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     else:
         pulse.stop(timeout_seconds)  # before rank 0, which holds the store, may be gone
@@ -285,10 +285,6 @@ class _Pulse:
         except RuntimeError:
             return STORE_LOST
         return ", ".join(f"rank {rank}" for rank in sorted(silent))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def data_parallel(model: nn.Module, world: World) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from bivec.models.errors import BivecError, CheckpointError, ConfigError
 
-__all__ = ["BivecError", "CheckpointError", "ConfigError", "DataError", "RunError"]
+__all__ = ["BivecError", "CheckpointError", "ConfigError", "DataError", "RunError", "first_line"]
 
 
 class DataError(BivecError):
@@ -11,3 +11,8 @@ class DataError(BivecError):
 
 class RunError(BivecError):
     """A run that cannot start or go on: conflicting hyper-parameters, a NaN loss, a full disk."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from bivec.models.recompute import LEVELS
 
 SLACK = 0.08  # of a device's memory that a plan leaves: fragments, the runtime, what others take meanwhile
 GOOD_MICRO_BATCH = 1024  # tokens from which on larger products gain less than recomputation costs
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -333,10 +334,28 @@ def free_memory(device: torch.device) -> int:
         available = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:  # of a container
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
-        used -= int(counts["active_file"]) + int(counts["inactive_file"])  # given back to whoever asks for memory
-    except (OSError, ValueError, KeyError):  # there is none, or its limit is "max"
-        return available
-    return min(available, limit - used)
+    return int(min([available, *map(_left_of_group, _control_groups())]))
+
+
+def _control_groups() -> Iterator[Path]:
+    """Those of this process, by Linux's version 2: a container's, a batch job's, and what they are in."""
+    try:
+        lines = OWN_CGROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    own = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
+    folder = CGROUP / own
+    yield from (CGROUP / part for part in [*folder.relative_to(CGROUP).parents, own])
+
+
+def _left_of_group(folder: Path) -> float:
+    """Bytes of a control group's limit that are free or hold nothing but files, which is given up when asked for."""
+    try:
+        limit, used = (int((folder / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # there is none, or its limit is "max"
+        return math.inf
+    try:
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return limit - used + int(counts["active_file"]) + int(counts["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return limit - used

@@ -15,7 +15,7 @@ import torch
 
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.encoder_config import EncoderConfig
-from bivec.engine.errors import RunError
+from bivec.engine.errors import RunError, first_line
 from bivec.engine.inputs import Inputs
 from bivec.engine.json_files import json_text
 from bivec.engine.recipe import RUN_FILE, TRAINED, Recipe, as_dict, differences
@@ -171,7 +171,7 @@ def chosen_device(options: RunOptions, world: World = ALONE) -> str:
         if device_type(options) == "cuda":
             torch.cuda.set_device(device)  # where FSDP2 puts what it makes
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from error
+        raise RunError(f"--device {device}: not usable here ({first_line(error)})") from error
     try:
         resolve(options.backend, "flash_attention", torch.device(device))
     except (BackendError, ValueError) as error:

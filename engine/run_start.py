@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 from bivec.engine.distributed import ALONE, World, launched, process_group
-from bivec.engine.errors import BivecError, RunError
+from bivec.engine.errors import BivecError, RunError, first_line
 from bivec.engine.estimate import describe
 from bivec.engine.inputs import model_config
 from bivec.engine.recipe import RUN_FILE, TRAINED, Recipe
@@ -73,7 +73,7 @@ def start(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print(f"{who}error: {str(error).splitlines()[0]}\n{OUT_OF_MEMORY_ADVICE}", file=sys.stderr)
+        print(f"{who}error: {first_line(error)}\n{OUT_OF_MEMORY_ADVICE}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         command = shlex.join(["python", sys.argv[0], *(word for word in arguments if word != "--resume"), "--resume"])

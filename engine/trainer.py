@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bivec.engine.checkpoint import TrainState, list_checkpoints, load_checkpoint, save_checkpoint
 from bivec.engine.distributed import ALONE, World, whole
-from bivec.engine.errors import RunError
+from bivec.engine.errors import RunError, first_line
 from bivec.engine.micro_loss import MicroLoss
 from bivec.engine.optim import OptimConfig, learning_rate_at, make_optimizer
 
@@ -179,7 +179,7 @@ def _step_within_memory(
             smaller = objective.with_less_memory() if isinstance(objective, ShrinkableObjective) else None
             if smaller is None:
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         # outside of the handler, whose error keeps the frames of the attempt alive, and so its activations
         state.optimizer.zero_grad(set_to_none=True)
         if torch.cuda.is_available():

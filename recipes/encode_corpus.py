@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bivec.engine.cli.encode import add_encode_flags, encode, summary
 from bivec.engine.distributed import ALONE, launched
-from bivec.engine.errors import BivecError
+from bivec.engine.errors import BivecError, first_line
 from bivec.engine.trainer import is_out_of_memory
 from bivec.kernels import BackendError
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, BivecError):
             if not is_out_of_memory(error):
                 raise
-            text = f"{text.splitlines()[0]}\nto go on, repeat it with a smaller --tokens-per-batch (no --overwrite)"
+            text = f"{first_line(error)}\nto go on, repeat it with a smaller --tokens-per-batch (no --overwrite)"
         print(f"{'' if world.is_main else f'rank {world.rank}: '}error: {text}", file=sys.stderr)
         sys.exit(2)
 

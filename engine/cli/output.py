@@ -88,14 +88,14 @@ def explained(error: Exception) -> str | None:
             return None
         return f"this needs the package {package}, which is not installed: {install_hint(package)}"
 
-    from bivec.engine.errors import BivecError
+    from bivec.engine.errors import BivecError, first_line
     from bivec.engine.trainer import is_out_of_memory
     from bivec.kernels import BackendError
 
     if isinstance(error, (BivecError, BackendError)):
         return str(error)
     if isinstance(error, RuntimeError) and is_out_of_memory(error):
-        return f"{str(error).splitlines()[0]}; give a smaller --tokens-per-batch or --memory"
+        return f"{first_line(error)}; give a smaller --tokens-per-batch or --memory"
     return None
 
 

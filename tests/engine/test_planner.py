@@ -332,5 +332,13 @@ def test_free_memory_of_this_machine_and_of_a_container(monkeypatch, tmp_path):
     (tmp_path / "memory.current").write_text("70000000\n")
     (tmp_path / "memory.stat").write_text("anon 40000000\nactive_file 10000000\ninactive_file 20000000\n")
     assert free_memory(torch.device("cpu")) == 60_000_000
+    (tmp_path / "own").write_text("0::/job/step\n")
+    monkeypatch.setattr(planner, "OWN_CGROUP", tmp_path / "own")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    for place, limit in (("job", "50000000\n"), ("job/step", "max\n")):
+        (tmp_path / place / "memory.max").write_text(limit)
+        (tmp_path / place / "memory.current").write_text("10000000\n")  # without a memory.stat
+    assert free_memory(torch.device("cpu")) == 40_000_000
+    (tmp_path / "job" / "memory.max").write_text("max\n")
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(torch.device("cpu")) > 100_000_000
