@@ -30,10 +30,10 @@ from bivec.engine.foreign_settings import MODULES_FILE, TRANSFORMER, module_fold
 from bivec.engine.json_files import json_or_none
 from bivec.engine.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, adapter_base, load_adapter
 from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint, shown_name
-from bivec.engine.recipe import PACKAGED_MODEL, RUN_FILE
+from bivec.engine.packaged import PACKAGED_MODEL, find_smollm2
+from bivec.engine.recipe import RUN_FILE
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
-from bivec.models.gguf import find_smollm2
 from bivec.models.weights import CONFIG_FILE as MODEL_CONFIG
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, Checkpoint, resolve_checkpoint
 

@@ -42,7 +42,7 @@ def open_model(given: argparse.Namespace, device: str | None = None) -> Encoder:
     """
     from bivec.engine.encoder import Encoder
     from bivec.engine.hub import prefer_offline
-    from bivec.engine.recipe import PACKAGED_MODEL
+    from bivec.engine.packaged import PACKAGED_MODEL
     from bivec.models.weights import named_dtype
 
     prefer_offline([name for name in (given.model, *given.adapter) if name != PACKAGED_MODEL])
