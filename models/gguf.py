@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bivec.models.config import DecoderConfig
+from bivec.models.config_fields import ORIGINAL_LENGTH
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.gguf_file import GgufFile, GgufTensor, gguf_package, read_header, read_tensor
 
@@ -165,7 +166,7 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int, context_length: i
         original = int(context_length / factor) if original is None else original
         if original < 1:
             raise ConfigError(f"{file.path}: {prefix}original_context_length is {original}, expected at least 1")
-        scaling["original_max_position_embeddings"] = original
+        scaling[ORIGINAL_LENGTH] = original
         for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
             if prefix + name in file.metadata:
                 scaling[key] = _shortest(_optional(file, prefix + name, float))
@@ -188,7 +189,7 @@ def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, An
                 "factor": factor,
                 "low_freq_factor": LLAMA3_LOW,
                 "high_freq_factor": LLAMA3_HIGH,
-                "original_max_position_embeddings": LLAMA3_ORIGINAL_LENGTH,
+                ORIGINAL_LENGTH: LLAMA3_ORIGINAL_LENGTH,
             }
     raise ConfigError(
         f"{file.path}: {ROPE_TABLE} is not the llama3 scaling with factor 8 or 32; use the safetensors checkpoint"
