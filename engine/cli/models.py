@@ -64,9 +64,6 @@ def open_device(given: argparse.Namespace) -> str:
     Raises:
         RunError: one of them is not here.
     """
-    from pathlib import Path
-
-    from bivec.engine.recipe_arguments import RunOptions
     from bivec.engine.run_files import chosen_device
 
-    return chosen_device(RunOptions(Path(), device=given.device, backend=given.backend))
+    return chosen_device(given.device, given.backend)
