@@ -1,4 +1,4 @@
-"""Levels of recomputation: the same losses and gradients bit by bit, and less kept for backward."""
+"""Levels of recomputation: the same losses and gradients bit for bit, and less kept for backward."""
 
 import gc
 
