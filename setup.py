@@ -1,4 +1,4 @@
-"""Packaging: the repository root is the import package ``bivec`` (DESIGN: one import name, flat top-level folders).
+"""Packaging: the repository root is the import package ``bivec``: one import name, flat top-level folders.
 
 Every lower bound is tested: .ci/oldest.txt pins them all. There are no upper bounds; a version that is known to break
 something is excluded by name (``!=``). Wheel and sdist have the same bytes wherever and whenever they are built.

@@ -34,20 +34,27 @@ def readme() -> Iterator[Claim]:
     yield from quick_start()
     yield from versions()
     yield from evaluations()
-    yield from given(NAMES, QWEN, GEMMA, "Gemma 2's", "a 7B model", "hold at 135M", "LLaMA (1 to 3.x", "SmolLM 1 and 2")
+    yield from given(NAMES, QWEN, GEMMA, "Gemma 2's", "hold at 135M", "LLaMA (1 to 3.x", "SmolLM 1 and 2")
     yield from given(NAMES, "Qwen 2, 2.5 and 3", "Gemma 1, 2 and 3", "Gemma 3 its", "(2024)")
-    yield from given(NAMES, "CC BY-SA 3.0", "CC BY-SA 4.0", "CC BY 4.0")
+    yield from given(NAMES, "CC BY-SA 3.0", "CC BY-SA 4.0", "CC BY 4.0", "a 4-bit GGUF file")
     yield from given("engine/cli: exit codes", "0 for done, 1 for failed, 2 for wrong usage, 130 after Ctrl-C")
     yield from given("tests/engine/test_ranks.py: tolerance", "float64 to 1e-10 with two processes")
     yield from given("units", "Spearman x 100")
-    yield from given("an example of --set supervised.margin", "positive's - 0.05")
+    yield from given(".ci/run: what its environments take", "some 6 GB")
     steps = result("train_step_cpu.json")["stages"]
     off = max(stage["losses"]["largest_relative_difference"] for stage in steps.values())
     count = len(steps["mntp"]["losses"][OURS])
     yield measured("train_step_cpu.json", "agree within {:.2f} % over {} steps", bound(100 * off, 2), count)
-    yield mteb_tasks()
     yield supervised_preset()
     yield from hard_operands()
+
+
+def faq() -> Iterator[Claim]:
+    """FAQ.md."""
+    yield from given(NAMES, QWEN, GEMMA, "a 7B model")
+    yield measured("setup.py", "transformers ≥ {}", oldest()["transformers"])
+    yield from given("an example of --set supervised.margin", "positive's - 0.05")
+    yield mteb_tasks()
 
 
 def quick_start() -> Iterator[Claim]:
@@ -81,18 +88,22 @@ def mteb_tasks() -> Claim:
     return measured("engine/evaluation/data/paper.json", "each of its {} tasks", len(paper_tasks()))
 
 
+def oldest() -> dict[str, str]:
+    """Package -> lower bound, of setup.py."""
+    return dict(re.findall(r'"([a-z0-9-]+)>=([\d.]+)', (ROOT / "setup.py").read_text(encoding="utf-8")))
+
+
 def versions() -> Iterator[Claim]:
     """The oldest versions, as setup.py has them."""
-    source, setup = "setup.py", (ROOT / "setup.py").read_text(encoding="utf-8")
-    oldest = dict(re.findall(r'"([a-z0-9-]+)>=([\d.]+)', setup))
+    source, setup, bounds = "setup.py", (ROOT / "setup.py").read_text(encoding="utf-8"), oldest()
     python = re.search(r'python_requires=">=([\d.]+)', setup)[1]
     newest = re.search(r"range\(\d+, (\d+)\)", setup)[1]
     yield measured(source, "Python ≥ {}", python)
-    yield measured(source, "torch ≥ {}", oldest["torch"])
-    yield measured(source, "transformers ≥ {}", oldest["transformers"])
+    yield measured(source, "torch ≥ {}", bounds["torch"])
+    yield measured(source, "transformers ≥ {}", bounds["transformers"])
     text = "torch {}, numpy {}, transformers {}, triton {} (in its interpreter with numpy before 2.4), peft {}, "
     packages = ("torch", "numpy", "transformers", "triton", "peft", "sentence-transformers")
-    yield measured(source, text + "sentence-transformers {}", *(oldest[name] for name in packages))
+    yield measured(source, text + "sentence-transformers {}", *(bounds[name] for name in packages))
     yield measured(source, "Python {} to 3.{}:", python, int(newest) - 1)
     yield from given("what .ci/run has been run with", "newest versions on torch 2.13", "(3.11 so far)")
     yield from given("a limit of triton 3.6", "For sm_100 triton 3.6 fails")
@@ -244,6 +255,7 @@ def recipes() -> Iterator[Claim]:
     yield from given("engine/evaluation/mteb_encoder.py", "documents of title and text, 400 tokens")
     yield measured("recipes/data", "on {} triples of our own", rows_of("future_token_triples.jsonl"))
     yield from given("the main process", "Process 0 writes")
+    yield from given("name of a shared task", "SemEval 2014, task 1;")
     yield from given("engine/distributed.py: timeout_seconds, BEAT_SECONDS", "(600 s)", "within some ten seconds")
     yield from given("tests/engine/test_ranks.py: tolerance", "float64 to 1e-10 with two processes")
     yield from given("tests/recipes/test_recipes.py", "under 150 lines")
@@ -275,6 +287,7 @@ def security() -> Iterator[Claim]:
         "fuzz.json", "damaged files: {:,} mutants", sum(row["mutants"] for row in result("fuzz.json")["readers"])
     )
     yield from given("a version of bivec", "before 1.0 no older one")
+    yield from given(".ci/run: what its environments take", "some 6 GB")
 
 
 def changelog() -> Iterator[Claim]:
@@ -287,6 +300,7 @@ def changelog() -> Iterator[Claim]:
 
 def contributing() -> Iterator[Claim]:
     """CONTRIBUTING.md."""
+    yield from given("pyproject.toml: markers", "more than ten seconds")
     yield from given("house rules", "Files up to 400 lines, functions up to 60")
 
 
@@ -294,6 +308,7 @@ CLAIMS: dict[str, Callable[[], Iterator[Claim]]] = {
     "README.md": readme,
     "CHANGELOG.md": changelog,
     "CONTRIBUTING.md": contributing,
+    "FAQ.md": faq,
     "SECURITY.md": security,
     "benchmarks/README.md": benchmarks,
     "engine/README.md": engine,

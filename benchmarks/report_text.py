@@ -38,7 +38,7 @@ NO_CLAIM = re.compile(
     r"|\b\d{4}-\d\d-\d\d\b|\b\d+\.\d+\.\d+\b"  # a date, a version
     r"|\bcommit [0-9a-f]{7,40}\b"
     r"|^(?:\*\*)?\d+\. "  # of a list, or of a step
-    r"|\b(?:Tables?|Figures?|Sections?|METHOD|DESIGN|commands?) \d+(?:\.\d+)*",
+    r"|\b(?:Tables?|Figures?|Sections?|METHOD|commands?) \d+(?:\.\d+)*|\bAppendix [A-Z](?:\.\d+)*",
     re.DOTALL | re.MULTILINE,
 )
 

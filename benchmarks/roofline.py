@@ -6,8 +6,8 @@
 
 An op takes the longer of two times: its FLOPs at the rate that the vendor's GEMMs reach, or its bytes (each tensor read
 and written once, as our kernels do) at the bandwidth that a copy reaches; both rates are fractions of the data sheet's
-(``--gemm-fraction``, ``--bandwidth-fraction``; the defaults are those of DESIGN 5 for the H100). No launch, no
-imbalance, no overlap of ops: a bound, not a forecast. Measured steps of the same card and model (of train_step.py or
+(``--gemm-fraction``, ``--bandwidth-fraction``; with the defaults an H100 reaches 800 TFLOP/s and 3.0 TB/s). No launch,
+no imbalance, no overlap of ops: a bound, not a forecast. Measured steps of the same card and model (of train_step.py or
 gpu_suite.py, under ``results``) are printed beside it, where there are any, whatever their batch and masking.
 
 The step is LoRA on a frozen base: a projection costs its product and the gradient of its input, no weight gradient.

@@ -1,7 +1,7 @@
 """What a stage will cost, from the model's shape alone: parameters, FLOPs a step and peak memory.
 
 Used by ``--dry-run``. FLOPs count a multiply and an add as two. The trunk is frozen, so a step takes a forward and
-the gradient of the activations, no weight gradients (DESIGN 5), unless the stage trains all weights. Memory is that of
+the gradient of the activations, no weight gradients, unless the stage trains all weights. Memory is that of
 ``engine/planner.py``, for the stage's own micro-batches and no recomputation.
 """
 

@@ -123,7 +123,7 @@ def load_inputs(recipe: Recipe) -> Inputs:
     """Opens the model's configuration, the tokenizer and the data of the recipe's stages, and tokenises; no weights.
 
     Raises:
-        RunError: what is missing or wrong, with the flags that mend it; everything that cannot be opened at once.
+        RunError: what is missing or wrong, with the flags that fix it; everything that cannot be opened at once.
     """
     sources = {"mntp": recipe.mntp_data, "simcse": recipe.simcse_data, "supervised": recipe.supervised_data or ""}
     model = [] if recipe.model == PACKAGED_MODEL else [recipe.model]

@@ -2,7 +2,7 @@
 
 Each has a pure loss function of one batch, and an objective for training: given a step number, it yields the losses of
 the step's micro-batches, whose sum is the loss of the step. Data order, masks and dropout are functions of (seed, step)
-alone, so a resumed run repeats an uninterrupted one bit by bit.
+alone, so a resumed run repeats an uninterrupted one bit for bit.
 
 Sources: BehnamGhader et al. 2024 (LLM2Vec; METHOD 3 and 4); Gao et al. 2021 (SimCSE).
 """

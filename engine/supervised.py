@@ -8,7 +8,7 @@ with the id or the text of one of them, and copies of the query. (Numbers are eq
 that score higher than the positive - margin are left out too. By gradient caching (``grad_cache.py``) the batch size is
 free of the memory.
 
-Sources: BehnamGhader et al. 2024 (LLM2Vec, section 3.3 and appendix G; METHOD 5); Gao et al. 2021 (GradCache).
+Sources: BehnamGhader et al. 2024 (LLM2Vec, appendix G; METHOD 5); Gao et al. 2021 (GradCache).
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ read in chunks of the head dimension (IN_CHUNKS), of q again at every step.
 Source: Dao, "FlashAttention-2" (2023); Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
+
 from __future__ import annotations
 
 import torch

@@ -15,6 +15,8 @@ Multiply-adds: 7 L^2 H Dh; scores and dP are computed by both.
 Source: Dao, "FlashAttention-2" (2023).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
+
 from __future__ import annotations
 
 import torch

@@ -12,6 +12,8 @@ row would run across warps three times instead of once; and with the queries as 
 warps, sm_90) P and dS take a detour through shared memory, and the kernel spills kilobytes.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
+
 from __future__ import annotations
 
 from typing import Any

@@ -12,6 +12,8 @@ finds its sequence by counting the ranks that begin at or before its slot. This 
 the host and no launch of its own, serves every tile size, and starts the long sequences first.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
+
 from __future__ import annotations
 
 import math

@@ -1,7 +1,7 @@
 """Counter-based dropout: a bit of a mask is a pure function of the seed and of what the element is, not of where it is.
 
 Nothing is stored between forward and backward; micro-batches, ranks and recomputation draw the same mask; and the two
-backends can be compared with dropout on. The recipe, which a Triton kernel repeats bit by bit (all arithmetic wraps
+backends can be compared with dropout on. The recipe, which a Triton kernel repeats bit for bit (all arithmetic wraps
 around; ``>>`` is the arithmetic shift, which torch and Triton both apply to signed integers; ``>>>`` the logical
 one)::
 

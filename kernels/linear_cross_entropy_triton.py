@@ -25,6 +25,7 @@ Saved for backward are the gradients that the forward formed (``kernels/linear_c
 atomics: a row and an output tile of a GEMM have one owner each, so repeated runs give the same bits.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
 # No `from __future__ import annotations`: torch.library reads the operator's schema from the annotations.
 from typing import Any
 

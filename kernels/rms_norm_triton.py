@@ -20,6 +20,7 @@ row. Elements moved, each way: forward 1 read and 1 write, with residual 2 and 2
 gradient of the sum 3 and 1.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
 
 import math

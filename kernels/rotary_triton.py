@@ -20,6 +20,7 @@ Saved for backward: the tables and the position ids, as given; no activation. El
 and of k, each way. The backward writes new tensors: others may hold the gradients that it is given.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
 from typing import Any
 

@@ -18,6 +18,7 @@ backward, and a copy of an input whose rows are not contiguous. FLOPs: 2 D for e
 direction; both are bound by reading the rows, once a span.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
 from typing import Any
 

@@ -16,6 +16,7 @@ Saved for backward: gate and up, nothing else. Elements moved: forward 2 reads a
 ``overwrite`` the backward's writes go over gate and up, and it allocates nothing.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, no-check-untyped-defs
 # No `from __future__ import annotations`: torch.library reads the operators' schemas from the annotations.
 
 import math

@@ -85,40 +85,38 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-# Fields beside SHAPE. Where layers of a family differ, of the two layers one has a window, or rotates nothing.
+# Fields of config.json beside SHAPE. Where layers of a family differ, of the two layers one has a window, or rotates
+# nothing. A family that is not here has none.
 FAMILIES = {
-    "llama": ("Llama", {}),
-    "mistral": ("Mistral", {"sliding_window": 24}),
-    "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
-    "qwen3": ("Qwen3", {"head_dim": 32}),
-    "smollm3": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 24, "no_rope_layer_interval": 2}),
-    "gemma": ("Gemma", {"head_dim": 16}),
-    "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 24, "attn_logit_softcapping": 5.0}),
-    "gemma3_text": (
-        "Gemma3",
-        {
-            "head_dim": 16,
-            "sliding_window": 24,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            },
+    "llama": {},
+    "mistral": {"sliding_window": 24},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    "qwen3": {"head_dim": 32},
+    "smollm3": {"use_sliding_window": True, "sliding_window": 24, "no_rope_layer_interval": 2},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 32, "sliding_window": 24, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
-    ),
+    },
 }
 
 
 def _write_checkpoint(directory: Path, family: str) -> Path:
-    import torch
     import transformers
 
-    tokenizer, (name, fields) = _tokenizer(), FAMILIES[family]
-    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
-    config = config_class(vocab_size=len(tokenizer), pad_token_id=1, **SHAPE, **copy.deepcopy(fields))
+    from bivec.models.families import FAMILIES as REGISTERED
+
+    tokenizer, fields = _tokenizer(), copy.deepcopy(FAMILIES.get(family, {}))  # transformers adds to the dicts
+    config = transformers.AutoConfig.for_model(family, vocab_size=len(tokenizer), pad_token_id=1, **SHAPE, **fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        model = getattr(transformers, REGISTERED[family].causal_lm)(config)
         for parameter in model.parameters():
             if parameter.dim() == 1 and family not in ("llama", "mistral"):  # a norm or bias left out would not show
                 parameter.data += 0.3 * torch.randn(parameter.shape)
@@ -129,7 +127,7 @@ def _write_checkpoint(directory: Path, family: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives for a family of FAMILIES the directory of a causal language model of it, written at the first call.
+    """Gives for a registered family the directory of a causal language model of it, written at the first call.
 
     Hidden 64, 2 layers, 4 heads, 2 KV heads, 1,000 tokens, BOS added; random.
     """

@@ -115,6 +115,11 @@ def test_every_skip_says_why():
     assert silent == []
 
 
+def test_pytest_prints_the_reasons(pytestconfig):
+    """Of skips, in every run; and a test that passes where it is expected to fail is a failure."""
+    assert "-rs" in pytestconfig.getini("addopts") and pytestconfig.getini("xfail_strict") is True
+
+
 def test_no_test_hides_another():
     """Of two tests of one name in a file the first would never run."""
     names = [(str(file), test.name) for file in FILES for test in functions_of(parsed(file))]

@@ -105,6 +105,7 @@ def test_the_citation_is_a_cff_1_2_file(setup):
     assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
     assert citation["license"] == setup["given"]["license"] == "Apache-2.0"
     known = {"abstract", "keywords", "version", "references", "date-released", "license", "type"}
+    known |= {"repository-code", "url", "doi"}
     assert citation.keys() <= known | {"cff-version", "message", "title", "authors"}
     (paper,) = citation["references"]
     assert paper.keys() >= {"type", "title", "authors"} and paper["year"] == 2024

@@ -1,6 +1,6 @@
 """Every number of the READMEs and of benchmarks/results/*.md has a source: benchmarks/report.py knows it, or it fails.
 
-To mend a failure, run ``python benchmarks/report.py``; what it cannot write it names, with what is missing.
+To fix a failure, run ``python benchmarks/report.py``; what it cannot write it names, with what is missing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Every fenced block of every README is run: Python as it stands, commands one by one, with small models and data.
 
+Of commands that take minutes or a GPU, and of those of the root's other pages, the flags are parsed.
+
 The files that the READMEs name (path/to/model, runs/llm2vec-smollm2-135m, articles.txt …) lie in the working directory
 of each test. What is changed beside that stands in three tables: ``NAMES``, ``WAYS`` and ``LAUNCHERS``. A command that
 none of them knows fails, and so does a flag that its script does not have. Blocks with the tag ``text`` are left out.
@@ -130,6 +132,11 @@ def readmes() -> list[str]:
     return ["README.md", *(file.relative_to(ROOT).as_posix() for file in found)]
 
 
+def pages() -> list[str]:
+    """The root's other texts."""
+    return sorted(file.name for file in ROOT.glob("*.md") if file.name != "README.md")
+
+
 def blocks_of(file: str, content: str) -> list[Block]:
     """The fenced blocks of a README.
 
@@ -169,6 +176,15 @@ COMMANDS = [
     for block in BLOCKS
     if block.tag == "bash"
     for place, command in enumerate(commands_of(block), 1)
+]
+
+PAGES_COMMANDS = [
+    pytest.param(part, id=f"{block.file}:{block.line}:{part[:30]}")
+    for file in pages()
+    for block in blocks_of(file, (ROOT / file).read_text(encoding="utf-8"))
+    if block.tag == "bash"
+    for line in commands_of(block)
+    for part in re.sub(r"\s+#.*", "", line).split(" && ")
 ]
 
 
@@ -336,7 +352,7 @@ def anchors(content: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("file", readmes())
+@pytest.mark.parametrize("file", [*readmes(), *pages()])
 def test_links_lead_somewhere(file):
     content = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", content):
@@ -349,6 +365,19 @@ def test_links_lead_somewhere(file):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, place, monkeypatch):
     run(command, monkeypatch)
+
+
+@pytest.mark.parametrize("command", PAGES_COMMANDS)
+def test_command_of_another_page_is_right(command, monkeypatch):
+    """tests/test_contributing.py runs what CONTRIBUTING.md writes; here all that is asked is whether it can be run."""
+    words = shlex.split(command)
+    if words[0] == "python":
+        monkeypatch.setitem(WAYS, words[2 if words[1] == "-m" else 1], Way(parse_only="is no block of a README"))
+        run(command, monkeypatch)
+    elif words[0] == "pytest":
+        assert all((ROOT / word).exists() for word in words[1:] if not word.startswith("-"))
+    else:
+        assert command in (ROOT / ".ci/run").read_text(encoding="utf-8"), f".ci/run does not run {command}"
 
 
 @pytest.mark.parametrize("block", [pytest.param(b, id=f"{b.file}:{b.line}") for b in BLOCKS if b.tag == "yaml"])

@@ -2,7 +2,7 @@
 
 ``word_data.py`` reads, ``word_features.py`` encodes once, ``word_probe.py`` trains; here the three meet.
 
-Source: METHOD 6 (paper, section 4.1, Figure 2, Table 4, appendix D.1.3).
+Source: METHOD 6 (paper, section 3.1, Figure 2, Table 4, appendix D.1.3).
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,21 +224,40 @@ def work_operands(work):
     return work.q, work.k, work.v
 
 
-class FakeEvent:
-    def __init__(self, enable_timing):
-        assert enable_timing
+class Clock:
+    """Time as the test says: a microsecond passes at each look, and what ``sleep`` is told."""
 
-    def record(self):
-        self.at = time.perf_counter()
+    def __init__(self):
+        self.now = 0.0
 
-    def elapsed_time(self, end):
-        return (end.at - self.at) * 1e3
+    def perf_counter(self):
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
 
 
 @pytest.fixture
-def fake_gpu(scripts, monkeypatch):
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def fake_gpu(scripts, clock, monkeypatch):
     """torch.cuda as a CPU can play it."""
     properties = SimpleNamespace(total_memory=80 * 2**30)
+
+    class FakeEvent:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock.perf_counter()
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
     for name, value in {
         "is_available": lambda: True,
         "Event": FakeEvent,
@@ -249,19 +270,21 @@ def fake_gpu(scripts, monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(scripts.timing, "SCRATCH_BYTES", 2**12)
+    monkeypatch.setattr(scripts.timing, "time", clock)
     return scripts
 
 
-def test_gpu_meter(fake_gpu):
+def test_gpu_meter(fake_gpu, clock):
     meter = fake_gpu.timing.GpuMeter(torch.device("cpu"))
-    assert 1 <= meter.fills <= 200
+    assert meter.fills == 200  # of 0.01 ms at least, for 2 ms
     ran = []
     sample = meter.time(lambda: ran.append(1))
-    assert sample.ms >= sample.host_ms > 0.0 and ran == [1]
+    assert sample.ms == pytest.approx(3e-3) and sample.host_ms == pytest.approx(1e-3) and ran == [1]
     assert meter.peak_bytes(lambda: ran.append(1)) == 4000 and ran == [1, 1]
-    timings = fake_gpu.timing.interleaved(meter, {"a": lambda: time.sleep(0.002), "b": lambda: None}, 5.0, 6)
+    naps = iter([2e-3, 2e-3, 4e-3, 3e-3])  # the first one decides how often
+    timings = fake_gpu.timing.interleaved(meter, {"a": lambda: clock.sleep(next(naps)), "b": lambda: None}, 5.0, 6)
     assert timings["a"].repeats == 3 and timings["b"].repeats == 6
-    assert timings["a"].ms_min <= timings["a"].ms <= timings["a"].ms_max
+    assert [timings["a"].ms_min, timings["a"].ms, timings["a"].ms_max] == pytest.approx([2.003, 3.003, 4.003])
 
 
 def test_gpu_is_described(fake_gpu):
@@ -301,8 +324,8 @@ def test_suite_without_a_gpu(tmp_path):
 
 
 def test_suite_goes_on_after_a_failure(fake_gpu, tmp_path, monkeypatch, capfd):
-    suite, output = fake_gpu.gpu_suite, tmp_path / "out"
-    chosen = ["--output-dir", str(output), "--minutes", "0.15", "--tune", "--quick"]
+    suite, output, begun = fake_gpu.gpu_suite, tmp_path / "out", tmp_path / "begun"
+    chosen = ["--output-dir", str(output), "--tune", "--quick"]
     commands = suite.parts(suite.parse(chosen), tmp_path)
     assert Path(commands["tests"][0]).name == "pytest" and commands["tests"][1:] == ["-q", *suite.TESTS]
     assert all((suite.ROOT / path).is_file() for path in suite.TESTS)
@@ -312,29 +335,47 @@ def test_suite_goes_on_after_a_failure(fake_gpu, tmp_path, monkeypatch, capfd):
     writes = "import json, sys; open(sys.argv[1] + '/attention/a.json', 'w').write(json.dumps({'rows': []}))"
     draws = "open(sys.argv[1] + '/attention/a.png', 'w').write('plot')"
     tells = "import os; print('interpreted:', 'TRITON_INTERPRET' in os.environ)"
+    hangs = "import sys, time; print('begun'); open(sys.argv[1], 'w').close(); time.sleep(600)"
+    shared = []
+
+    def shares(name, waiting, left):
+        assert 0 < left <= 9 * 60
+        shared.append((name, *waiting))
+        return 5.0 if name == "slow" else 600.0
+
+    class Timer(threading.Timer):
+        """Time is up for the slow part once it has begun, and for the others never, however loaded the machine."""
+
+        def run(self):
+            while not (self.interval == 5.0 and begun.exists()):
+                if self.finished.wait(0.01):
+                    return
+            self.function()
 
     def replaced(options, folder):
         return {
             "tests": [sys.executable, "-c", "print('one failed'); raise SystemExit(3)"],
             "missing": [str(tmp_path / "no-such-command")],
-            "slow": [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"],
+            "slow": [sys.executable, "-c", hangs, str(begun)],
             "attention": [sys.executable, "-c", f"{writes}; {draws}; {tells}", str(folder)],
         }
 
     monkeypatch.setattr(suite, "parts", replaced)
+    monkeypatch.setattr(suite, "share", shares)
+    monkeypatch.setattr(suite.threading, "Timer", Timer)
     assert suite.main(chosen) == 1
+    assert shared == [tuple(replaced(None, tmp_path))[i:] for i in range(4)]
     assert sorted(path.name for path in output.iterdir()) == ["attention.png", "log.txt", "results.json", "results.md"]
     parts = json.loads((output / "results.json").read_text(encoding="utf-8"))["parts"]
     assert [part["exit_code"] for part in parts.values()] == [3, None, -9, 0]
-    assert "stopped after" in parts["slow"]["error"] and "no-such-command" in parts["missing"]["error"]
+    assert parts["slow"]["error"] == "stopped after 5 s" and "no-such-command" in parts["missing"]["error"]
     assert parts["attention"]["result"] == {"rows": []} and str(tmp_path) not in parts["attention"]["command"]
     log = (output / "log.txt").read_text()
     assert [line for line in log.splitlines() if line.startswith("==")] == [f"== {name}" for name in parts]
     assert "begun" in log and log.rstrip().endswith("interpreted: False")
     table = (output / "results.md").read_text()
-    assert "| tests | 0 | FAILED: exit code 3 |" in table and "| attention | 0 | ok |" in table.replace(
-        "| 1 | ok", "| 0 | ok"
-    )
+    assert re.search(r"^\| tests \| \d+ \| FAILED: exit code 3 \|$", table, re.MULTILINE)
+    assert re.search(r"^\| attention \| \d+ \| ok \|$", table, re.MULTILINE)
     assert "one failed" in capfd.readouterr().out
     monkeypatch.setattr(suite, "parts", lambda options, folder: {"attention": [sys.executable, "-c", "pass"]})
     assert suite.main(chosen) == 0

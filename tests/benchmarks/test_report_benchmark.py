@@ -26,7 +26,7 @@ def parts(monkeypatch):
         ("in 97.5k words, 7B, 2D, .75", ["97.5", "7", "2", "75"]),
         ("SmolLM2-135M in bf16 on sm_90, F1, WNUT-17, H100, fp32", []),
         ("`--steps 40`, [link 5](a/7.md), (#12, #345), <https://x.y/3>", ["5"]),
-        ("see Table 4, Figure 5, METHOD 3.6 and command 1", []),
+        ("see Table 4, Figure 5, METHOD 3.6, Appendix D.1.3 and command 1", []),
         ("on 2026-11-28 with torch 2.13.0 at commit 8551b69", []),
         ("1. first\n**2. second:** 3 steps", ["3"]),
         ("```python\nx = 3  # 4 s\n```\n```bash\nrun 5  # 6 s\n# 7 s\n```\n", ["6", "7"]),

@@ -283,7 +283,7 @@ def test_encode_tokens(llama):
 
 @both
 def test_bidirectional_unless_told_otherwise(directory, tmp_path):
-    """METHOD 14.1, and DESIGN 8: a raw decoder whose folder says nothing is mean, bidirectional, 512."""
+    """METHOD 14.1: a raw decoder whose folder says nothing is mean, bidirectional, 512."""
     encoder = Encoder.from_pretrained(directory)
     assert encoder.config == EncoderConfig() == EncoderConfig("mean", True, False, 512, None)
     assert bivec.Encoder is Encoder

@@ -135,7 +135,7 @@ def test_ranks_end_while_gloo_is_busy():
 
 
 def test_a_rank_killed_in_the_middle_of_a_step(tiny_llama_dir, tmp_path):
-    """The other one ends and names it; what was saved is whole, and goes on bit by bit as without the kill."""
+    """The other one ends and names it; what was saved is whole, and goes on bit for bit as without the kill."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     finish(start_ranks("train", tiny_llama_dir, whole, worker.STEPS))
     survivor, victim = start_ranks("lose", tiny_llama_dir, killed, "SIGKILL", 1)

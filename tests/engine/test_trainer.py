@@ -1,4 +1,4 @@
-"""The training loop: resuming repeats an uninterrupted run bit by bit, clipping, intervals, and the stop at a NaN."""
+"""The training loop: resuming repeats an uninterrupted run bit for bit, clipping, intervals, and the stop at a NaN."""
 
 import math
 from dataclasses import replace

@@ -48,6 +48,7 @@ COUNTS = {  # mutants; those of CI are as many as a second or two allow
     "run": (300, 500),
     "corpus": (80, 400),
 }
+CI_MUTANTS = sum(few for few, _ in COUNTS.values())
 assert sum(both[1] for both in COUNTS.values()) >= 10_000
 FINE = {"refused", "accepted", "same"}
 CANARIES = {"crash": "crash", "exit": "crash", "hang": "hang", "memory": "memory", "write": "write", "wrong": "wrong"}
@@ -75,7 +76,7 @@ def report(tiny_llama_dir, tmp_path_factory):
 def record(found: dict) -> None:
     """Replaces the counts of every reader in the committed figures; what was found before the mends stays."""
     figures = json.loads(FIGURES.read_text(encoding="utf-8"))
-    figures["date"] = datetime.now(timezone.utc).date().isoformat()
+    figures |= {"date": datetime.now(timezone.utc).date().isoformat(), "ci_mutants": CI_MUTANTS}
     for row in figures["readers"]:
         results = found[row["reader"]]["results"]
         outcomes = collections.Counter(result["outcome"] for result in results)
@@ -83,6 +84,22 @@ def record(found: dict) -> None:
         row |= {"refused": outcomes["refused"], "accepted": outcomes["accepted"], "as_it_was": outcomes["same"]}
         row["findings"] = sum(count for outcome, count in outcomes.items() if outcome not in FINE)
     FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def test_the_committed_figures_are_of_these_counts(tmp_path, monkeypatch):
+    """And a recorded run writes them again."""
+    figures = json.loads(FIGURES.read_text(encoding="utf-8"))
+    assert figures["ci_mutants"] == CI_MUTANTS and figures["seed"] == SEED
+    assert {row["reader"]: row["mutants"] for row in figures["readers"]} == {k: many for k, (_, many) in COUNTS.items()}
+    file = tmp_path / "fuzz.json"
+    file.write_text(json.dumps(figures | {"ci_mutants": 0}), encoding="utf-8")
+    monkeypatch.setitem(globals(), "FIGURES", file)
+    results = [{"outcome": outcome} for outcome in ("refused", "refused", "accepted", "same", "hang")]
+    record({reader: {"seconds": 1.25, "results": results} for reader in COUNTS})
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert written.keys() == figures.keys() and written["ci_mutants"] == CI_MUTANTS
+    counted = {"mutants": 5, "cpu_s": 1.2, "refused": 2, "accepted": 1, "as_it_was": 1, "findings": 1}
+    assert written["readers"] == [row | counted for row in figures["readers"]]
 
 
 @pytest.mark.slow

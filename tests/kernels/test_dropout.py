@@ -1,4 +1,4 @@
-"""The counter-based dropout: the documented recipe bit by bit, and the statistics a mask needs."""
+"""The counter-based dropout: the documented recipe bit for bit, and the statistics a mask needs."""
 
 import math
 

@@ -76,7 +76,7 @@ def losses(model, adapter, recompute):
 
 
 @pytest.mark.parametrize("recompute", LEVELS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", MODEL_CLASSES)
 def test_forward_and_backward_read_nothing(family, recompute, tiny_dir, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it knows no meta device
     model, adapter = trained(tiny_dir(family))

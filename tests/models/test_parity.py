@@ -9,7 +9,7 @@ import transformers
 
 from bivec.engine.packaged import find_smollm2
 from bivec.models import CheckpointError, DecoderConfig, Mistral, PackedBatch, load_pretrained
-from bivec.models.families import MODEL_CLASSES
+from bivec.models.families import FAMILIES, MODEL_CLASSES
 
 VOCAB, POSITIONS = 96, 64
 SIZES = {
@@ -90,16 +90,8 @@ MODELS |= {
     "gemma3": ("gemma3_text", {**GEMMA3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     "gemma3-two-rotations": ("gemma3_text", {**GEMMA3, "sliding_window_pattern": 2, "rope_parameters": NESTED_ROPE}),
 }
-NAMES = {  # of transformers' classes
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "smollm3": "SmolLM3",
-    "gemma": "Gemma",
-    "gemma2": "Gemma2",
-    "gemma3_text": "Gemma3",
-}
+OTHERS = sorted(FAMILIES.keys() - {family for family, _ in MODELS.values()})  # registered, with no row above
+MODELS |= {family: (family, {"head_dim": 16}) for family in OTHERS}
 LENGTHS = [5, 40, 1, 23, 64]
 TOLERANCE, PACKING_TOLERANCE = 1e-4, 1e-5
 both_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -114,12 +106,12 @@ def pair(name):
     """The model of transformers, randomly initialised with its norms and biases too, and ours with its weights."""
     family, settings = MODELS[name]
     settings = copy.deepcopy({**SIZES, **settings, **TOKENS})  # transformers adds to the dicts
-    config_class = getattr(transformers, NAMES[family] + ("TextConfig" if family == "gemma3_text" else "Config"))
     if family == "gemma2":
         settings["attn_implementation"] = "eager"  # before transformers 5.21 "sdpa" leaves the cap out
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        theirs = getattr(transformers, f"{NAMES[family]}ForCausalLM")(config_class(**settings)).eval()
+        config = transformers.AutoConfig.for_model(family, **settings)
+        theirs = getattr(transformers, FAMILIES[family].causal_lm)(config).eval()
         for parameter in theirs.parameters():
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, mean=0.5, std=0.5)
@@ -174,6 +166,7 @@ def test_hidden_states_are_those_of_transformers(name, causal):
         "gemma",
         "gemma2",
         "gemma3-two-rotations",
+        *OTHERS,
     ],
 )
 def test_gradients_are_those_of_transformers(name, causal):

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bivec.engine.lora import LoraConfig, add_lora
 from bivec.kernels import linear_torch
 from bivec.models import PackedBatch, load_pretrained
+from bivec.models.families import MODEL_CLASSES
 from bivec.models.projection import project, project_gated, project_onto
 
 fused = pytest.mark.skipif(not linear_torch.available(), reason="torch has no oneDNN here")
@@ -39,7 +40,7 @@ def counted(model, batch, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"attention_dropout": 0.3, "seed": 2}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", MODEL_CLASSES)
 def test_states_are_those_of_a_graph(family, options, tiny_dir):
     model, batch = load_pretrained(tiny_dir(family)).model, batch_of(*LENGTHS)
     expected, expected_states = model(batch, output_hidden_states=True, **options)

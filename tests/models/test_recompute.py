@@ -1,4 +1,4 @@
-"""Levels of recomputation: the same losses and gradients bit by bit, and less kept for backward."""
+"""Levels of recomputation: the same losses and gradients bit for bit, and less kept for backward."""
 
 import gc
 
@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bivec.engine.lora import LoraConfig, add_lora
 from bivec.models import PackedBatch, load_pretrained
+from bivec.models.families import MODEL_CLASSES
 from bivec.models.projection import project
 from bivec.models.recompute import LEVELS, Recipes
 
@@ -43,7 +44,7 @@ def states_and_gradients(model, parameters, adapter, batch, **options):
 
 @pytest.mark.parametrize("train_base", [False, True], ids=["lora", "all weights"])
 @pytest.mark.parametrize("mode", [{}, {"causal": True}, DROPOUT], ids=["plain", "causal", "dropout"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("family", MODEL_CLASSES)
 def test_no_level_changes_a_bit(family, mode, train_base, tiny_dir):
     model, parameters, adapter = trained(tiny_dir(family), train_base)
     batch = batch_of(17, 1, 0, 30)

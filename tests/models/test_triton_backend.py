@@ -13,12 +13,13 @@ from bivec.kernels import attention_triton
 from bivec.kernels.launch import interpreting
 from bivec.kernels.tuning import Config, overriding
 from bivec.models import PackedBatch, load_pretrained
+from bivec.models.families import MODEL_CLASSES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = {"short": (40, 1, 17, 0, 64), "long": (150, 3, 31)}
 DTYPES = {"short": torch.float16, "long": torch.float32}  # the short path takes half types only
 TOLERANCES = {"short": 1e-2, "long": 5e-6}  # of the largest value, through two layers and back; measured: a third
-OTHERS = ("qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text")
+OTHERS = tuple(family for family in MODEL_CLASSES if family not in ("llama", "mistral"))
 MODES = {
     "bidirectional": {},
     "causal": {"causal": True},

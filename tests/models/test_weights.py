@@ -28,6 +28,8 @@ SIZES = {
 }
 TOKENS = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"])  # defaults are outside of the vocabulary
 FIELDS = {
+    "llama": {},
+    "mistral": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, **TOKENS},
     "qwen3": {"head_dim": 16, **TOKENS},
     "smollm3": {"no_rope_layers": [0, 1], **TOKENS},
@@ -35,12 +37,13 @@ FIELDS = {
     "gemma2": {"head_dim": 16, "sliding_window": 3, "attn_logit_softcapping": 5.0, **TOKENS},
     "gemma3_text": {"head_dim": 16, "sliding_window": 3, "sliding_window_pattern": 2, **TOKENS},
 }
+OTHERS = {"head_dim": 16, **TOKENS}  # of a family that is not there
 IDS = [5, 17, 93, 0, 41, 8, 8, 60]
 
 
 def hf_model(family="llama", *, causal_lm=True, **settings):
     torch.manual_seed(1)
-    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FIELDS.get(family, {}), **settings})
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FIELDS.get(family, OTHERS), **settings})
     auto = transformers.AutoModelForCausalLM if causal_lm else transformers.AutoModel
     return auto.from_config(config).eval()
 

@@ -10,10 +10,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from bivec.engine.errors import ConfigError
 from bivec.engine.integrations import transformers_layers
 from bivec.engine.integrations.transformers import apply_kernels, register, remove_kernels
-from bivec.models.families import MODEL_CLASSES
+from bivec.models.families import FAMILIES
 
-FAMILIES = sorted(MODEL_CLASSES)
-NORMS = {"qwen3": 9, "gemma2": 9, "gemma3_text": 13}  # of two layers; the others have five
 TOLERANCE = 1e-5
 
 register()
@@ -63,14 +61,15 @@ def test_states_and_gradients(tiny_dir, calls, family, attention, record_propert
     theirs = run(model, batch())
     assert not any(calls.values())
     keys, classes = list(model.state_dict()), [type(module) for module in model.modules()]
-    norms = NORMS.get(family, 5)
+    facts = FAMILIES[family]
+    norms = 2 * (facts.layer_norms + 2 * facts.qk_norm) + 1  # of two layers, and the last one
 
     applied = apply_kernels(model)
     assert (applied.rms_norm, applied.mlp, applied.rotary) == (norms, 2, 2)
     model.set_attn_implementation(attention)
     ours = run(model, batch())
-    gated = {"geglu" if family.startswith("gemma") else "swiglu": 2}
-    rotated = 1 if family == "smollm3" else 2  # every second of its layers has no positions
+    gated = {"swiglu" if "silu" in facts.activations else "geglu": 2}
+    rotated = sum(getattr(model.config, "no_rope_layers", (1, 1)))  # SmolLM3's second layer has no positions
     assert calls == {"rms_norm": norms, "swiglu": 0, "geglu": 0, "apply_rotary": rotated} | gated
     states, gradients = difference(ours, theirs)
     record_property("states", states)
