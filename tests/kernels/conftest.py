@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,22 @@ def largest(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     rows = x.abs().flatten(1).amax(1)
     parts = [part.max() for part in rows.split(cu_seqlens.diff().tolist()) if len(part)]
     return torch.stack(parts) if parts else rows
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """Gives the peak of what the CPU's allocator hands out while a function runs, which gives what it keeps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def peak(function: Callable[[], object]) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            kept = function()
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        assert sizes and kept is not None
+        return max(accumulate(sizes))
+
+    return peak
 
 
 @pytest.fixture(scope="session")
