@@ -1,4 +1,4 @@
-"""A truer and faster Triton interpreter, and the criterion that the attention kernels are held to."""
+"""A truer and faster Triton interpreter, the criteria that kernels are held to, and a measure of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,69 @@ def largest(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     rows = x.abs().flatten(1).amax(1)
     parts = [part.max() for part in rows.split(cu_seqlens.diff().tolist()) if len(part)]
     return torch.stack(parts) if parts else rows
+
+
+class LayerTests:
+    """Runs an operator and its backward, and holds it to its plain statement in float64."""
+
+    @staticmethod
+    def run(function: Callable[..., Any], *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs, and the gradients of the tensors under one fixed upstream gradient per output."""
+        leaves = [tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+        out = function(*leaves)
+        outputs = out if isinstance(out, tuple) else (out,)
+        upstream = []
+        for i, one in enumerate(outputs):
+            g = torch.Generator().manual_seed(90 + i)
+            # rounded to bf16, so that every dtype sees the same numbers
+            upstream.append(torch.randn(one.shape, generator=g, dtype=torch.float64).bfloat16().to(one.dtype))
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
+        return [one.detach() for one in outputs], list(gradients)
+
+    @staticmethod
+    def relative_error(value: Tensor, truth: Tensor) -> float:
+        return ((value.double() - truth).norm() / truth.norm()).item()
+
+    @classmethod
+    def assert_close_to_float64(cls, ours: Callable[..., Any], statement: Callable[..., Any], *tensors: Tensor) -> None:
+        """Our error is at most twice that of plain torch in the same dtype, outputs and gradients; dtypes are kept."""
+        results = cls.run(ours, *tensors)
+        plain = cls.run(statement, *tensors)
+        exact = cls.run(statement, *(tensor.double() for tensor in tensors))
+        assert [g.dtype for g in results[1]] == [tensor.dtype for tensor in tensors]
+        for kind, mine, same_dtype, truth in zip(("output", "gradient"), results, plain, exact, strict=True):
+            for i, (a, b, c) in enumerate(zip(mine, same_dtype, truth, strict=True)):
+                assert cls.relative_error(a, c) <= 2 * cls.relative_error(b, c) + 1e-6, f"{kind} {i}"
+
+    @staticmethod
+    def check_empty(function: Callable[[Tensor], Any], *shape: int) -> None:
+        """It takes an input without tokens, and its gradient has none."""
+        x = torch.ones(*shape, requires_grad=True)
+        out = function(x)
+        sum(one.sum() for one in (out if isinstance(out, tuple) else (out,))).backward()
+        assert x.grad.shape == shape
+
+
+@pytest.fixture(scope="session")
+def layers() -> LayerTests:
+    """Shared by the tests of rms_norm, apply_rotary, the gated units and LoRA."""
+    return LayerTests()
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """Gives the peak of what the CPU's allocator hands out while a function runs, which gives what it keeps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def peak(function: Callable[[], object]) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            kept = function()
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        assert sizes and kept is not None
+        return max(accumulate(sizes))
+
+    return peak
 
 
 @pytest.fixture(scope="session")

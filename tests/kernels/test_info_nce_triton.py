@@ -1,6 +1,6 @@
 """info_nce's Triton backend against float64, beside plain torch, the torch backend and an all-bf16 implementation."""
 
-from itertools import accumulate, combinations
+from itertools import combinations
 
 import pytest
 import torch
@@ -334,20 +334,10 @@ def test_small_slopes_of_fp16_keep_their_bits():
         assert relative_error(weighted[name].grad, wide[name].grad) <= 0.002
 
 
-def peak_bytes(function):
-    """Peak of what the CPU allocator hands out during ``function``, from the profiler's allocation events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    assert sizes and kept is not None
-    return max(accumulate(sizes))
-
-
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="counts the CPU's allocations")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("extra", [{}, {"margin": 0.2, "include_query_query": True}, {"symmetric": True}])
-def test_memory_stays_within_the_workspace(dtype, extra, monkeypatch):
+def test_memory_stays_within_the_workspace(dtype, extra, monkeypatch, peak_bytes):
     """Launches are counted instead of made: what is allocated is the same."""
     launched = []
     monkeypatch.setattr(info_nce_kernels, "launch", lambda kernel, *_, **__: launched.append(kernel))
