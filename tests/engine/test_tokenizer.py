@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 
 from bivec.engine import sentencepiece_bpe
-from bivec.engine.packaged import SMOLLM2_INSTALL, find_smollm2
 from bivec.engine.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, load_tokenizer, mask_token_id, prefix_length
 from bivec.models import CheckpointError, ConfigError
 
