@@ -247,7 +247,7 @@ def layers() -> LayerTests:
 
 
 class LoraOperands:
-    """x, weights, biases (the second is None), A and B; as one list of leaves and back. Sizes are multiples of nothing."""
+    """x, weights, biases (the second is None), A and B, of odd sizes; as one list of leaves and back."""
 
     def __init__(
         self, dtype=torch.float32, lora_dtype=None, *, tokens=37, width=45, outs=(33, 17, 70), ranks=None, bias=True

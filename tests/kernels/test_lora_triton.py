@@ -19,12 +19,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("torch", "triton")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PAIRS = [(BF16, FP32), (FP16, FP32), (BF16, BF16), (FP32, FP32)]  # base, LoRA
-T, IN, OUTS, SCALING = (
-    37,
-    45,
-    (33, 17, 70),
-    1.7,
-)  # as the operands of conftest.py: multiples of nothing, a tile and more
+T, IN, OUTS, SCALING = 37, 45, (33, 17, 70), 1.7  # as the operands of conftest.py have them
 SEED = 2**40 + 3
 IDS = torch.arange(T, device=DEVICE) * 7 + 3
 DROPOUT = {"dropout_p": 0.3, "seed": SEED, "token_ids": IDS}
