@@ -242,6 +242,25 @@ def tables(content: dict[str, Any]) -> str:
     return "\n".join([*rows, "", note])
 
 
+def page(content: dict[str, Any]) -> str:
+    """The report."""
+    last, versions = Reading(**content["readings"][-1]), content["versions"]
+    command = ["python benchmarks/long_run.py", *(["--sick DIR"] if content["overlap"] else []), *content["flags"]]
+    told = (
+        f"`{' '.join(command)}`, {content['date']}, {content['machine']}: {last.seconds / 3600:.1f} hours in "
+        f"{last.process + 1} process{'es' if last.process else ''}. torch {versions['torch']}, "
+        f"Python {versions['python']}. STS-B on all pairs, Spearman x 100."
+    )
+    lines = ["# The long run", "", told, "", tables(content), ""]
+    if content["overlap"]:
+        seen = [
+            f"{one['pairs_with_a_sentence_in_the_triples']:,} of {one['pairs']:,} in {split}"
+            for split, one in content["overlap"].items()
+        ]
+        lines += [f"Pairs of STS-B with a sentence of SICK's triples, but for case and marks: {', '.join(seen)}.", ""]
+    return "\n".join([*lines, "![Memory, speed, losses and quality](long_run.png)", ""])
+
+
 def draw(path: Path, content: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> None:
     """Memory, files and speed over time; the losses; the quality of every stage."""
     from matplotlib.figure import Figure
@@ -314,7 +333,11 @@ def main() -> None:
     triples = arguments.sick and make_triples(arguments.sick, arguments.run.parent / "sick_triples.jsonl")
     readings = train(recipe_command(arguments.run, flags, triples), arguments.run, log)
     results = json.loads((arguments.run / "results.json").read_text(encoding="utf-8"))
-    metrics = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    logs = [arguments.run / name for name in ("metrics.jsonl", "evaluations.jsonl")]
+    metrics, evaluations = (
+        [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+        for log in logs
+    )
     started = json.loads((arguments.run / "run.json").read_text(encoding="utf-8"))
     recipe = started["recipe"]
     content = {
@@ -328,10 +351,11 @@ def main() -> None:
         "drift": [asdict(drift(stage, readings, metrics)) for stage in dict.fromkeys(m["stage"] for m in metrics)],
         "readings": [asdict(reading) for reading in readings],
         "metrics": metrics,
+        "evaluations": evaluations,
     }
     arguments.results.mkdir(exist_ok=True)
-    for suffix, text in (("json", json.dumps(content)), ("md", tables(content))):
-        (arguments.results / f"{arguments.name}.{suffix}").write_text(text + "\n", encoding="utf-8")
+    for suffix, text in (("json", json.dumps(content) + "\n"), ("md", page(content))):
+        (arguments.results / f"{arguments.name}.{suffix}").write_text(text, encoding="utf-8")
     draw(arguments.results / f"{arguments.name}.png", content, metrics)
     print(f"\n{tables(content)}")
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import coverage_report
+import long_run
 import mutation
 import quick_start
 import report_tables as readmes
@@ -58,6 +59,22 @@ def simcse_search() -> str:
     pairs = [readmes.rows_of(f"stsb_{split}.csv.gz") for split in ("dev", "test")]
     head = ["MNTP steps", "SimCSE", "dev", "test", f"dev, all {pairs[0]:,}", f"test, all {pairs[1]:,}"]
     return table(head, result("quick_start_search.json")["simcse"]["rows"])
+
+
+def long_run_search() -> str:
+    """SimCSE of 64 sentences, for the long run: what was tried beside the first row's settings."""
+    usual, *others = result("long_run_search.json")["rows"]
+    rows = [["40 steps of the quick start's: Wikipedia, 1e-3, dropout 0.3, scale 20", *_both_sets(usual)]]
+    for row in others:
+        changed = [f"{row['sentences']}, {row['order']}" if row["order"] != "drawn" else row["sentences"]]
+        names = {"steps": "steps", "learning_rate": "rate", "attention_dropout": "dropout", "scale": "scale"}
+        changed += [f"{name} {row[key]:g}" for key, name in names.items() if row[key] != usual[key]]
+        rows.append([", ".join([*changed, *(() if row["pool_bos"] else ("BOS not pooled",))]), *_both_sets(row)])
+    return table(["", "dev", "test"], rows)
+
+
+def _both_sets(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row[split]:.1f}" for split in ("dev", "test")]
 
 
 def mntp_search() -> str:
@@ -121,6 +138,7 @@ def reproduction(text: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     name: cache(make)
     for name, make in {
+        "long run": readmes.long_run,
         "quick start": readmes.quick_start,
         "speed": readmes.speed,
         "evaluations": readmes.evaluations,
@@ -133,6 +151,7 @@ TABLES: dict[str, Callable[[], str]] = {
         "attention of fla-core": lambda: compiled("fla-core"),
         "fuzz": fuzz,
         "simcse search": simcse_search,
+        "long run search": long_run_search,
         "mntp search": mntp_search,
         "word trend": word_trend,
         "word search": word_search,
@@ -141,6 +160,7 @@ TABLES: dict[str, Callable[[], str]] = {
 # files that a script writes whole: the text as it should be, of the text as it is
 WHOLE: dict[str, Callable[[str], str]] = {
     "benchmarks/results/coverage.md": lambda _: coverage_report.markdown(result("coverage.json")),
+    "benchmarks/results/long_run.md": lambda _: long_run.page(result("long_run.json")),
     "benchmarks/results/mutation.md": lambda _: mutation.markdown(result("mutation.json")),
     "benchmarks/results/quick_start.md": lambda _: quick_start.report(result("quick_start.json")),
     "benchmarks/results/round_trips.md": lambda _: round_trips.markdown(result("round_trips.json")),
@@ -196,6 +216,28 @@ def quick_start_search() -> Iterator[Claim]:
     yield measured(file, "reached {} on dev after {:.0f}k", earlier["paper"], earlier["paper_tokens"] / 1e3)
     yield measured(file, "without BOS {}; LoRA", earlier["full_weights_without_bos"])
     yield measured(file, "with a BOS in front {}. The", earlier["lora_with_bos"])
+
+
+def long_run_trials() -> Iterator[Claim]:
+    """results/long_run_search.md."""
+    settings = "settings of the trials"
+    yield from given(settings, "Spearman x 100", "seed 42", "with 64 sentences a step", "in 40 steps")
+    yield from given(settings, "at 1e-3 as in", "Twice the batch", "A third of the rate", "Half the scale")
+    file, found = "long_run.json", result("long_run.json")
+    losses = {
+        row["attention_dropout"]: row["mean_loss_of_the_last_ten_steps"]
+        for row in result("long_run_search.json")["rows"]
+        if row["sentences"] == "all that ship" and (row["scale"], row["pool_bos"], row["steps"]) == (20, True, 40)
+        if row["learning_rate"] == 1e-3
+    }
+    text = "the last ten of 40 steps was {:.3f} with dropout 0.3 and {:.3f} with 0.5"
+    yield measured("long_run_search.json", text, losses[0.3], losses[0.5])
+    scores = [one["sts_dev_spearman"] for one in found["evaluations"]]
+    text = "dev score was {:.1f} after 100 of 400 steps, then {:.1f}, {:.1f} and {:.1f} every 100 steps"
+    yield measured(file, text, *scores)
+    test = {one["stage"]: one["sts_test_spearman"] for one in found["stages"]}
+    lost = test["bi+mntp+simcse"] - test["bi+mntp+simcse+supervised"]
+    yield measured(file, "then lost {:.1f} on test", lost)
 
 
 def word_trend_text() -> Iterator[Claim]:
@@ -269,6 +311,7 @@ def _word_trials() -> Iterator[Claim]:
 
 RESULT_CLAIMS: dict[str, Callable[[], Iterator[Claim]]] = {
     "benchmarks/results/fuzz.md": fuzz_text,
+    "benchmarks/results/long_run_search.md": long_run_trials,
     "benchmarks/results/quick_start_search.md": quick_start_search,
     "benchmarks/results/word_trend.md": word_trend_text,
 }

@@ -30,16 +30,32 @@ def stage_scores(stage: str, split: str) -> list[float]:
     return [s[f"sts_{split}_spearman"] for run in runs for s in run["stages"] if s["stage"] == stage]
 
 
+STAGES = (  # name, in words, pooling
+    ("uni", "decoder as it is (`uni`)", "mean"),
+    ("uni weighted-mean", "decoder, the best causal pooling", "weighted mean"),
+    ("bi", "bidirectional attention (`bi`)", "mean"),
+    ("bi+mntp", "+ MNTP", "mean"),
+    ("bi+mntp+simcse", "+ SimCSE", "mean"),
+)
+
+
+def long_run() -> str:
+    """STS-B by stage of the long run, on all pairs; beside it the quick start's last stage."""
+    scores = {one["stage"]: one for one in result("long_run.json")["stages"]}
+    rows = []
+    for stage, what, pooling in (*STAGES, ("bi+mntp+simcse+supervised", "+ supervised (SICK)", "mean")):
+        bold = "**" if stage == "bi+mntp+simcse" else ""
+        found = [f"{bold}{scores[stage][f'sts_{split}_spearman']:.1f}{bold}" for split in ("dev", "test")]
+        rows.append([f"{bold}{what}{bold}", pooling, *found])
+    short = [spread([one[split] for one in result("quick_start_whole_sets.json")]) for split in ("dev", "test")]
+    rows.append(["+ SimCSE, of the quick start (three seeds)", "mean", *short])
+    return table(["stage", "pooling", "dev", "test"], rows)
+
+
 def quick_start() -> str:
     """STS-B by stage."""
     rows = []
-    for stage, what, pooling in (
-        ("uni", "decoder as it is (`uni`)", "mean"),
-        ("uni weighted-mean", "decoder, the best causal pooling", "weighted mean"),
-        ("bi", "bidirectional attention (`bi`)", "mean"),
-        ("bi+mntp", "+ MNTP", "mean"),
-        ("bi+mntp+simcse", "+ SimCSE", "mean"),
-    ):
+    for stage, what, pooling in STAGES:
         bold = "**" if stage == "bi+mntp+simcse" else ""
         scores = [f"{bold}{spread(stage_scores(stage, split))}{bold}" for split in ("dev", "test")]
         rows.append([f"{bold}{what}{bold}", pooling, *scores])

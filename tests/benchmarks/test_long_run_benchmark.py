@@ -124,8 +124,9 @@ def test_a_run(long_run, tiny_llama_dir, tmp_path, monkeypatch, capsys):
     assert len(content["metrics"]) == 60 and content["flags"] == flags and content["overlap"] == {}
     assert content["settings"]["mntp"]["sequence_length"] == 16
     assert str(tmp_path) not in json.dumps(content["settings"])
-    table = (tmp_path / "results" / "long_run.md").read_text()
-    assert table.strip() in capsys.readouterr().out and "| simcse | 30 |" in table
+    page, table = (tmp_path / "results" / "long_run.md").read_text(), long_run.tables(content)
+    assert table in capsys.readouterr().out and "| simcse | 30 |" in table
+    assert page == long_run.page(content) and table in page and "hours in 1 process. torch" in page
     assert (tmp_path / "results" / "long_run.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
         long_run.main()
