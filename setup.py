@@ -140,8 +140,9 @@ setup(
     description="A kernel-optimised training engine for LLM2Vec: decoder-only language models into text encoders",
     long_description=long_description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
+    # SPDX; the second file says which of the samples that the wheel ships has which of the others
+    license_expression="Apache-2.0 AND CC-BY-SA-3.0 AND CC-BY-SA-4.0 AND CC-BY-4.0",
+    license_files=["LICENSE", "recipes/data/README.md"],
     keywords=["LLM2Vec", "text embeddings", "sentence embeddings", "contrastive learning", "PyTorch", "Triton"],
     python_requires=">=3.10",
     classifiers=[

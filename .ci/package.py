@@ -25,7 +25,8 @@ PACKAGE = re.compile(
     r"(__init__\.py|py\.typed|(engine|kernels|models)/.*\.py|kernels/tuning/.*\.json|engine/evaluation/data/.*\.json)"
 )
 DATA = re.compile(r"recipes/data/.*(?<!\.py)")
-DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
+LICENSES = {"licenses/LICENSE", "licenses/recipes/data/README.md"}
+DIST_INFO = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", *LICENSES}
 MADE = {"PKG-INFO", "setup.cfg"}  # by setuptools, beside the egg-info
 YEAR = 365 * 24 * 3600
 SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"

@@ -55,11 +55,13 @@ TESTS = (
     "tests/kernels/test_linear_cross_entropy_triton.py",
     "tests/kernels/test_linear_cross_entropy_ops.py",
     "tests/kernels/test_info_nce_triton.py",
+    "tests/kernels/test_info_nce_op.py",
     "tests/kernels/test_segment_pool_triton.py",
     "tests/kernels/test_rms_norm_triton.py",
     "tests/kernels/test_rotary_triton.py",
     "tests/kernels/test_swiglu_triton.py",
     "tests/kernels/test_lora_triton.py",
+    "tests/kernels/test_lora_op.py",
     "tests/models/test_triton_backend.py",
     "tests/engine/test_triton_step.py",
 )

@@ -16,11 +16,12 @@ from report_tables import (
     TARGET,
     rows_of,
 )
-from report_text import Claim, given, measured, result
+from report_text import Claim, constant, given, measured, result
 
 NAMES = "names of models, data and licences"
 TOLERANCES = "a bound that the tests hold"
 QWEN, GEMMA = "Qwen 2 and 3", "Gemma 1 to 3"
+SPELLED_OUT = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 PAIRS = {split: rows_of(f"stsb_{split}.csv.gz") for split in ("dev", "test")}
 
 
@@ -38,7 +39,7 @@ def readme() -> Iterator[Claim]:
     yield from given(NAMES, "Qwen 2, 2.5 and 3", "Gemma 1, 2 and 3", "Gemma 3 its", "(2024)")
     yield from given(NAMES, "CC BY-SA 3.0", "CC BY-SA 4.0", "CC BY 4.0", "a 4-bit GGUF file")
     yield from given("engine/cli: exit codes", "0 for done, 1 for failed, 2 for wrong usage, 130 after Ctrl-C")
-    yield from given("tests/engine/test_ranks.py: tolerance", "float64 to 1e-10 with two processes")
+    yield of_two_processes()
     yield from given("units", "Spearman x 100")
     yield from given(".ci/run: what its environments take", "some 6 GB")
     steps = result("train_step_cpu.json")["stages"]
@@ -79,6 +80,13 @@ def supervised_preset() -> Claim:
     stage = SUPERVISED.supervised
     text = "the paper's: {} triples, {:,} steps"
     return measured("engine/presets.py: SUPERVISED", text, stage.batch_size, stage.optim.steps)
+
+
+def of_two_processes() -> Claim:
+    """How close two processes are to one."""
+    file = "tests/engine/test_ranks.py"
+    tolerance = constant(file, r'TOLERANCE = \{"float64": ([\d.e-]+)')
+    return measured(file, "float64 to {:.0e} with two processes", tolerance)
 
 
 def mteb_tasks() -> Claim:
@@ -187,8 +195,10 @@ def benchmarks() -> Iterator[Claim]:
     yield measured("quick_start.json", "{:.0f} minutes each on two cores", minutes)
     sizes = [row["batch"] for row in result("contrastive_cost_cpu.json")["rows"]]
     yield measured("contrastive_cost_cpu.json", "from {} to {:,} triples", min(sizes), max(sizes))
-    yield from given("compare.py: --tolerance", "10 % worse")
-    yield from given("gpu_suite.py: --minutes", "in nine minutes")
+    worse = constant("benchmarks/compare.py", r'"--tolerance", type=float, default=([\d.]+)')
+    yield measured("compare.py: --tolerance", "{:.0f} % worse than", 100 * worse)
+    minutes = constant("benchmarks/gpu_suite.py", r'"--minutes", type=float, default=([\d.]+)')
+    yield from given("gpu_suite.py: --minutes", f"in {SPELLED_OUT[int(minutes)]} minutes")
     yield from given(NAMES, "trends at 135M")
     mntp = result("train_step_cpu.json")["stages"]["mntp"]["sides"][OURS]
     yield measured("train_step_cpu.json", "MNTP runs at {:.0f} % of the rate", 100 * mntp["of_gemms"])
@@ -217,14 +227,35 @@ def integrations() -> Iterator[Claim]:
 def kernels() -> Iterator[Claim]:
     """kernels/README.md."""
     yield from given(f"{TOLERANCES}: tests/kernels", "within 1 % of float64 at scales 1 to 100")
-    yield from given("kernels/attention_tiles.py, tuning/attention.json", "head dims up to 256, padded")
-    yield from given(
-        "tuning/attention.json",
-        "sequences up to 128 tokens where a tile of 64 or 128 fits the registers (head dims up to 128: 128, on sm_80 "
-        "64 at 128; head dim 256: 64 on sm_100 and gfx942)",
-    )
+    from bivec.kernels.tuning import read_table
+
+    widest = max(row["key"]["head_dim"] for row in read_table("attention"))
+    yield measured("tuning/attention.json", "head dims up to {}, padded", widest)
+    yield short_path()
     yield from given("triton's", "compute capability 8.0")
     yield from hard_operands()
+
+
+def short_path() -> Claim:
+    """Which tiles of attention's short path fit, by the rows of its backward."""
+    from bivec.kernels.tuning import read_table
+
+    keys = [(row["arch"], row["key"]) for row in read_table("attention") if row["kernel"] == "attention_short_backward"]
+    lengths = sorted({key["length"] for _, key in keys})
+    longest: dict[tuple[str, int], int] = {}
+    for arch, key in keys:
+        at = arch, key["head_dim"]
+        longest[at] = max(longest.get(at, 0), key["length"])
+    full = max(width for (_, width), length in longest.items() if length == lengths[-1])
+    ((less_on, less_at, less),) = ((*at, n) for at, n in longest.items() if at[1] <= full and n < lengths[-1])
+    wide = {arch: (width, length) for (arch, width), length in longest.items() if width > full}
+    ((widest, length),) = set(wide.values())
+    text = (
+        "sequences up to {} tokens where a tile of {} or {} fits the registers (head dims up to {}: {}, "
+        f"on {less_on} {{}} at {{}}; head dim {{}}: {{}} on {' and '.join(wide)})"
+    )
+    values = (lengths[-1], *lengths, full, lengths[-1], less, less_at, widest, length)
+    return measured("tuning/attention.json", text, *values)
 
 
 def models() -> Iterator[Claim]:
@@ -238,7 +269,10 @@ def recipes() -> Iterator[Claim]:
     """recipes/README.md."""
     from attention import BF16_PEAKS
 
+    from bivec.engine.distributed import BEAT_SECONDS, MISSED_BEATS
+    from bivec.engine.evaluation.mteb_encoder import MAX_TEXT_LENGTH
     from bivec.engine.presets import MISTRAL_7B, SHEARED_LLAMA_1B
+    from bivec.engine.recipe_arguments import RunOptions
 
     yield measured("engine/presets.py", "SimCSE batch {} for S-LLaMA", SHEARED_LLAMA_1B.simcse.batch_size)
     yield measured("engine/presets.py", "the stop at step {:,}", SHEARED_LLAMA_1B.mntp.optim.steps)
@@ -252,12 +286,15 @@ def recipes() -> Iterator[Claim]:
     yield from given("engine/triples.py: an offset in 64 bits", "keeps 8 bytes a row")
     yield from given("an example of --set supervised.margin", "positive's - 0.05")
     yield from contrastive_cost()
-    yield from given("engine/evaluation/mteb_encoder.py", "documents of title and text, 400 tokens")
+    text = "documents of title and text, {} tokens"
+    yield measured("engine/evaluation/mteb_encoder.py: MAX_TEXT_LENGTH", text, MAX_TEXT_LENGTH)
     yield measured("recipes/data", "on {} triples of our own", rows_of("future_token_triples.jsonl"))
     yield from given("the main process", "Process 0 writes")
     yield from given("name of a shared task", "SemEval 2014, task 1;")
-    yield from given("engine/distributed.py: timeout_seconds, BEAT_SECONDS", "(600 s)", "within some ten seconds")
-    yield from given("tests/engine/test_ranks.py: tolerance", "float64 to 1e-10 with two processes")
+    yield measured("engine/recipe_arguments.py: timeout", "after `--timeout` ({:.0f} s)", RunOptions.timeout)
+    beats = SPELLED_OUT[int(BEAT_SECONDS * MISSED_BEATS)]
+    yield from given("engine/distributed.py: BEAT_SECONDS, MISSED_BEATS", f"within some {beats} seconds")
+    yield of_two_processes()
     yield from given("tests/recipes/test_recipes.py", "under 150 lines")
     yield from given("engine/trainer.py: what follows a step out of memory", "micro-batches of half the size")
 
@@ -295,7 +332,7 @@ def changelog() -> Iterator[Claim]:
     yield from given(NAMES, "Qwen 2, 2.5 and 3", "SmolLM 1 to 3", "Gemma 1 to 3")
     yield from given("a version of bivec", "Before 1.0 a minor version")
     bounds = ("torch 2.13 (with 2.11 LoRA", "numpy 2.0 (pyarrow", "scipy 1.13,", "matplotlib 3.9,", "scikit-learn 1.5,")
-    yield from given("setup.py of 0.1.0", *bounds, "huggingface_hub 1.3,")
+    yield from given("setup.py of 0.1.0; tests/test_packaging.py compares", *bounds, "huggingface_hub 1.3,")
 
 
 def contributing() -> Iterator[Claim]:

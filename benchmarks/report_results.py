@@ -15,7 +15,7 @@ import quick_start
 import report_tables as readmes
 import round_trips
 import supervised_sick
-from report_text import RESULTS, Claim, given, measured, result, table
+from report_text import RESULTS, Claim, constant, given, measured, result, table
 
 LEFT = "one to the left"
 WORD_COLUMNS = [column for task in ("chunking", "POS", "NER") for column in (f"{task}, own tokens", LEFT)]
@@ -155,8 +155,10 @@ def fuzz_text() -> Iterator[Claim]:
     yield measured(file, "do with {:,} mutants", sum(row["mutants"] for row in found["readers"]))
     yield measured(file, "seed {}, one process", found["seed"])
     yield measured(file, "CI reads {:,} with the same seed", found["ci_mutants"])
-    limits = "limits of tests/fuzz/worker.py"
-    yield from given(limits, "a hang (5 s of CPU time)", "memory (4 GiB more than at the start", "a peak of 1 GiB)")
+    worker = "tests/fuzz/worker.py"
+    yield measured(worker, "a hang ({:.0f} s of CPU time)", constant(worker, r"CPU_SECONDS = ([\d.]+)"))
+    allowed, peak = (constant(worker, rf"{name}_BYTES = (\d+) << 30") for name in ("ALLOWED", "PEAK"))
+    yield measured(worker, "memory ({:.0f} GiB more than at the start, or a peak of {:.0f} GiB)", allowed, peak)
     inputs = "what was in a damaged file"
     yield from given(inputs, "2^31 layers", "a head count of 0", "an id of 2^31", "2^40 values", "200,000 separators")
     yield from given(
@@ -166,6 +168,8 @@ def fuzz_text() -> Iterator[Claim]:
 
 def quick_start_search() -> Iterator[Claim]:
     """results/quick_start_search.md."""
+    from bivec.engine.presets import SMOLLM2_135M
+
     file, found = "quick_start_search.json", result("quick_start_search.json")
     settings = "settings of the trials"
     yield from given(
@@ -175,7 +179,10 @@ def quick_start_search() -> Iterator[Claim]:
         settings, "SimCSE at 1e-3", "dropout 0.3 and scale 20, 10 % warm-up", "blocks of 32", "blocks of 64"
     )
     yield from given(settings, "because of seed 43", "(seed 42, MNTP on 16 blocks of 64)", "(40 steps of 1,024 tokens)")
-    yield from given(settings, "in a block of 64", "is a 64th of", "40 MNTP steps of 32 x 32 and 45 SimCSE steps of 32")
+    yield from given(settings, "in a block of 64", "is a 64th of")
+    mntp, simcse = SMOLLM2_135M.mntp, SMOLLM2_135M.simcse
+    steps = mntp.optim.steps, mntp.batch_size, mntp.sequence_length, simcse.optim.steps, simcse.batch_size
+    yield measured("engine/presets.py", "{} MNTP steps of {} x {} and {} SimCSE steps of {}, which", *steps)
     yield from given(settings, "a third of the 15 minutes", "(LoRA 5e-4, 20 %, no BOS)", "LoRA at 3e-3 with a BOS")
     yield from given(settings, "full weights at 3e-4 without BOS", "On seed 43, dev at 10, 20, 30, 40 steps")
     yield from given(settings, "failed, at half the rate too", "blocks of 32 (twice as many a step)")

@@ -90,6 +90,19 @@ def given(why: str, *texts: str) -> list[Claim]:
 
 
 @cache
+def constant(file: str, pattern: str) -> float:
+    """A number in a source that is not imported for it, by a regular expression with one group.
+
+    Raises:
+        ValueError: it is not there, or there twice.
+    """
+    found = re.findall(pattern, (RESULTS.parents[1] / file).read_text(encoding="utf-8"))
+    if len(found) != 1:
+        raise ValueError(f"{file} has {pattern!r} {len(found)} times, expected once")
+    return float(found[0])
+
+
+@cache
 def result(name: str) -> Any:
     """A JSON file of results/."""
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))

@@ -15,6 +15,9 @@ draw, and the interval holds the middle 95 % of the differences. It tells how mu
 much the seed of the training does. SICK and STS-B both hold captions of images and videos, so the overlap is counted:
 sentences equal as they stand, and equal without case and punctuation; and all correlations are given a second time
 on the pairs with neither sentence among SICK's triples. Writes supervised_sick.{json,md,png} into benchmarks/results.
+
+Longer than 400 lines: the trainings, the bootstrap, the overlap and the page are steps of one comparison, and no other
+script has a use for any of them.
 """
 
 from __future__ import annotations

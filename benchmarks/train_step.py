@@ -29,6 +29,9 @@ Writes train_step_DEVICE.json and .png into benchmarks/results, or ``--output DI
 * breakdown: one step of ours under torch's profiler (``step_profile.py``).
 * losses: all sides from the same weights with all dropout off, on batches of 1 block and at most 8 sentences. If
   they differ by more than 1 % at a step (of a loss below 1e-3: by 1e-5), the exit status is 1.
+
+Longer than 400 lines: what all sides share (samples, masks, weights, turns) has to be seen in one place to be believed;
+what could be cut off is in padded_peer.py and step_profile.py.
 """
 
 from __future__ import annotations

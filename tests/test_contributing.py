@@ -76,7 +76,7 @@ def test_the_tests_of_all_families_take_the_model_in(copy):
     (command,) = re.findall(rf"`pytest (tests/\S+(?: tests/\S+)*) -k {FAMILY}`", PAGE)
     folders = [str(copy / folder) for folder in command.split()]
     printed = run(copy, *PYTEST, "--import-mode=importlib", f"--rootdir={copy}", *folders, "-k", FAMILY)
-    passed = re.search(r"^(\d+) passed(?:, \d+ skipped)?, \d+ deselected", printed, re.MULTILINE)
+    passed = re.search(r"^(\d+) passed", printed, re.MULTILINE)
     assert passed and int(passed[1]) >= 40, printed
 
 

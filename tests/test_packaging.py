@@ -103,7 +103,7 @@ def test_the_citation_is_a_cff_1_2_file(setup):
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation.keys() >= {"cff-version", "message", "title", "authors"}  # what the schema asks for
     assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
-    assert citation["license"] == setup["given"]["license"] == "Apache-2.0"
+    assert citation["license"] == setup["given"]["license_expression"].partition(" AND ")[0] == "Apache-2.0"
     known = {"abstract", "keywords", "version", "references", "date-released", "license", "type"}
     known |= {"repository-code", "url", "doi"}
     assert citation.keys() <= known | {"cff-version", "message", "title", "authors"}
@@ -113,6 +113,19 @@ def test_the_citation_is_a_cff_1_2_file(setup):
     people = [author.keys() for author in (*citation["authors"], *paper["authors"])]
     assert all(keys == {"name"} or keys == {"family-names", "given-names"} for keys in people)
     assert len(paper["authors"]) == 6
+
+
+def test_the_licences_are_those_of_code_and_samples(setup):
+    licenses = pytest.importorskip("packaging.licenses", reason="packaging before 24.2 knows no SPDX")
+    given = setup["given"]
+    expression, files = given["license_expression"], given["license_files"]
+    assert licenses.canonicalize_license_expression(expression) == expression
+    samples = (ROOT / "recipes" / "data" / "README.md").read_text(encoding="utf-8")
+    stated = re.findall(r"Licence: \[(CC BY[^\]]*)\]", samples)
+    assert len(stated) == 4
+    assert expression.split(" AND ") == ["Apache-2.0", *dict.fromkeys(one.replace(" ", "-") for one in stated)]
+    assert files == ["LICENSE", "recipes/data/README.md"] and all((ROOT / file).is_file() for file in files)
+    assert {f"licenses/{file}" for file in files} == script_of_ci("package").LICENSES
 
 
 def test_the_metadata_holds_no_links_into_the_repository(setup):

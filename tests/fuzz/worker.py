@@ -33,8 +33,8 @@ os.environ |= {"TRANSFORMERS_VERBOSITY": "critical", "DATASETS_VERBOSITY": "crit
 
 CPU_SECONDS = 5.0
 WALL_SECONDS = 120.0  # for what waits and uses no CPU; the machine may be busy with other things
-ALLOWED_BYTES = 4 * 2**30  # beyond what the process has when it begins
-PEAK_BYTES = 2**30  # of one mutant; the files have 1 MB at most
+ALLOWED_BYTES = 4 << 30  # beyond what the process has when it begins
+PEAK_BYTES = 1 << 30  # of one mutant; the files have 1 MB at most
 WRITING = {"os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}  # path first, its folder's number last
 
 

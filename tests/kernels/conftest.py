@@ -1,12 +1,13 @@
-"""A truer and faster Triton interpreter, and the criterion that the attention kernels are held to."""
+"""A truer and faster Triton interpreter, the criteria that kernels are held to, and a measure of memory."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,191 @@ def largest(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     rows = x.abs().flatten(1).amax(1)
     parts = [part.max() for part in rows.split(cu_seqlens.diff().tolist()) if len(part)]
     return torch.stack(parts) if parts else rows
+
+
+class LayerTests:
+    """Runs an operator and its backward, and holds it to its plain statement in float64."""
+
+    @staticmethod
+    def run(function: Callable[..., Any], *tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs, and the gradients of the tensors under one fixed upstream gradient per output."""
+        leaves = [tensor.detach().clone().requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+        out = function(*leaves)
+        outputs = out if isinstance(out, tuple) else (out,)
+        # rounded to bf16, so that every dtype sees the same numbers
+        upstream = [normal(*o.shape, seed=90 + i, dtype=torch.bfloat16).to(o) for i, o in enumerate(outputs)]
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
+        return [one.detach() for one in outputs], list(gradients)
+
+    @staticmethod
+    def relative_error(value: Tensor, truth: Tensor) -> float:
+        return ((value.double() - truth).norm() / truth.norm()).item()
+
+    @classmethod
+    def assert_close_to_float64(cls, ours: Callable[..., Any], statement: Callable[..., Any], *tensors: Tensor) -> None:
+        """Our error is at most twice that of plain torch in the same dtype, outputs and gradients; dtypes are kept."""
+        results = cls.run(ours, *tensors)
+        plain = cls.run(statement, *tensors)
+        exact = cls.run(statement, *(tensor.double() for tensor in tensors))
+        assert [g.dtype for g in results[1]] == [tensor.dtype for tensor in tensors]
+        for kind, mine, same_dtype, truth in zip(("output", "gradient"), results, plain, exact, strict=True):
+            for i, (a, b, c) in enumerate(zip(mine, same_dtype, truth, strict=True)):
+                assert cls.relative_error(a, c) <= 2 * cls.relative_error(b, c) + 1e-6, f"{kind} {i}"
+
+    @staticmethod
+    def check_empty(function: Callable[[Tensor], Any], *shape: int) -> None:
+        """It takes an input without tokens, and its gradient has none."""
+        x = torch.ones(*shape, requires_grad=True)
+        out = function(x)
+        sum(one.sum() for one in (out if isinstance(out, tuple) else (out,))).backward()
+        assert x.grad.shape == shape
+
+
+@pytest.fixture(scope="session")
+def layers() -> LayerTests:
+    """Shared by the tests of rms_norm, apply_rotary, the gated units and LoRA."""
+    return LayerTests()
+
+
+class LoraOperands:
+    """x, weights, biases (the second is None), A and B, of odd sizes; as one list of leaves and back."""
+
+    def __init__(
+        self, dtype=torch.float32, lora_dtype=None, *, tokens=37, width=45, outs=(33, 17, 70), ranks=None, bias=True
+    ):
+        lora_dtype, ranks = lora_dtype or dtype, ranks or [5] * len(outs)
+        self.count = len(outs)
+        self.tensors = [
+            normal(tokens, width, dtype=dtype),
+            *(normal(out, width, seed=10 + p, dtype=dtype, scale=0.2) for p, out in enumerate(outs)),
+            *(normal(out, seed=20 + p, dtype=dtype) if bias and p != 1 else None for p, out in enumerate(outs)),
+            *(normal(rank, width, seed=30 + p, dtype=lora_dtype, scale=0.2) for p, rank in enumerate(ranks)),
+            *(
+                normal(out, rank, seed=40 + p, dtype=lora_dtype, scale=0.4)
+                for p, (out, rank) in enumerate(zip(outs, ranks, strict=True))
+            ),
+        ]
+
+    def unpack(self, leaves: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        x, *others = leaves
+        return x, *(others[i * self.count : (i + 1) * self.count] for i in range(4))
+
+    def double(self) -> LoraOperands:
+        other = object.__new__(LoraOperands)
+        other.count, other.tensors = self.count, [None if t is None else t.double() for t in self.tensors]
+        return other
+
+
+class LoraTests:
+    """Runs lora_linears, whatever the form of the call, on operands of many kinds."""
+
+    Operands = LoraOperands
+
+    @staticmethod
+    def upstream(outs: Sequence[Tensor]) -> list[Tensor]:
+        """Rounded to bf16, so that every dtype sees the same numbers."""
+        return [normal(*o.shape, seed=90 + p, dtype=torch.bfloat16).to(o.dtype) for p, o in enumerate(outs)]
+
+    @classmethod
+    def run(
+        cls,
+        function: Callable[..., Sequence[Tensor]],
+        operands: LoraOperands,
+        trained: Iterable[int] | None = None,
+        reached: Sequence[int] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The outputs, and the gradients of the operands (None of an absent bias and of what is not trained).
+
+        ``trained`` are positions in ``operands.tensors``, ``reached`` the outputs that something depends on; default
+        all.
+        """
+        trained = set(range(len(operands.tensors)) if trained is None else trained)
+        leaves = [
+            None if t is None else t.detach().clone().requires_grad_(i in trained)
+            for i, t in enumerate(operands.tensors)
+        ]
+        outs = function(*operands.unpack(leaves))
+        chosen = [p for p in range(len(outs)) if reached is None or p in reached]
+        gradients = cls.upstream(outs)
+        torch.autograd.backward([outs[p] for p in chosen], [gradients[p] for p in chosen])
+        return [o.detach() for o in outs], [None if t is None else t.grad for t in leaves]
+
+    @staticmethod
+    def flat(results: tuple[list[Tensor], list[Tensor | None]]) -> list[Tensor]:
+        outs, gradients = results
+        return [*outs, *(g for g in gradients if g is not None)]
+
+    @classmethod
+    def assert_equal(cls, found: Any, expected: Any) -> None:
+        for a, b in zip(cls.flat(found), cls.flat(expected), strict=True):
+            assert torch.equal(a, b)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Normally distributed, drawn in float64 and rounded."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, dtype=torch.float64, generator=g) * scale).to(DEVICE, dtype)
+
+
+@pytest.fixture(scope="session")
+def lora() -> LoraTests:
+    """Shared by the tests of LoRA in Triton."""
+    return LoraTests()
+
+
+def contrastive_example(
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    sizes: Sequence[int] = (6, 9, 4, 3, 24),
+    seed: int = 0,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns (differentiable tensors, keyword arguments); the losses are neither solved nor hopeless."""
+    options, g = dict(options), torch.Generator().manual_seed(seed)
+    B, N, M, K, D = sizes
+    num, hard = B if options.get("symmetric") else N, options.pop("hard", None)
+    if options.get("hard_negative_ids") and hard is None:
+        hard = "own"
+    tensors = {
+        "queries": torch.randn(B, D, generator=g) * 3,
+        "candidates": torch.randn(num, D, generator=g) / 2,
+        "scale": torch.tensor(options.pop("scale", 20.0), device=DEVICE),
+    }
+    tensors["candidates"][:B] += 0.08 * tensors["queries"]
+    if hard is not None:
+        tensors["hard_negatives"] = torch.randn(*((M,) if hard == "shared" else (B, K)), D, generator=g)
+    for name, x in tensors.items():
+        tensors[name] = x if name == "scale" else x.to(DEVICE, dtype)
+    ids = {"query_ids": (B,), "candidate_ids": (num,), "hard_negative_ids": (M,) if hard == "shared" else (B, K)}
+    for name, shape in ids.items():  # few identities: duplicates among queries, positives and negatives
+        if options.get(name):
+            options[name] = torch.randint(0, 6, shape, generator=g).to(DEVICE)
+    if options.get("query_ids") is not None and not {"candidate_ids", "hard_negative_ids"} & set(options):
+        options.pop("query_ids")
+    if options.get("targets"):
+        options["targets"] = torch.randint(0, num, (B,), generator=g).to(DEVICE)
+    return tensors, options
+
+
+@pytest.fixture(scope="session")
+def example() -> Callable[..., tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Makes inputs of info_nce by names of options: queries B, candidates N, hard negatives M or K a query, D."""
+    return contrastive_example
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], object]], int]:
+    """Gives the peak of what the CPU's allocator hands out while a function runs, which gives what it keeps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def peak(function: Callable[[], object]) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            kept = function()
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+        assert sizes and kept is not None
+        return max(accumulate(sizes))
+
+    return peak
 
 
 @pytest.fixture(scope="session")

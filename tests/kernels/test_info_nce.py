@@ -1,7 +1,5 @@
 """info_nce against the whole-matrix float64 statement in kernels/reference.py; saturation, masks, memory bounds."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -276,19 +274,9 @@ def test_autocast_does_not_lower_the_precision():
     assert all(torch.equal(inside[key], expected[key]) for key in expected)
 
 
-def peak_bytes(function):
-    """Peak of what the CPU allocator hands out during ``function``, from the profiler's allocation events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    assert sizes and kept is not None
-    return max(itertools.accumulate(sizes))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("extra", [{}, {"margin": 0.2, "include_query_query": True}, {"symmetric": True}])
-def test_memory_stays_within_the_workspace(dtype, extra):
+def test_memory_stays_within_the_workspace(dtype, extra, peak_bytes):
     size, width, budget = 2000, 8, 2**19
     g = torch.Generator().manual_seed(0)
     queries, candidates = (torch.randn(size, width, generator=g).to(dtype).requires_grad_() for _ in range(2))
@@ -304,7 +292,7 @@ def test_memory_stays_within_the_workspace(dtype, extra):
 
 
 @pytest.mark.parametrize("name", ["hard negatives", "matryoshka", "single losses"])
-def test_memory_with_options_stays_within_the_workspace(name):
+def test_memory_with_options_stays_within_the_workspace(name, peak_bytes):
     size, width, budget = 4000, 4, 2**21
     g = torch.Generator().manual_seed(0)
     count = 3 if name == "hard negatives" else 2
@@ -326,7 +314,7 @@ def test_memory_with_options_stays_within_the_workspace(name):
     assert peak_bytes(step) <= limit < min(2 * budget, size * size * 4 / 8)
 
 
-def test_16384_by_16384_within_256_mb():
+def test_16384_by_16384_within_256_mb(peak_bytes):
     size, width, budget = 16384, 32, 256 * 10**6
     g = torch.Generator().manual_seed(0)
     queries, candidates = (torch.randn(size, width, generator=g).requires_grad_() for _ in range(2))

@@ -1,6 +1,5 @@
 """linear_cross_entropy against the float64 statement in kernels/reference.py; its memory bound and repeatability."""
 
-import itertools
 import sys
 
 import pytest
@@ -202,18 +201,8 @@ def test_autocast_does_not_lower_the_precision():
     assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
 
 
-def peak_bytes(function):
-    """Peak of what the CPU allocator hands out during ``function``, from the profiler's allocation events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    assert sizes and kept is not None
-    return max(itertools.accumulate(sizes))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_stays_within_the_workspace(dtype):
+def test_memory_stays_within_the_workspace(dtype, peak_bytes):
     rows, width, vocab, budget = 500, 16, 4001, 2**18
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, width, generator=g).to(dtype).requires_grad_()
@@ -233,7 +222,7 @@ def test_memory_stays_within_the_workspace(dtype):
 @pytest.mark.parametrize(
     ("softcap", "reduction", "trained"), [(3.0, "mean", False), (None, "none", False), (None, "sum", True)]
 )
-def test_memory_with_options_stays_within_the_workspace(softcap, reduction, trained):
+def test_memory_with_options_stays_within_the_workspace(softcap, reduction, trained, peak_bytes):
     rows, width, vocab, budget = 1000, 2, 4001, 2**18
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, width, generator=g).requires_grad_()

@@ -1,10 +1,9 @@
-"""lora_linear and lora_linears in Triton against float64, against the torch backend, and inside torch."""
+"""lora_linear and lora_linears in Triton against float64 and the torch backend; their tables of tiles."""
 
 from itertools import product
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -14,14 +13,13 @@ from bivec.kernels.aot_cases_lora import all_cases, cases
 from bivec.kernels.dropout import linear_keep_mask
 from bivec.kernels.launch import recording
 from bivec.kernels.lora_kernels import gradient, project_, update_
-from bivec.kernels.lora_triton import backward, forward, lora_linears_backward_op, lora_linears_op
 from bivec.kernels.tuning import ARCHITECTURES, config_of, read_table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ("torch", "triton")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PAIRS = [(BF16, FP32), (FP16, FP32), (BF16, BF16), (FP32, FP32)]  # base, LoRA
-T, IN, OUTS, RANK, SCALING = 37, 45, (33, 17, 70), 5, 1.7  # multiples of nothing, a tile and more
+T, IN, OUTS, SCALING = 37, 45, (33, 17, 70), 1.7  # as the operands of conftest.py have them
 SEED = 2**40 + 3
 IDS = torch.arange(T, device=DEVICE) * 7 + 3
 DROPOUT = {"dropout_p": 0.3, "seed": SEED, "token_ids": IDS}
@@ -32,55 +30,6 @@ def randn(*shape, seed=0, dtype=FP32, scale=1.0):
     return (torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * scale).to(
         DEVICE, dtype
     )
-
-
-class Operands:
-    """x, weights, biases (the second is None), A and B; as one list of leaves and back."""
-
-    def __init__(self, dtype=FP32, lora_dtype=None, *, tokens=T, width=IN, outs=OUTS, ranks=None, bias=True):
-        lora_dtype, ranks = lora_dtype or dtype, ranks or [RANK] * len(outs)
-        self.count = len(outs)
-        self.tensors = [
-            randn(tokens, width, dtype=dtype),
-            *(randn(out, width, seed=10 + p, dtype=dtype, scale=0.2) for p, out in enumerate(outs)),
-            *(randn(out, seed=20 + p, dtype=dtype) if bias and p != 1 else None for p, out in enumerate(outs)),
-            *(randn(rank, width, seed=30 + p, dtype=lora_dtype, scale=0.2) for p, rank in enumerate(ranks)),
-            *(
-                randn(out, rank, seed=40 + p, dtype=lora_dtype, scale=0.4)
-                for p, (out, rank) in enumerate(zip(outs, ranks, strict=True))
-            ),
-        ]
-
-    def unpack(self, leaves):
-        x, *others = leaves
-        return x, *(others[i * self.count : (i + 1) * self.count] for i in range(4))
-
-    def double(self):
-        other = object.__new__(Operands)
-        other.count, other.tensors = self.count, [None if t is None else t.double() for t in self.tensors]
-        return other
-
-
-def upstream(outs):
-    """Rounded to bf16, so that every dtype sees the same numbers."""
-    return [randn(*o.shape, seed=90 + p, dtype=BF16).to(o.dtype) for p, o in enumerate(outs)]
-
-
-def run(function, operands, trained=None, reached=None):
-    """The outputs, and the gradients of the operands (None of an absent bias and of what is not trained).
-
-    ``trained`` are positions in ``operands.tensors``, ``reached`` the outputs that something depends on; default all.
-    """
-    count = len(operands.tensors)
-    trained = set(range(count)) if trained is None else set(trained)
-    leaves = [
-        None if t is None else t.detach().clone().requires_grad_(i in trained) for i, t in enumerate(operands.tensors)
-    ]
-    outs = function(*operands.unpack(leaves))
-    chosen = [p for p in range(len(outs)) if reached is None or p in reached]
-    gradients = upstream(outs)
-    torch.autograd.backward([outs[p] for p in chosen], [gradients[p] for p in chosen])
-    return [o.detach() for o in outs], [None if t is None else t.grad for t in leaves]
 
 
 def joint(backend, **options):
@@ -123,11 +72,6 @@ def flat(results):
     return [*outs, *(g for g in gradients if g is not None)]
 
 
-def assert_equal(found, expected):
-    for a, b in zip(flat(found), flat(expected), strict=True):
-        assert torch.equal(a, b)
-
-
 def assert_near(found, expected, tolerance=2e-6):
     """Relative to the norm: sums in another order."""
     for a, b in zip(flat(found), flat(expected), strict=True):
@@ -138,10 +82,10 @@ def assert_near(found, expected, tolerance=2e-6):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 @pytest.mark.parametrize(("dtype", "lora_dtype"), PAIRS, ids=lambda d: str(d).removeprefix("torch."))
-def test_matches_float64(dtype, lora_dtype, options, backend):
-    operands = Operands(dtype, lora_dtype)
-    ours = run(joint(backend, **options), operands)
-    same_dtype, exact = (run(plain(**options), o) for o in (operands, operands.double()))
+def test_matches_float64(dtype, lora_dtype, options, backend, lora):
+    operands = lora.Operands(dtype, lora_dtype)
+    ours = lora.run(joint(backend, **options), operands)
+    same_dtype, exact = (lora.run(plain(**options), o) for o in (operands, operands.double()))
     assert [o.dtype for o in ours[0]] == [dtype] * 3
     assert [g.dtype for g in ours[1] if g is not None] == [t.dtype for t in operands.tensors if t is not None]
     for i, (a, b, c) in enumerate(zip(flat(ours), flat(same_dtype), flat(exact), strict=True)):
@@ -151,16 +95,18 @@ def test_matches_float64(dtype, lora_dtype, options, backend):
 
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 @pytest.mark.parametrize("lora_dtype", [FP32, BF16], ids=str)
-def test_jointly_is_as_one_by_one(lora_dtype, options):
+def test_jointly_is_as_one_by_one(lora_dtype, options, lora):
     """With the same mask; sums are formed in another order."""
-    operands = Operands(FP32 if lora_dtype == FP32 else BF16, lora_dtype)
-    together, apart = (run(form("triton", **options), operands) for form in (joint, separate))
+    operands = lora.Operands(FP32 if lora_dtype == FP32 else BF16, lora_dtype)
+    together, apart = (lora.run(form("triton", **options), operands) for form in (joint, separate))
     assert_near(together, apart, 4 * torch.finfo(operands.tensors[0].dtype).eps)
 
 
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
-def test_both_backends_agree(options):
-    assert_near(run(joint("triton", **options), Operands()), run(joint("torch", **options), Operands()))
+def test_both_backends_agree(options, lora):
+    assert_near(
+        lora.run(joint("triton", **options), lora.Operands()), lora.run(joint("torch", **options), lora.Operands())
+    )
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
@@ -186,29 +132,31 @@ def test_the_mask_has_the_same_bits(dtype, width):
 @pytest.mark.parametrize(
     ("width", "outs", "ranks"), [(1, (1,), [1]), (3, (130, 1), [16, 2]), (129, (16,), [64]), (33, (20, 5), [70, 3])]
 )
-def test_any_shape(tokens, width, outs, ranks):
-    operands = Operands(tokens=tokens, width=width, outs=outs, ranks=ranks)
+def test_any_shape(tokens, width, outs, ranks, lora):
+    operands = lora.Operands(tokens=tokens, width=width, outs=outs, ranks=ranks)
     ids = torch.arange(tokens, device=DEVICE)
     for options in ({}, DROPOUT | {"token_ids": ids}):
-        ours = run(joint("triton", **options), operands)
-        exact = run(plain(**options), operands.double())
+        ours = lora.run(joint("triton", **options), operands)
+        exact = lora.run(plain(**options), operands.double())
         for a, b in zip(flat(ours), flat(exact), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
 
 
-def test_nothing_in_nothing_out():
+def test_nothing_in_nothing_out(lora):
     for width, out in ((0, 7), (7, 0)):
-        ours, torchs = (run(joint(b), Operands(width=width, outs=(out,), bias=False)) for b in ("triton", "torch"))
-        assert_equal(ours, torchs)
+        ours, torchs = (
+            lora.run(joint(b), lora.Operands(width=width, outs=(out,), bias=False)) for b in ("triton", "torch")
+        )
+        lora.assert_equal(ours, torchs)
 
 
-def test_runs_repeat_bit_for_bit_and_long_sums_have_parts():
+def test_runs_repeat_bit_for_bit_and_long_sums_have_parts(lora):
     """More tokens than one part of a sum over them; partial sums reach neither other parts nor lack any row."""
-    operands = Operands(BF16, FP32, tokens=300, width=20, outs=(18, 3))
+    operands = lora.Operands(BF16, FP32, tokens=300, width=20, outs=(18, 3))
     options = {"dropout_p": 0.1, "seed": SEED, "token_ids": torch.arange(300, device=DEVICE)}
-    first, second = (run(joint("triton", **options), operands) for _ in range(2))
-    assert_equal(first, second)
-    exact = run(plain(**options), operands.double())
+    first, second = (lora.run(joint("triton", **options), operands) for _ in range(2))
+    lora.assert_equal(first, second)
+    exact = lora.run(plain(**options), operands.double())
     for found, truth in list(zip(first[1], exact[1], strict=True))[5:]:  # of A and B
         assert (found.double() - truth).norm() <= 1e-5 * truth.norm()
     for tokens, parts in ((1, 1), (256, 1), (257, 2), (4096, 16), (4097, 9), (10**6, 16)):
@@ -224,10 +172,10 @@ TRAINED = {"lora": range(7, 13), "x": [0], "one A": [8], "one B": [12], "base": 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 @pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
-def test_any_subset_may_be_trained(trained, options, backend):
-    operands = Operands()
-    outs, everything = run(joint(backend, **options), operands)
-    found, some = run(joint(backend, **options), operands, trained)
+def test_any_subset_may_be_trained(trained, options, backend, lora):
+    operands = lora.Operands()
+    outs, everything = lora.run(joint(backend, **options), operands)
+    found, some = lora.run(joint(backend, **options), operands, trained)
     for i, (one, other) in enumerate(zip(some, everything, strict=True)):
         assert (one is None) == (i not in trained or other is None)
     assert_near((found, some), (outs, [g if i in trained else None for i, g in enumerate(everything)]))
@@ -236,25 +184,25 @@ def test_any_subset_may_be_trained(trained, options, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
 @pytest.mark.parametrize("reached", [[0], [2], [0, 2]], ids=str)
-def test_outputs_that_nothing_depends_on(reached, options, backend):
+def test_outputs_that_nothing_depends_on(reached, options, backend, lora):
     """Their operands get no gradient, the others and x what they get without them."""
-    operands = Operands()
-    found = run(joint(backend, **options), operands, reached=reached)
-    expected = run(separate(backend, **options), operands, reached=reached)
+    operands = lora.Operands()
+    found = lora.run(joint(backend, **options), operands, reached=reached)
+    expected = lora.run(separate(backend, **options), operands, reached=reached)
     assert [g is None for g in found[1]] == [g is None for g in expected[1]]
     assert_near(found, expected)
 
 
-def test_no_work_for_what_nobody_wants(monkeypatch):
+def test_no_work_for_what_nobody_wants(monkeypatch, lora):
     calls = []
     for name in ("project_", "update_", "gradient"):
         real = getattr(lora_triton, name)
         monkeypatch.setattr(lora_triton, name, lambda *a, name=name, real=real: calls.append(name) or real(*a))
-    operands = Operands()
+    operands = lora.Operands()
 
     def counts(trained, reached=None):
         calls.clear()
-        run(joint("triton", **DROPOUT), operands, trained, reached)
+        lora.run(joint("triton", **DROPOUT), operands, trained, reached)
         return [calls.count(name) for name in ("project_", "update_", "gradient")]
 
     forward_alone = [1, 3, 0]
@@ -275,26 +223,26 @@ def test_no_work_for_what_nobody_wants(monkeypatch):
     assert calls == ["project_", "update_", "update_", "update_"]
 
 
-def test_the_seed_may_be_a_tensor():
+def test_the_seed_may_be_a_tensor(lora):
     for backend in BACKENDS:
-        expected = run(joint(backend, **DROPOUT), Operands())
+        expected = lora.run(joint(backend, **DROPOUT), lora.Operands())
         for seed in (torch.tensor([SEED], device=DEVICE), torch.tensor(SEED, device=DEVICE)):
-            assert_equal(run(joint(backend, **DROPOUT | {"seed": seed}), Operands()), expected)
-        other = run(joint(backend, **DROPOUT | {"seed": 1}), Operands())
+            lora.assert_equal(lora.run(joint(backend, **DROPOUT | {"seed": seed}), lora.Operands()), expected)
+        other = lora.run(joint(backend, **DROPOUT | {"seed": 1}), lora.Operands())
         assert not torch.equal(other[0][0], expected[0][0])
 
 
-def test_token_ids_count_by_default():
+def test_token_ids_count_by_default(lora):
     ids = torch.arange(T, device=DEVICE)
-    expected = run(joint("triton", **DROPOUT | {"token_ids": ids}), Operands())
-    assert_equal(run(joint("triton", dropout_p=0.3, seed=SEED), Operands()), expected)
+    expected = lora.run(joint("triton", **DROPOUT | {"token_ids": ids}), lora.Operands())
+    lora.assert_equal(lora.run(joint("triton", dropout_p=0.3, seed=SEED), lora.Operands()), expected)
     strided = torch.stack([ids, ids + 1], 1)[:, 0]
-    assert_equal(run(joint("triton", **DROPOUT | {"token_ids": strided}), Operands()), expected)
+    lora.assert_equal(lora.run(joint("triton", **DROPOUT | {"token_ids": strided}), lora.Operands()), expected)
 
 
-def test_layouts():
+def test_layouts(lora):
     """Rows further apart than ``in``, columns that are not neighbours, transposed matrices, a broadcast gradient."""
-    operands = Operands()
+    operands = lora.Operands()
     x, weights, biases, lora_as, lora_bs = operands.unpack(operands.tensors)
     expected = joint("triton", **DROPOUT)(x, weights, biases, lora_as, lora_bs)
 
@@ -333,148 +281,10 @@ def test_offsets_beyond_2_31_elements():
     assert torch.equal(far, near)
 
 
-# --- inside torch -----------------------------------------------------------------------------------------------------
-
-
-def operator_arguments(dropout_p, dtype=BF16, lora_dtype=FP32):
-    operands = Operands(dtype, lora_dtype, tokens=5, width=7, outs=(3, 2, 4), ranks=[5, 5, 3])
-    tensors = [x if x is not None else randn(0, dtype=dtype) for x in operands.tensors]
-    x, *matrices = operands.unpack([t.requires_grad_(t.numel() > 0) for t in tensors])
-    noise = (torch.tensor([SEED], device=DEVICE), IDS[:5]) if dropout_p else (None, None)
-    return x, *matrices, *noise, SCALING, dropout_p
-
-
-def backward_arguments(dropout_p, wanted, dtype=BF16, lora_dtype=FP32, reached=(0, 1, 2)):
-    x, weights, _, lora_as, lora_bs, *noise = operator_arguments(dropout_p, dtype, lora_dtype)
-    *outs, h = lora_linears_op(x, weights, _, lora_as, lora_bs, *noise)
-    d_outs = [d if p in reached else None for p, d in enumerate(upstream(outs))]
-    matrices = [[t.detach() for t in kind] for kind in (weights, lora_as, lora_bs)]
-    return d_outs, x.detach(), *matrices, h.detach(), *noise, wanted
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_opcheck(dropout_p):
-    """Schema, fake tensors, autograd registration, and tracing with static and dynamic shapes."""
-    torch.library.opcheck(lora_linears_op, operator_arguments(dropout_p))
-    torch.library.opcheck(lora_linears_backward_op, backward_arguments(dropout_p, [True] * 13))
-    wanted = [True] + [False] * 6 + [True, False, True] * 2
-    torch.library.opcheck(lora_linears_backward_op, backward_arguments(dropout_p, wanted, reached=(0, 2)))
-
-
-@pytest.mark.parametrize(("dtype", "lora_dtype"), [(BF16, FP32), (BF16, BF16)], ids=["fp32", "bf16"])
-def test_fake_results_look_like_the_real_ones(dtype, lora_dtype):
-    for op, arguments in (
-        (lora_linears_op, operator_arguments(0.3, dtype, lora_dtype)),
-        (lora_linears_backward_op, backward_arguments(0.3, [True] * 13, dtype, lora_dtype)),
-        (lora_linears_backward_op, backward_arguments(0.0, [False, True] * 6 + [False], dtype, lora_dtype)),
-    ):
-        real = op(*arguments)
-        with torch._subclasses.FakeTensorMode() as mode:
-            fake = op(*torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments))
-        assert len(real) == len(fake)
-        for a, b in zip(real, fake, strict=True):
-            assert (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-            assert a.stride() == b.stride() or a.numel() == 0
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("options", [{}, DROPOUT], ids=["plain", "dropout"])
-def test_compiled_as_one_graph_it_is_the_same(options, backend):
-    torch._dynamo.reset()
-
-    def step(x, *matrices):
-        return [y * 2 for y in joint(backend, **options)(x.sin(), *matrices)]
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    operands = Operands(BF16, FP32)
-    assert_equal(run(compiled, operands), run(step, operands))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_nothing(reentrant):
-    operands = Operands(BF16, FP32)
-
-    def step(*leaves):
-        return tuple(y.cos() for y in joint("triton", **DROPOUT)(*operands.unpack(leaves)))
-
-    def checkpointed(x, *matrices):
-        return checkpoint(step, x, *(m for kind in matrices for m in kind), use_reentrant=reentrant)
-
-    def direct(x, *matrices):
-        return step(x, *(m for kind in matrices for m in kind))
-
-    assert_equal(run(checkpointed, operands), run(direct, operands))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_saved(backend):
-    """Of the call's own: h of every projection, and on Triton the seed as a tensor."""
-    operands = Operands(BF16, FP32)
-    leaves = [None if t is None else t.requires_grad_() for t in operands.tensors]
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        joint(backend, **DROPOUT)(*operands.unpack(leaves))
-    given = {t.data_ptr() for t in (*leaves, IDS) if t is not None}
-    own = sum(t.nbytes for t in saved if t.data_ptr() not in given)
-    assert own == 3 * T * RANK * 4 + (8 if backend == "triton" else 0)
-    assert sum(t.data_ptr() == leaves[0].data_ptr() for t in saved) == 1  # x once
-
-
-def test_there_is_no_second_derivative():
-    operands = Operands()
-    leaves = [None if t is None else t.requires_grad_() for t in operands.tensors]
-    outs = joint("triton")(*operands.unpack(leaves))
-    (gradient,) = torch.autograd.grad(outs[0].square().sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        gradient.sum().backward()
-
-
-def test_autocast_does_not_lower_the_precision():
-    expected = run(joint("triton", **DROPOUT), Operands())
-
-    def inside(*matrices):
-        with torch.autocast(DEVICE.type, BF16):
-            return joint("triton", **DROPOUT)(*matrices)
-
-    assert_equal(run(inside, Operands()), expected)
-
-
-def test_no_value_is_read():
-    """Reading stalls a GPU, where torch is told to refuse it, and fails for tensors without values, on a CPU."""
-    seed = torch.tensor([SEED], device=DEVICE)
-    if DEVICE.type == "cuda":
-        operands = Operands(BF16, FP32)
-        run(joint("triton", **DROPOUT | {"seed": seed}), operands)  # compiles and loads the kernels
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for options in (DROPOUT, DROPOUT | {"seed": seed}):
-                leaves = [None if t is None else t.detach().requires_grad_() for t in operands.tensors]
-                sum(y.sum() for y in joint("triton", **options)(*operands.unpack(leaves))).backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return
-    operands = Operands(BF16, FP32)
-    leaves = [None if t is None else t.to("meta").requires_grad_() for t in operands.tensors]
-    options = DROPOUT | {"seed": seed.to("meta"), "token_ids": IDS.to("meta")}
-    sum(y.sum() for y in joint("triton", **options)(*operands.unpack(leaves))).backward()
-    assert all(t is None or t.grad.shape == t.shape for t in leaves)
-    x, weights, _, lora_as, lora_bs = operands.unpack([None if t is None else t.to("meta") for t in operands.tensors])
-    noise = options["seed"], options["token_ids"], SCALING, 0.3
-    with recording("sm_90") as launches:  # inside the operators, too
-        *outs, h = forward(x, weights, [x.new_empty(0)] * 3, lora_as, lora_bs, *noise)
-        backward(outs, x, weights, lora_as, lora_bs, h, *noise, [True] + [False] * 6 + [True] * 6)
-    names = [launch.kernel.__name__.removeprefix("lora_") for launch in launches]
-    expected = "row_keys project update update update gradient gradient gradient project project project row_keys"
-    assert names == f"{expected} gradient update".split()
-
-
-# --- errors and tables ------------------------------------------------------------------------------------------------
-
-
-def test_float64_is_refused():
+def test_float64_is_refused(lora):
     for lora_dtype in (FP32, torch.float64):
         with pytest.raises(BackendError, match=r'^lora_linears: .*float64.*backend="torch"'):
-            run(joint("triton"), Operands(torch.float64, lora_dtype))
+            lora.run(joint("triton"), lora.Operands(torch.float64, lora_dtype))
     x, w, a, b = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
     with pytest.raises(BackendError, match=r"^lora_linear: .*float64"):
         lora_linear(*(t.double() for t in (x, w, a, b)), 1.0, backend="triton")

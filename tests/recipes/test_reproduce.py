@@ -39,7 +39,7 @@ def test_all_parts_and_the_report(quick_start, tmp_path, capsys):
     assert "This part was not run" not in report
     for name in PARTS[1:]:
         part = json.loads((tmp_path / f"{name}.json").read_text())
-        assert part["data"]["table"] in report and part["seconds"] >= 0
+        assert part["data"]["table"] in report and isinstance(part["seconds"], float)
         assert f"| {name} | " in report
     for name in ("pooling", "prefixes", "masks", "curves"):
         assert f"({name}.png)" in report and (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"

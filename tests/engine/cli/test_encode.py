@@ -49,7 +49,7 @@ def vectors_of(path):
 @pytest.mark.parametrize("output", ["e.npy", "e.parquet"])
 def test_every_kind_of_file(bivec_json, encoder, tiny_llama_dir, tmp_path, kind, output):
     document = bivec_json("encode", tiny_llama_dir, write(tmp_path, kind), "-o", tmp_path / output)
-    assert document.pop("seconds") >= 0
+    assert isinstance(document.pop("seconds"), float)
     assert document == {
         "output": str(tmp_path / output),
         "texts": 5,
