@@ -30,7 +30,7 @@ def parts(monkeypatch):
         ("on 2026-11-28 with torch 2.13.0 at commit 8551b69", []),
         ("1. first\n**2. second:** 3 steps", ["3"]),
         ("```python\nx = 3  # 4 s\n```\n```bash\nrun 5  # 6 s\n# 7 s\n```\n", ["6", "7"]),
-        ("nine minutes, a quarter of an hour, two cores, twice, three of them", ["nine minutes", "quarter of an hour"]),
+        ("nine minutes, a quarter of an hour, two cores, twice, three of them", ["nine minutes", "a quarter of"]),
         ("<!-- table: a -->\n| 5 |\n<!-- end -->\n6", ["6"]),
     ],
 )
