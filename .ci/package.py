@@ -63,6 +63,8 @@ def main(folder: Path) -> None:
     wrong += [f"{sdist.name}: {line}" for line in unexpected(files_of_sdist(sdist), tracked)]
     if wrong:
         sys.exit("\n".join(wrong))
+    versions = run(python, "-c", "import setuptools, zlib; print(setuptools.__version__, zlib.ZLIB_RUNTIME_VERSION)")
+    print("setuptools {}, zlib {}".format(*versions.split()))
     for file in (wheel, sdist):
         print(f"{sha256(file)}  {file.name}, built twice, {file.stat().st_size} bytes")
         shutil.copy(file, folder)

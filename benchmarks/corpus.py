@@ -56,7 +56,7 @@ from bivec.engine.corpus import encode_corpus
 from bivec.engine.data import load_texts
 from bivec.engine.encoder import Encoder
 from bivec.engine.errors import BivecError
-from bivec.engine.recipe import PACKAGED_MODEL
+from bivec.engine.packaged import PACKAGED_MODEL
 
 CORPUS, NO_THREAD, GIVEN = "encode_corpus", "without thread", "given order"
 

@@ -51,7 +51,7 @@ from bivec.engine.data import load_sts
 from bivec.engine.encoder import Encoder
 from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import BivecError
-from bivec.engine.recipe import PACKAGED_MODEL
+from bivec.engine.packaged import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

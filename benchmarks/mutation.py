@@ -5,13 +5,16 @@
     python benchmarks/mutation.py --only masking      # one; the other parts of the report stay as they are
     python benchmarks/mutation.py --sample 100        # at most so many mutants of a file, drawn with --seed
     python benchmarks/mutation.py --again             # the survivors of the report, after a test was added
+    python benchmarks/mutation.py --sample 12 --seed 1 --name mutation_fresh    # others, beside the report
 
 Each mutant is a copy of the repository with one small change to one file (benchmarks/mutation_sites.py says which);
 the tests of that file are run on it until the first failure. A mutant is killed when a test fails, or when its tests
 do not end in their time; it survives when all pass. Survivors that no input tells from the original, and survivors
 that are left, are named with the reason in benchmarks/mutation_survivors.json; any other is listed as unexplained.
 
-Writes mutation.json and mutation.md into benchmarks/results, or ``--output DIR``.
+Tests were written for survivors of the first report, so its rate after ``--again`` says little of other mutants: those
+of a fresh sample are for that. Writes mutation.json and mutation.md (``--name``) into benchmarks/results, or
+``--output DIR``.
 """
 
 from __future__ import annotations
@@ -249,9 +252,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="test the survivors of the report's mutants again")
     parser.add_argument("--explain", action="store_true", help="test nothing, read the reasons of survivors again")
+    parser.add_argument("--name", default="mutation", help="of the two files (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
     given = parser.parse_args()
-    target = given.output / "mutation.json"
+    target = given.output / f"{given.name}.json"
     document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"parts": {}}
     for name in () if given.explain else given.only:
         with tempfile.TemporaryDirectory() as folder:

@@ -79,7 +79,7 @@ def problems(name: str, text: str, claims: Sequence[Claim]) -> Iterator[str]:
 def count_tokens() -> None:
     """Writes results/samples.json: SmolLM2's tokens of the paragraphs that MNTP trains on."""
     from bivec.engine.inputs import resolve_model
-    from bivec.engine.recipe import PACKAGED_MODEL
+    from bivec.engine.packaged import PACKAGED_MODEL
     from bivec.engine.tokenizer import load_tokenizer
     from bivec.models import load_pretrained
 

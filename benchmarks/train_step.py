@@ -62,7 +62,7 @@ from workload import SHAPES, load_checkpoint
 from bivec.engine.errors import BivecError
 from bivec.engine.lora import LoraConfig, add_lora
 from bivec.engine.optim import OptimConfig
-from bivec.engine.recipe import PACKAGED_MODEL
+from bivec.engine.packaged import PACKAGED_MODEL
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STAGES = ("mntp", "simcse")

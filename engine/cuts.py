@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from bivec.engine.distributed import ALONE, World
+from bivec.engine.estimate import setting_of
 from bivec.engine.inputs import Inputs
 from bivec.engine.planner import Plan, Setting, batch_tokens, free_memory, parse_memory, plan_contrastive, plan_mntp
 from bivec.engine.recipe import Recipe
@@ -50,18 +51,8 @@ def plan_cuts(
 
     def setting(name: str) -> Setting:
         stage = getattr(recipe, name)
-        full = stage.tuning == "full"
-        return Setting(
-            inputs.config,
-            stage.lora,
-            dtype.itemsize,
-            name == "mntp",
-            device.type,
-            triton,
-            full=full,
-            train_head=getattr(stage, "lm_head", "") == "trained",
-            shards=world.size if full or options.shard else None,
-        )
+        shards = world.size if stage.tuning == "full" or options.shard else None
+        return setting_of(inputs.config, stage, dtype.itemsize, device.type, triton=triton, shards=shards)
 
     plans = {}
     if "mntp" in recipe.stages:

@@ -15,6 +15,7 @@ Processes are made by a launcher: ``torchrun``, or ``srun``, whose variables are
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -181,8 +182,11 @@ def process_group(
         of_one: a single process makes a group too, which sharding needs.
 
     Raises:
+        ConfigError: a timeout that is no number of seconds.
         RunError: a rank is lost, or the processes do not find each other.
     """
+    if not 0 < timeout_seconds < math.inf:
+        raise ConfigError(f"--timeout {timeout_seconds:g}: expected a number of seconds")
     if world.size == 1 and not of_one:
         yield
         return

@@ -27,15 +27,25 @@ from bivec.models.plain_json import parse_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-CONFIG_FILE = "bivec_config.json"
+SETTINGS_FILE = "bivec_config.json"
 LLM2VEC_FILE = "llm2vec_config.json"
 # what a hub repository may hold of settings, beside weights and tokenizer
-CONFIG_PATTERNS = (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE, LENGTH_FILE, PROMPTS_FILE, POOLING_PATTERN, WEIGHTS_PATTERN)
+CONFIG_PATTERNS = (
+    SETTINGS_FILE,
+    LLM2VEC_FILE,
+    MODULES_FILE,
+    LENGTH_FILE,
+    PROMPTS_FILE,
+    POOLING_PATTERN,
+    WEIGHTS_PATTERN,
+)
 # what our own file says beside the fields of EncoderConfig
 ORIGIN, PROMPTS, DIFFERENCES, BOS = "origin", "prompts", "differences_elsewhere", "bos_token"
 TRAINED_ON = "trained_on"
 OTHERS = (ORIGIN, PROMPTS, DIFFERENCES, BOS, TRAINED_ON)
-GGUF_POOLINGS = {1: "mean", 2: "bos_token", 3: "last_token"}  # llama.cpp's pooling_type
+# llama.cpp's pooling_type; its last_token is ours with an EOS behind the text too
+GGUF_POOLING_TYPES = {"mean": 1, "bos_token": 2, "last_token": 3, "eos_token": 3}
+GGUF_POOLINGS = {number: name for name, number in GGUF_POOLING_TYPES.items() if name != "eos_token"}
 GGUF_KEY = "bivec.encoder"  # in the metadata: the fields of EncoderConfig as JSON
 GGUF_ORIGIN, GGUF_PROMPTS = "bivec.origin", "bivec.prompts"
 # our and llm2vec's names -> mode of segment_pool
@@ -106,7 +116,7 @@ def stored_encoder_config(folder: Path, *, is_causal: bool | None) -> EncoderCon
     if folder.is_file():
         return _gguf_encoder_config(folder)
     for file, read in (
-        (folder / CONFIG_FILE, _read_own),
+        (folder / SETTINGS_FILE, _read_own),
         (folder / LLM2VEC_FILE, read_llm2vec),
         (folder / MODULES_FILE, read_sentence_transformers),
     ):
@@ -149,19 +159,19 @@ def write_settings(
     settings = {**asdict(config), BOS: bos_token}
     settings |= {} if origin is None else {ORIGIN: origin.to_dict()}
     settings |= {} if trained_on is None else {TRAINED_ON: trained_on.to_dict()}
-    (folder / CONFIG_FILE).write_text(json_text(settings), encoding="utf-8")
+    (folder / SETTINGS_FILE).write_text(json_text(settings), encoding="utf-8")
 
 
 def stored_bos(folder: Path) -> tuple[bool, str | None]:
     """Whether a folder of an adapter of ours says which BOS its training had in front, and which; None = none."""
-    file = folder / CONFIG_FILE
+    file = folder / SETTINGS_FILE
     stored = read_json(file, dict) if file.is_file() else {}
     return BOS in stored, stored.get(BOS)
 
 
 def stored_trained_on(folder: Path) -> Origin | None:
     """The weights that an adapter of ours was trained on; None where its folder does not say."""
-    file = folder / CONFIG_FILE
+    file = folder / SETTINGS_FILE
     stored = read_json(file, dict).get(TRAINED_ON) if file.is_file() else None
     return None if stored is None else Origin.from_dict(stored, file)
 
@@ -170,7 +180,7 @@ def is_encoder(folder: Path) -> bool:
     """Whether a folder or GGUF file is an encoder's, whose tokenizer is taken as it is, and not a mere decoder's."""
     if folder.is_file():
         return _gguf_encoder_config(folder) is not None
-    return any((folder / name).is_file() for name in (CONFIG_FILE, LLM2VEC_FILE, MODULES_FILE))
+    return any((folder / name).is_file() for name in (SETTINGS_FILE, LLM2VEC_FILE, MODULES_FILE))
 
 
 def _gguf_encoder_config(file: Path) -> EncoderConfig | None:
@@ -194,7 +204,7 @@ def stored_prompts(folder: Path) -> dict[str, str]:
     if folder.is_file():
         stored = _gguf_json(folder, GGUF_PROMPTS)
         return _checked_prompts(stored, folder) if stored is not None else {}
-    for file in (folder / CONFIG_FILE, folder / PROMPTS_FILE):
+    for file in (folder / SETTINGS_FILE, folder / PROMPTS_FILE):
         stored = read_json(file, dict).get(PROMPTS) if file.is_file() else None
         if stored is not None:
             return _checked_prompts(stored, file)
@@ -212,7 +222,7 @@ def stored_origin(folder: Path) -> Origin:
     if folder.is_file():
         stored = _gguf_json(folder, GGUF_ORIGIN)
         return Origin() if stored is None else Origin.from_dict(stored, folder)
-    file = folder / CONFIG_FILE
+    file = folder / SETTINGS_FILE
     stored = read_json(file, dict).get(ORIGIN) if file.is_file() else None
     return Origin() if stored is None else Origin.from_dict(stored, file)
 

@@ -29,9 +29,24 @@ class StageEstimate:
 
 
 def setting_of(
-    config: DecoderConfig, stage: MntpStage | SimcseStage | SupervisedStage, itemsize: int, device: str
+    config: DecoderConfig,
+    stage: MntpStage | SimcseStage | SupervisedStage,
+    itemsize: int,
+    device: str,
+    *,
+    triton: bool | None = None,
+    shards: int | None = None,
 ) -> Setting:
-    """The stage on a device that is used as by default: fp32 and torch on a CPU, the Triton kernels on a GPU."""
+    """The stage on a device.
+
+    Args:
+        config: the model's shape.
+        stage: its settings.
+        itemsize: bytes of an element of the weights.
+        device: "cpu" or "cuda".
+        triton: the backend of the kernels; None = as by default, torch on a CPU.
+        shards: ranks over which weights and optimiser are spread; None = one for full-weight training, else none.
+    """
     full = stage.tuning == "full"
     return Setting(
         config,
@@ -39,10 +54,10 @@ def setting_of(
         itemsize,
         isinstance(stage, MntpStage),
         device,
-        triton=device != "cpu",
+        triton=device != "cpu" if triton is None else triton,
         full=full,
         train_head=getattr(stage, "lm_head", "") == "trained",
-        shards=1 if full else None,
+        shards=1 if full and shards is None else shards,
     )
 
 

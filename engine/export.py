@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bivec.engine.encoder_config import (
-    CONFIG_FILE,
     DIFFERENCES,
     ORIGIN,
     PROMPTS,
+    SETTINGS_FILE,
     read_encoder_config,
     stored_origin,
 )
@@ -72,7 +72,7 @@ def save_encoder(
         save_pretrained(encoder.model, temporary, is_causal=encoder.config.causal)
         exported_tokenizer(encoder).save_pretrained(temporary)
         files.write(temporary)
-        (temporary / CONFIG_FILE).write_text(json_text(settings), encoding="utf-8")
+        (temporary / SETTINGS_FILE).write_text(json_text(settings), encoding="utf-8")
         if not readme.exists() or is_ours(readme):
             (temporary / CARD_FILE).write_text(
                 render_card(
@@ -119,9 +119,9 @@ def rewrite_card(folder: str | Path, card: ModelCard) -> None:
     if (folder / CARD_FILE).exists() and not is_ours(folder / CARD_FILE):
         return
     shape = DecoderConfig.from_pretrained(folder)
-    stored = read_json(folder / CONFIG_FILE, dict)
+    stored = read_json(folder / SETTINGS_FILE, dict)
     if DIFFERENCES not in stored:
-        raise ConfigError(f"{folder / CONFIG_FILE}: no {DIFFERENCES!r}: not an encoder that save_pretrained wrote")
+        raise ConfigError(f"{folder / SETTINGS_FILE}: no {DIFFERENCES!r}: not an encoder that save_pretrained wrote")
     text = render_card(
         read_encoder_config(folder, shape),
         shape,

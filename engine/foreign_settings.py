@@ -19,7 +19,7 @@ WEIGHTS_PATTERN = "*_WordWeights/*"
 LONGEST_PATH = 1000  # no file system takes much more
 UNLIMITED = 10**6  # transformers writes 1e30 as the length of a tokenizer that has none
 # their names, with "pooling_mode_" before them as flags or alone in one field -> ours
-POOLINGS = {
+FOREIGN_POOLINGS = {
     "mean_tokens": "mean",
     "mean": "mean",
     "weightedmean_tokens": "weighted_mean",
@@ -151,9 +151,9 @@ def _pooling(file: Path) -> dict[str, Any]:
         if (key.startswith(prefix) or key == "include_prompt") and not isinstance(value, bool):
             raise ConfigError(f"{file}: {key} is {repr(value)[:80]}, expected true or false")
     modes = modes or [str(pooling.get("pooling_mode"))]
-    if len(modes) != 1 or modes[0] not in POOLINGS:
+    if len(modes) != 1 or modes[0] not in FOREIGN_POOLINGS:
         raise ConfigError(f"{file}: pooling {' + '.join(modes)} is not supported")
-    return {"pooling": POOLINGS[modes[0]], "skip_instruction": not pooling.get("include_prompt", True)}
+    return {"pooling": FOREIGN_POOLINGS[modes[0]], "skip_instruction": not pooling.get("include_prompt", True)}
 
 
 def _prefix_counts(folder: Path, tokenizer: Path) -> bool:

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from bivec.engine.encoder_config import GGUF_KEY, GGUF_ORIGIN, GGUF_PROMPTS
+from bivec.engine.encoder_config import GGUF_KEY, GGUF_ORIGIN, GGUF_POOLING_TYPES, GGUF_PROMPTS
 from bivec.engine.errors import CheckpointError, ConfigError
 from bivec.engine.export import exported_tokenizer
-from bivec.engine.tokenizer import GGUF_CONTROL, GGUF_USER_DEFINED, byte_level_splits, load_tokenizer, prefix_length
+from bivec.engine.sentencepiece_bpe import CONTROL, NORMAL, UNKNOWN, USER_DEFINED
+from bivec.engine.tokenizer import byte_level_splits, load_tokenizer, prefix_length
 from bivec.models import DecoderConfig
+from bivec.models.config_fields import ORIGINAL_LENGTH
 from bivec.models.files import atomic_file
 from bivec.models.gguf import GLOBAL_NAMES, LAYER_NAMES, ROPE_TABLE, decoder_config, gguf_package, read_header
 from bivec.models.rope import rotary_frequencies
@@ -33,11 +35,9 @@ if TYPE_CHECKING:
     from bivec.engine.encoder import Encoder
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's
-POOLING_TYPES = {"mean": 1, "bos_token": 2, "last_token": 3, "eos_token": 3}  # llama.cpp's numbers
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}  # llama.cpp's general.file_type
-BYTE = 6  # token types beside those of engine.tokenizer
-NORMAL, UNKNOWN, UNUSED = 1, 2, 5
+UNUSED, BYTE = 5, 6  # token types beside those of SentencePiece
 PROBE = (
     "The 3rd of 12345 tests isn't \u00e9asy:  two  spaces,\ttabs\n\n and newlines; I'LL say \u4f60\u597d "
     "\U0001f642 !!! x=f(y)[0] // _id 3.14\n"
@@ -55,7 +55,7 @@ def save_gguf(encoder: Encoder, path: str | Path, *, dtype: str = "f16") -> None
     with atomic_file(path) as temporary:
         writer = package.GGUFWriter(temporary, ARCHITECTURES[shape.model_type])
         _write_shape(writer, shape, package)
-        writer.add_pooling_type(package.PoolingType(POOLING_TYPES[config.pooling]))
+        writer.add_pooling_type(package.PoolingType(GGUF_POOLING_TYPES[config.pooling]))
         writer.add_causal_attention(config.causal)
         writer.add_string(GGUF_KEY, json.dumps(asdict(config)))
         writer.add_string(GGUF_ORIGIN, json.dumps(encoder.origin.to_dict()))
@@ -77,8 +77,8 @@ def _check(encoder: Encoder, path: Path, dtype: str) -> None:
         raise ConfigError(f"{path}: give a file name that ends in .gguf")
     if family not in ARCHITECTURES:
         raise ConfigError(f"{path}: no GGUF of model type {family!r} is written; there is {', '.join(ARCHITECTURES)}")
-    if pooling not in POOLING_TYPES:
-        raise ConfigError(f"{path}: llama.cpp has no pooling {pooling!r}; it has {', '.join(POOLING_TYPES)}")
+    if pooling not in GGUF_POOLING_TYPES:
+        raise ConfigError(f"{path}: llama.cpp has no pooling {pooling!r}; it has {', '.join(GGUF_POOLING_TYPES)}")
     if encoder.model.config.sliding_window and family != "mistral":
         raise ConfigError(f"{path}: GGUF does not say which layers of a {family} model have the sliding window")
 
@@ -117,7 +117,7 @@ def _write_shape(writer: Any, shape: DecoderConfig, package: Any) -> None:
         writer.add_rope_scaling_type(package.RopeScalingType(kind))
         writer.add_rope_scaling_factor(scaling["factor"])
     if kind == "yarn":
-        original = scaling.get("original_max_position_embeddings", shape.max_position_embeddings)
+        original = scaling.get(ORIGINAL_LENGTH, shape.max_position_embeddings)
         writer.add_rope_scaling_orig_ctx_len(original)
         if "beta_fast" in scaling:
             writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
@@ -229,7 +229,7 @@ def _token_type(number: int, word: str, added: dict[int, Any], model: dict[str, 
     if number in added:
         if word == model.get("unk_token") and sentencepiece:
             return UNKNOWN
-        return GGUF_CONTROL if added[number]["special"] else GGUF_USER_DEFINED
+        return CONTROL if added[number]["special"] else USER_DEFINED
     if word == f"[PAD{number}]" and word not in model["vocab"]:
         return UNUSED
     is_byte = sentencepiece and len(word) == 6 and word.startswith("<0x") and word.endswith(">")

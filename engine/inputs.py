@@ -21,13 +21,13 @@ from bivec.engine.fingerprint import tokenizer_checksum
 from bivec.engine.hub import prefer_offline
 from bivec.engine.lora import ADAPTER_CONFIG, read_adapter_config
 from bivec.engine.masking import MaskingConfig, MaskStyle
-from bivec.engine.recipe import PACKAGED_MODEL, Recipe
+from bivec.engine.packaged import PACKAGED_MODEL, find_smollm2
+from bivec.engine.recipe import Recipe
 from bivec.engine.text_format import resolve_template
 from bivec.engine.tokenizer import load_tokenizer, mask_token_id
 from bivec.engine.triple_batches import TripleBatches
 from bivec.engine.triples import OnBadLine, TripleSet, load_triples
 from bivec.models import DecoderConfig
-from bivec.models.gguf import find_smollm2
 from bivec.models.weights import CONFIG_FILE, inspect_checkpoint, resolve_checkpoint
 
 if TYPE_CHECKING:

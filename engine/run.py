@@ -73,7 +73,7 @@ class Run:
         self._started = time.monotonic()
         self.recipe, self.options, self.directory, self.world = recipe, options, options.output_dir, world
         earlier = earlier_run(recipe, options)
-        self.device = chosen_device(options, world)
+        self.device = chosen_device(options.device, options.backend, world)
         check_same_device(earlier, self.device, self.directory)
         self.inputs = load_inputs(recipe)
         check_same_data(earlier, self.inputs, self.directory)
@@ -90,7 +90,7 @@ class Run:
             self.template = chosen_template(recipe, stored)
             self.triple_rows = self._triple_rows(self.inputs.triples)
         # bf16 as the paper, but for the CPU, where it runs a hundred times slower than fp32
-        self.dtype = named_dtype(recipe.dtype or ("float32" if device_type(options) == "cpu" else "bfloat16"))
+        self.dtype = named_dtype(recipe.dtype or ("float32" if device_type(options.device) == "cpu" else "bfloat16"))
         self.cuts = world.from_main(self._cuts(earlier))
         # before anything is written: damaged weights must not leave a directory behind that asks for --resume
         self.weights = RunWeights(

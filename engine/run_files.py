@@ -151,15 +151,19 @@ def check_same_device(earlier: dict[str, Any] | None, device: str, directory: Pa
         )
 
 
-def device_type(options: RunOptions) -> str:
+def device_type(asked: str | None) -> str:
     """The kind of device, "cpu" or "cuda": the one asked for, else a GPU where there is one."""
-    return (options.device or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
+    return (asked or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
 
 
-def chosen_device(options: RunOptions, world: World = ALONE) -> str:
-    """The device of this process, tried; and that the kernels' backend can be had."""
-    device = options.device or device_type(options)
-    if world.size > 1 and device_type(options) != "cpu":
+def chosen_device(asked: str | None, backend: str | None, world: World = ALONE) -> str:
+    """The device of this process, tried; and that the kernels' backend can be had.
+
+    Raises:
+        RunError: one of them cannot.
+    """
+    device, kind = asked or device_type(asked), device_type(asked)
+    if world.size > 1 and kind != "cpu":
         count = torch.cuda.device_count()
         if ":" in device:
             raise RunError(f"--device {device}: each of {world.size} processes has one of its own; give --device cuda")
@@ -168,12 +172,12 @@ def chosen_device(options: RunOptions, world: World = ALONE) -> str:
         device = f"{device}:{world.local_rank if count > 1 else 0}"
     try:
         torch.empty(0, device=device)
-        if device_type(options) == "cuda":
+        if kind == "cuda":
             torch.cuda.set_device(device)  # where FSDP2 puts what it makes
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"--device {device}: not usable here ({first_line(error)})") from error
     try:
-        resolve(options.backend, "flash_attention", torch.device(device))
+        resolve(backend, "flash_attention", torch.device(device))
     except (BackendError, ValueError) as error:
         raise RunError(f"--backend: {error}") from error
     return device

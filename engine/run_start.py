@@ -96,5 +96,5 @@ def opened_run(recipe: Recipe, options: RunOptions, world: World) -> Iterator[Ru
             nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
         of_one = options.shard or recipe.trains_all_weights()
-        stack.enter_context(process_group(world, device_type(options), options.timeout, of_one=of_one))
+        stack.enter_context(process_group(world, device_type(options.device), options.timeout, of_one=of_one))
         yield Run(recipe, options, world)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bivec.engine.json_files import read_json
-from bivec.engine.sentencepiece_bpe import read_sentencepiece, sentencepiece_backend
+from bivec.engine.sentencepiece_bpe import CONTROL, USER_DEFINED, read_sentencepiece, sentencepiece_backend
 from bivec.models.errors import BivecError, CheckpointError, ConfigError
 from bivec.models.gguf import read_header
 from bivec.models.weights import TOKENIZER_PATTERNS, resolve_checkpoint
@@ -28,7 +28,6 @@ DOCUMENT_TOKEN = "<|endoftext|>"  # noqa: S105 - begins every document in the pr
 BLANK = "_"  # LLM2Vec hides a token behind an underscore: a token of every vocabulary that text seldom uses
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 LARGEST_ID = 2**22  # the largest vocabularies have a quarter of that
-GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4
 # Llama 3 splits contractions, words, up to three digits, punctuation and white space before its merges
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -365,8 +364,8 @@ def _byte_level_backend(
     if pre == "qwen2":
         backend.normalizer = NFC()
     for token, kind in zip(tokens, types, strict=True):
-        if kind == GGUF_CONTROL:
+        if kind == CONTROL:
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == GGUF_USER_DEFINED:
+        elif kind == USER_DEFINED:
             backend.add_tokens([AddedToken(token, normalized=False)])
     return backend

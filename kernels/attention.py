@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bivec.kernels.attention_layout import Layout, LengthGroups, Options, build_layout, hidden_keys, length_groups
 from bivec.kernels.attention_torch import explicit_attention, fused_attention, prefers_explicit
-from bivec.kernels.backend import BackendError, checks_values, resolve
+from bivec.kernels.backend import BackendError, check_triton_dtypes, checks_values, resolve
 from bivec.kernels.dropout import attention_keep_mask, check_dropout, seed_tensor
 
 
@@ -271,10 +271,11 @@ def _triton_attention(
 ) -> tuple[Tensor, Tensor | None]:
     from bivec.kernels import attention_triton  # triton is an optional dependency
 
-    if q.dtype not in attention_triton.DTYPES or q.shape[2] > attention_triton.MAX_HEAD_DIM:
+    check_triton_dtypes("flash_attention", q=q)
+    if q.shape[2] > attention_triton.MAX_HEAD_DIM:
         raise BackendError(
-            f"flash_attention: the Triton kernels take fp16, bf16 and fp32, and head dims up to "
-            f'{attention_triton.MAX_HEAD_DIM}, got {q.dtype} and {q.shape[2]}; use backend="torch"'
+            f"flash_attention: the Triton kernels take head dims up to {attention_triton.MAX_HEAD_DIM}, got "
+            f'{q.shape[2]}; use backend="torch"'
         )
     left, right = options.edges(max_seqlen)
     dropped = options.dropout_p > 0.0

@@ -18,7 +18,6 @@ from bivec.kernels.attention_tiles import Problem
 
 LONG = 0  # the bucket of the long path
 MAX_HEAD_DIM = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def length_bucket(max_seqlen: int) -> int:

@@ -11,11 +11,13 @@ import os
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from bivec.kernels.launch import interpreting
 
 BACKENDS = ("torch", "triton")
 TRITON_INSTALLED = find_spec("triton") is not None
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of what the Triton kernels read
 
 
 class BackendError(RuntimeError):
@@ -30,6 +32,24 @@ def checks_values(device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return False
     return device.type == "cpu" or os.environ.get("BIVEC_CHECK", "0") == "1"
+
+
+def check_triton_dtypes(op: str, **operands: Tensor | None) -> None:
+    """Refuses what the Triton kernels cannot read.
+
+    Args:
+        op: name of the public function.
+        operands: by their names in it.
+
+    Raises:
+        BackendError: the dtype of one of them.
+    """
+    for name, operand in operands.items():
+        if operand is not None and operand.dtype not in TRITON_DTYPES:
+            raise BackendError(
+                f"{op}: the Triton kernels take fp16, bf16 and fp32, got {name} of {operand.dtype}; convert it or use "
+                'backend="torch"'
+            )
 
 
 def resolve(backend: str | None, op: str, device: torch.device) -> str:

@@ -35,7 +35,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from bivec.kernels.backend import BackendError, checks_values, resolve
+from bivec.kernels.backend import check_triton_dtypes, checks_values, resolve
 from bivec.kernels.info_nce_plan import Options
 from bivec.kernels.info_nce_torch import InfoNCE
 
@@ -306,10 +306,5 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from bivec.kernels import info_nce_triton  # triton is an optional dependency
 
-    for label, x in (("queries", queries), ("candidates", candidates), ("hard_negatives", hard)):
-        if x is not None and x.dtype not in info_nce_triton.DTYPES:
-            raise BackendError(
-                f"info_nce: the Triton kernels take fp16, bf16 and fp32, got {label} of {x.dtype}; "
-                'convert them or use backend="torch"'
-            )
+    check_triton_dtypes("info_nce", queries=queries, candidates=candidates, hard_negatives=hard)
     return info_nce_triton.run(queries, candidates, hard, scale, options)

@@ -35,7 +35,6 @@ from bivec.kernels.info_nce_kernels import PADDING, PLAIN, WITH_ID, Columns, Row
 from bivec.kernels.info_nce_plan import EPS, Grads, Options, Steps, all_widths, workspace_budget
 from bivec.kernels.launch import architecture
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALIGNMENT = 16  # columns: tensor cores want addresses and row strides of 16 bytes; Triton knows multiples of 16 only
 
 

@@ -32,7 +32,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from bivec.kernels.backend import BackendError, checks_values, resolve
+from bivec.kernels.backend import check_triton_dtypes, checks_values, resolve
 from bivec.kernels.linear_cross_entropy_torch import LinearCrossEntropy, Options, accumulation_dtype
 
 
@@ -204,11 +204,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from bivec.kernels import linear_cross_entropy_triton as backend  # triton is an optional dependency
 
-    if not {hidden.dtype, weight.dtype} <= set(backend.DTYPES):
-        raise BackendError(
-            f"linear_cross_entropy: the Triton kernel takes {', '.join(map(str, backend.DTYPES))}; "
-            f'got {hidden.dtype} and {weight.dtype}; use backend="torch"'
-        )
+    check_triton_dtypes("linear_cross_entropy", hidden=hidden, weight=weight)
     loss, lse, correct, *_ = backend.cross_entropy_op(
         hidden,
         weight,

@@ -41,7 +41,6 @@ from bivec.kernels.launch import architecture, launch
 from bivec.kernels.linear_cross_entropy_torch import chunking
 from bivec.kernels.tuning import config_for
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROW_ALIGNMENT = 32  # fp32 logits: 128 bytes
 GRADIENT_SCALE = {torch.float16: 2.0**15}  # what dz is stored times; 1 in the other dtypes
 NEVER = tl.constexpr(-1e38)  # below every logit and finite: -inf minus itself would be NaN

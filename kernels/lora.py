@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import BackendError, resolve
+from bivec.kernels.backend import check_triton_dtypes, resolve
 from bivec.kernels.dropout import check_dropout, linear_keep_words
 
 T = TypeVar("T")
@@ -308,8 +308,7 @@ def _dispatch(
 
     from bivec.kernels import lora_triton  # triton is an optional dependency
 
-    if x.dtype not in lora_triton.DTYPES:
-        raise BackendError(f'{op}: the Triton kernels take fp16, bf16 and fp32, got {x.dtype}; use backend="torch"')
+    check_triton_dtypes(op, x=x)
     return lora_triton.apply(x, weights, biases, lora_as, lora_bs, scaling, dropout_p, seed, token_ids)
 
 

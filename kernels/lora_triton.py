@@ -24,8 +24,6 @@ from bivec.kernels.dropout import seed_tensor
 from bivec.kernels.launch import rows_contiguous
 from bivec.kernels.lora_kernels import gradient, project_, row_keys, update_
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 def _stacked(lora_as: Sequence[Tensor]) -> Tensor:
     """One below the other; one matrix is not copied."""
@@ -126,7 +124,7 @@ def lora_linears_op(
     """The outputs ``[T, out_p]``, and last h ``[T, sum of r_p]`` fp32, which has no gradient.
 
     Args:
-        x: [T, in], of ``DTYPES``.
+        x: [T, in], of ``TRITON_DTYPES``.
         weights: [out_p, in], dtype of ``x``.
         biases: [out_p], dtype of ``x``; one of no elements is none.
         lora_as: [r_p, in], dtype of ``x`` or fp32.

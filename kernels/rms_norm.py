@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import BackendError, resolve
+from bivec.kernels.backend import check_triton_dtypes, resolve
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -111,7 +111,7 @@ def rms_norm(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
-        BackendError: the backend cannot be used here; fp64 with the Triton backend.
+        BackendError: the backend cannot be used here, or not with these dtypes.
 
     Source: Zhang & Sennrich 2019.
     """
@@ -120,11 +120,7 @@ def rms_norm(
     if chosen == "triton":
         from bivec.kernels import rms_norm_triton  # triton is an optional dependency
 
-        if x.dtype not in rms_norm_triton.DTYPES or weight.dtype not in rms_norm_triton.DTYPES:
-            raise BackendError(
-                f"rms_norm: the Triton kernels take fp16, bf16 and fp32, got x {x.dtype} and weight {weight.dtype}; "
-                'use backend="torch"'
-            )
+        check_triton_dtypes("rms_norm", x=x, weight=weight)
         return rms_norm_triton.norm(x, residual, weight, eps, weight_offset)
     total = x if residual is None else x + residual
     y: Tensor = _RMSNorm.apply(total, weight, eps, weight_offset)

@@ -34,7 +34,6 @@ from torch import Tensor
 from bivec.kernels.launch import architecture, launch
 from bivec.kernels.tuning import config_for
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PARTIALS = 512  # rows of the first stage of dweight: four for each multiprocessor of an H100
 LONGEST_TILE = 4  # x BLOCK_TILE, with 4 times its warps
 
@@ -297,8 +296,8 @@ def rms_norm_op(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> 
     """The normed rows, like x, and rstd ``[rows]`` fp32, which has no gradient.
 
     Args:
-        x: [..., D], of ``DTYPES``.
-        weight: [D], of ``DTYPES``.
+        x: [..., D], of ``TRITON_DTYPES``.
+        weight: [D], of ``TRITON_DTYPES``.
         eps: added to the mean square.
         weight_offset: added to the weight.
     """

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bivec.kernels.backend import BackendError, checks_values, resolve
+from bivec.kernels.backend import check_triton_dtypes, checks_values, resolve
 from bivec.kernels.overwriting import check_overwritable
 
 
@@ -82,7 +82,7 @@ def apply_rotary(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; on CPU, and with BIVEC_CHECK=1, also a position outside
             the tables (else it makes its token NaN with the Triton backend); operands that cannot be overwritten.
-        BackendError: the backend cannot be used here; fp64 with the Triton backend.
+        BackendError: the backend cannot be used here, or not with these dtypes.
 
     Source: Su et al. 2021.
     """
@@ -93,10 +93,7 @@ def apply_rotary(
     if chosen == "triton":
         from bivec.kernels import rotary_triton  # triton is an optional dependency
 
-        if q.dtype not in rotary_triton.DTYPES:
-            raise BackendError(
-                f'apply_rotary: the Triton kernel takes fp16, bf16 and fp32, got {q.dtype}; use backend="torch"'
-            )
+        check_triton_dtypes("apply_rotary", q=q)
         if inplace and not (q.stride(2) == k.stride(2) == 1 or q.shape[2] == 0):
             raise ValueError(
                 f"apply_rotary: inplace=True needs neighbouring elements in the last dimension of q and k, got strides "

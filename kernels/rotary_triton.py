@@ -32,8 +32,6 @@ from torch import Tensor
 from bivec.kernels.launch import architecture, launch
 from bivec.kernels.tuning import config_for
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 @triton.jit
 def rotate_tile(
@@ -229,7 +227,7 @@ def rotary_op(
     """The rotated q and k.
 
     Args:
-        q: [T, H, Dh], of ``DTYPES``.
+        q: [T, H, Dh], of ``TRITON_DTYPES``.
         k: [T, Hkv, Dh], dtype of q.
         cos: [max_position, Dh/2].
         sin: [max_position, Dh/2].

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import BackendError, checks_values, resolve
+from bivec.kernels.backend import check_triton_dtypes, checks_values, resolve
 
 MODES = ("mean", "weighted_mean", "first", "last")
 
@@ -140,7 +140,7 @@ def segment_pool(
     Raises:
         ValueError: wrong shapes, dtypes or mode; on CPU tensors, and with BIVEC_CHECK=1, also offsets or spans that do
             not fit T.
-        BackendError: the backend cannot be used here; fp64 with the Triton backend.
+        BackendError: the backend cannot be used here, or not with these dtypes.
 
     Source:
         LLM2Vec (arXiv:2404.05961), section 3.2; weighted mean: SGPT (arXiv:2202.08904).
@@ -155,10 +155,7 @@ def segment_pool(
     if chosen == "triton":
         from bivec.kernels import segment_pool_triton  # triton is an optional dependency
 
-        if hidden.dtype not in segment_pool_triton.DTYPES:
-            raise BackendError(
-                f'segment_pool: the Triton kernels take fp16, bf16 and fp32, got {hidden.dtype}; use backend="torch"'
-            )
+        check_triton_dtypes("segment_pool", hidden=hidden)
         return segment_pool_triton.pool(hidden, starts, ends, mode, in_order=in_sequences)
     num_slots = hidden.shape[0] if in_sequences else None
     pooled: Tensor = _SegmentPool.apply(hidden, starts.long(), ends.long(), mode, num_slots)

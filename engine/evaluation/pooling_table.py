@@ -28,7 +28,7 @@ from bivec.engine.evaluation.variants import Variant
 from bivec.engine.figure import new_figure, save_figure
 from bivec.engine.text_format import Row, encoding_head
 
-POOLINGS = {"eos_token": "EOS", "mean": "mean", "weighted_mean": "weighted mean"}
+TITLES = {"eos_token": "EOS", "mean": "mean", "weighted_mean": "weighted mean"}
 ECHO = "echo"
 PAPER_MODEL = "S-LLaMA-1.3B"  # the smallest of the paper's
 
@@ -116,7 +116,7 @@ def _looked_up(vectors: np.ndarray, row_of: Mapping[str, int], sentences: list[s
 def embed_poolings(
     encoder: Encoder, sentences: Sequence[str], *, instruction: str | None = None, tokens_per_batch: int | None = None
 ) -> dict[str, np.ndarray]:
-    """The same vectors as ``encode`` with each of ``POOLINGS``, in one forward (causal) or in two.
+    """The same vectors as ``encode`` with each of ``TITLES``, in one forward (causal) or in two.
 
     Args:
         encoder: a decoder; its own pooling does not count.
@@ -130,13 +130,13 @@ def embed_poolings(
     Raises:
         ConfigError: the tokenizer has no EOS.
     """
-    rows = {pooling: _rows(encoder, sentences, pooling, instruction) for pooling in POOLINGS}
+    rows = {pooling: _rows(encoder, sentences, pooling, instruction) for pooling in TITLES}
     plain, ended = rows["mean"], rows["eos_token"]
     if encoder.config.causal and all(a.input_ids == b.input_ids[:-1] for a, b in zip(plain, ended, strict=True)):
-        passes = [(ended, tuple(POOLINGS))]
+        passes = [(ended, tuple(TITLES))]
     else:
         passes = [(plain, ("mean", "weighted_mean")), (ended, ("eos_token",))]
-    result = {pooling: np.empty((len(sentences), encoder.dimension), np.float32) for pooling in POOLINGS}
+    result = {pooling: np.empty((len(sentences), encoder.dimension), np.float32) for pooling in TITLES}
     for read, poolings in passes:
         inputs = [row.input_ids for row in read]
         for hidden, cu_seqlens, indices in encoder.hidden_states(inputs, tokens_per_batch=tokens_per_batch):
@@ -158,14 +158,14 @@ def pooling_markdown(table: PoolingTable, *, paper_model: str = PAPER_MODEL) -> 
     """
     theirs = {row.variant: row.scores for row in paper_rows("5", model=paper_model)}
     sts = {row.variant: row.scores["STS"] for row in paper_rows("1", model=paper_model)}
-    names = list(POOLINGS.values())
+    names = list(TITLES.values())
     lines = [
         f"| state | {' | '.join(names)} | {' | '.join(f'paper: {name}' for name in names)} | paper: 10 STS tasks |",
         "|---|" + "---|" * (2 * len(names) + 1),
     ]
     for variant in table.variants:
-        ours = [table.score(variant, pooling) for pooling in POOLINGS]
-        paper = [theirs.get(variant, {}).get(pooling) for pooling in POOLINGS]
+        ours = [table.score(variant, pooling) for pooling in TITLES]
+        paper = [theirs.get(variant, {}).get(pooling) for pooling in TITLES]
         cells = [_cell(value, 1) for value in ours] + [_cell(value, 2) for value in (*paper, sts.get(variant))]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     for variant, name in (("", "BERT, mean (paper)"), ("simcse", "BERT, SimCSE (paper)")):
@@ -199,7 +199,7 @@ def draw_pooling_table(path: str | Path, table: PoolingTable, *, paper_model: st
 
 def _bars(axis: Any, variants: list[str], score: Callable[[str, str], float | None]) -> None:
     width = 0.27
-    for shift, (pooling, label) in enumerate(POOLINGS.items()):
+    for shift, (pooling, label) in enumerate(TITLES.items()):
         values = [score(variant, pooling) for variant in variants]
         places = [place + (shift - 1) * width for place, value in enumerate(values) if value is not None]
         axis.bar(places, [value for value in values if value is not None], width, label=label)

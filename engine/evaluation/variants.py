@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from bivec.engine.encoder import Encoder
-from bivec.engine.encoder_config import CONFIG_FILE as ENCODER_FILE
-from bivec.engine.encoder_config import EncoderConfig, stored_encoder_config
+from bivec.engine.encoder_config import SETTINGS_FILE, EncoderConfig, stored_encoder_config
 from bivec.engine.errors import BivecError, RunError
 from bivec.engine.inputs import resolve_model
 from bivec.engine.recipe import RUN_FILE, TRAINED
@@ -156,7 +155,7 @@ def _merged_settings(directory: Path) -> EncoderConfig:
     """How texts become vectors in the encoder that a run has written."""
     merged = directory / "merged"
     try:
-        stored = stored_encoder_config(merged, is_causal=None) if (merged / ENCODER_FILE).is_file() else None
+        stored = stored_encoder_config(merged, is_causal=None) if (merged / SETTINGS_FILE).is_file() else None
     except BivecError as error:
         raise RunError(f"{merged}: damaged ({error})") from error
     if stored is None:

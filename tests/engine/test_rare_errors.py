@@ -1,19 +1,24 @@
 """Errors that no test of their module walks into: what the coverage of a whole run left over."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from bivec.engine.corpus import encode_corpus
-from bivec.engine.data import load_texts
+from bivec.engine.corpus_files import CorpusFiles
+from bivec.engine.data import load_texts, mntp_blocks
 from bivec.engine.encoder import Encoder
 from bivec.engine.encoder_config import EncoderConfig
 from bivec.engine.entailment import entailment_triples
 from bivec.engine.errors import CheckpointError, ConfigError, DataError, RunError
 from bivec.engine.evaluation import study
 from bivec.engine.evaluation.auto_encoder import _padded_batches
+from bivec.engine.evaluation.word_data import read_conll2003
 from bivec.engine.gguf_export import save_gguf
 from bivec.engine.lora import LoraConfig, add_lora, load_adapter
+from bivec.engine.origin import Origin
 from bivec.engine.recipe import SupervisedStage
 from bivec.engine.tokenizer import load_tokenizer
 
@@ -98,3 +103,42 @@ def test_a_baseline_that_fails_is_named(tmp_path, monkeypatch):
         RunError, match=r"training the baseline uni\+simcse failed \(its error is above\): .*recipe\.py"
     ):
         subject._train("uni+simcse")
+
+
+def test_blocks_with_a_bos_of_a_tokenizer_that_has_none(tiny_llama_dir):
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    assert mntp_blocks(["a b c d"], tokenizer, 3, per_block_bos=True).special_mask[:, 0].all()
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(DataError, match="puts no BOS in front of a text; give one, --set bos_token="):
+        mntp_blocks(["a b c d"], tokenizer, 3, per_block_bos=True)
+
+
+def test_an_origin_whose_flag_is_a_number():
+    stored = {"base_model": None, "adapters": [{"name": "a", "sha256": "b", "whole": True}]}
+    assert Origin.from_dict(stored, Path("config")).adapters[0].whole
+    stored["adapters"][0]["whole"] = 1
+    with pytest.raises(ConfigError, match=r"config: origin is .*whole that is neither true nor false"):
+        Origin.from_dict(stored, Path("config"))
+
+
+def test_a_tokenizer_with_more_entries_than_the_model_has_embeddings(tiny_llama_dir, tmp_path):
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    rules["model"]["vocab"]["one more"] = size
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    with pytest.raises(CheckpointError, match=f"its vocabulary has the token id {size}, the model {size} embeddings"):
+        Encoder.from_pretrained(folder)
+
+
+def test_a_document_mark_ends_a_sentence(tmp_path):
+    """Without a blank line in front of it, too."""
+    (tmp_path / "a.txt").write_text("EU NNP I-NP I-ORG\n-DOCSTART- -X- O O\nItaly NNP I-NP I-LOC\n")
+    assert read_conll2003(tmp_path / "a.txt").sentences == (("EU",), ("Italy",))
+
+
+def test_a_corpus_with_a_slice_that_nobody_wrote(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(CorpusFiles, "write", lambda *_: None)
+    with pytest.raises(RunError, match=r"a\.npy: 1 slices are missing; repeat the command"):
+        encode_corpus(encoder, ["a"], tmp_path / "a.npy")
+    assert not (tmp_path / "a.npy").exists()

@@ -104,6 +104,6 @@ def test_a_gpu_for_every_process_of_a_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     world = World(rank=0, size=4, local_rank=0, local_size=4)
     with pytest.raises(RunError, match="4 processes on this machine, but 2 GPUs; start one a GPU"):
-        chosen_device(RunOptions(tmp_path, device="cuda"), world)
+        chosen_device("cuda", None, world)
     with pytest.raises(RunError, match="--device cuda:1: each of 4 processes has one of its own; give --device cuda"):
-        chosen_device(RunOptions(tmp_path, device="cuda:1"), world)
+        chosen_device("cuda:1", None, world)

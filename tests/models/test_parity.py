@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers
 
+from bivec.engine.packaged import find_smollm2
 from bivec.models import CheckpointError, DecoderConfig, Mistral, PackedBatch, load_pretrained
 from bivec.models.families import FAMILIES, MODEL_CLASSES
-from bivec.models.gguf import find_smollm2
 
 VOCAB, POSITIONS = 96, 64
 SIZES = {

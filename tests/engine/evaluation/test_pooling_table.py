@@ -14,7 +14,7 @@ from bivec.engine.evaluation import sts_spearman
 from bivec.engine.evaluation.echo import REPETITION, EchoEncoder
 from bivec.engine.evaluation.paper import paper_rows
 from bivec.engine.evaluation.pooling_table import (
-    POOLINGS,
+    TITLES,
     PoolingScore,
     PoolingTable,
     draw_pooling_table,
@@ -39,7 +39,7 @@ def test_every_pooling_is_that_of_encode(tiny_llama_dir, monkeypatch, causal, se
     texts = [text for text in TEXTS if len(text) < 60]  # none is cut
     found = embed_poolings(encoder, texts, instruction=instruction)
     assert len(forwards) == (1 if causal else 2)
-    for pooling in POOLINGS:
+    for pooling in TITLES:
         asked = Encoder.from_pretrained(tiny_llama_dir, causal=causal, max_length=48, pooling=pooling, **settings)
         np.testing.assert_allclose(found[pooling], asked.encode(texts, instruction=instruction), atol=1e-5)
     assert np.abs(found["mean"] - found["weighted_mean"]).max() > 1e-2
@@ -50,7 +50,7 @@ def test_every_pooling_is_that_of_encode(tiny_llama_dir, monkeypatch, causal, se
 def test_a_text_that_the_eos_shortens_is_run_twice(tiny_llama_dir, causal):
     """With the EOS in the row one more token of the text is cut, so the two rows no longer begin alike."""
     found = embed_poolings(Encoder.from_pretrained(tiny_llama_dir, causal=causal, max_length=24), TEXTS)
-    for pooling in POOLINGS:
+    for pooling in TITLES:
         asked = Encoder.from_pretrained(tiny_llama_dir, causal=causal, max_length=24, pooling=pooling)
         np.testing.assert_allclose(found[pooling], asked.encode(TEXTS), atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_the_table_holds_what_evaluate_sts_gives(table, variants):
     assert table.num_pairs == 30
     assert table.variants == ["uni", "echo", "bi+simcse", "other"]
     for variant in variants:
-        for pooling in POOLINGS:
+        for pooling in TITLES:
             expected = sts_spearman(variant.load(pooling=pooling).encode, PAIRS)
             assert table.score(variant.name, pooling) == pytest.approx(expected, abs=0.2)  # ties of float32
     echo = EchoEncoder(variants[0].load(), template=REPETITION)
@@ -87,7 +87,7 @@ def test_the_table_holds_what_evaluate_sts_gives(table, variants):
 
 
 def test_beside_the_paper(tmp_path):
-    scores = [PoolingScore("uni", pooling, 10.0 + i) for i, pooling in enumerate(POOLINGS)]
+    scores = [PoolingScore("uni", pooling, 10.0 + i) for i, pooling in enumerate(TITLES)]
     table = PoolingTable((*scores, PoolingScore("echo", "mean", 44.44)), 1500)
     lines = pooling_markdown(table, paper_model="Mistral-7B").splitlines()
     assert lines[2] == "| uni | 10.0 | 11.0 | 12.0 | 22.12 | 43.00 | 44.01 | 58.59 |"
