@@ -9,9 +9,9 @@ import pytest
 import transformers
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from bivec.engine.packaged import SMOLLM2_INSTALL, find_smollm2
 from bivec.engine.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, load_tokenizer, mask_token_id, prefix_length
 from bivec.models import CheckpointError
-from bivec.models.gguf import SMOLLM2_INSTALL, find_smollm2
 
 gguf = pytest.importorskip("gguf")
 sentencepiece = pytest.importorskip("sentencepiece")
