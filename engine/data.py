@@ -31,7 +31,7 @@ from bivec.engine.tokenizer import prefix_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TOKENIZE_ROWS = 1000  # rows of one tokenizer call, and of one group of METHOD 3.1
 STS_RANGE = (0.0, 5.0)
@@ -169,7 +169,7 @@ def load_texts(
 
 def mntp_blocks(
     texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     block_size: int,
     *,
     group_size: int = TOKENIZE_ROWS,

@@ -334,7 +334,7 @@ def free_memory(device: torch.device) -> int:
         available = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min([available, *map(_left_of_group, _control_groups())]))
+    return int(min(available, *map(_left_of_group, _control_groups())))
 
 
 def _control_groups() -> Iterator[Path]:

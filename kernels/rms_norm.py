@@ -32,7 +32,8 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 def _vecdot(x: Tensor, y: Tensor) -> Tensor:
     """Sum of x y over the last dimension, in their dtype whatever autocast asks for; forms no product in memory."""
     with torch.autocast(x.device.type, enabled=False):
-        return torch.linalg.vecdot(x, y)
+        summed: Tensor = torch.linalg.vecdot(x, y)
+    return summed
 
 
 class _RMSNorm(torch.autograd.Function):

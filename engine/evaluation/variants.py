@@ -117,7 +117,7 @@ def run_variants(directory: str | Path) -> list[Variant]:
         trained.append(name)
         mask = "uni" if name in trained_causal else "bi"
         base, adapters = _sources(directory, model, earlier, [*kept, name])
-        of_stage = dict(settings)
+        of_stage: dict[str, Any] = dict(settings)
         if name == "supervised":
             stored = _merged_settings(directory)
             of_stage |= {"pooling": stored.pooling, "pool_tail": stored.pool_tail}
