@@ -345,7 +345,7 @@ def _control_groups() -> Iterator[Path]:
         lines = []
     own = next((line.removeprefix("0::").strip("/") for line in lines if line.startswith("0::")), "")
     folder = CGROUP / own
-    yield from (CGROUP / part for part in [*folder.relative_to(CGROUP).parents, own])
+    yield from (CGROUP / part for part in [*map(str, folder.relative_to(CGROUP).parents), own])
 
 
 def _left_of_group(folder: Path) -> float:
