@@ -12,10 +12,10 @@ pytest.importorskip("triton")
 from bivec.kernels import BackendError, geglu, swiglu
 from bivec.kernels import reference as ref
 from bivec.kernels.aot_cases_layers import cases
+from bivec.kernels.backend import TRITON_DTYPES
 from bivec.kernels.launch import recording
 from bivec.kernels.swiglu_triton import (
     CURVES,
-    DTYPES,
     backward,
     forward,
     gated_unit_backward_inplace_op,
@@ -56,7 +56,7 @@ def error(found, exact):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(17, 13), (1, 64), (3, 4096), (0, 5), (3, 0), (7,), (), (2, 3, 5)], ids=str)
 def test_matches_float64(shape, dtype, op, overwrite):
     """At most twice the error that the torch backend makes in the same dtype."""
