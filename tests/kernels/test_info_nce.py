@@ -28,6 +28,13 @@ OPTIONS = {
     "symmetric": {"symmetric": True},
     "symmetric with all": {"symmetric": True, "margin": 0.1, "include_query_query": True} | IDS | SHARED,
     "matryoshka": {"matryoshka_dims": [8, 24, 3], "matryoshka_weights": [1.0, 2.0, 0.5]},
+    "matryoshka of dot products": {
+        "matryoshka_dims": [24, 8],
+        "matryoshka_weights": [1.0, 3.0],
+        "normalize": False,
+        "scale": 0.2,
+        "symmetric": True,
+    },
     "matryoshka, prefixes only": {"matryoshka_dims": [5, 16]} | OWN,
     "matryoshka with all": {"matryoshka_dims": [24, 12], "symmetric": True, "include_query_query": True} | IDS | SHARED,
 }
@@ -190,6 +197,8 @@ def test_accuracy_is_the_share_of_the_right():
     _, stats = info_nce(queries, queries[[1, 0, 2, 3]], return_stats=True)
     assert stats.correct.tolist() == [False, False, True, True] and stats.count == 4
     assert stats.accuracy.item() == 0.5 and stats.accuracy.dtype == torch.float32 and stats.accuracy.dim() == 0
+    _, stats = info_nce(queries[:1], queries, return_stats=True)
+    assert stats.accuracy.item() == 1.0 and stats.count == 1
     _, stats = info_nce(queries[:0], queries, return_stats=True)
     assert stats.accuracy.item() == 0.0 and stats.count == 0
 

@@ -88,3 +88,8 @@ BAD = [
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         info_nce(**({"queries": torch.ones(B, D), "candidates": torch.ones(N, D)} | change))
+
+
+def test_hard_negatives_without_rows_are_refused_where_their_length_is_both_sizes():
+    with pytest.raises(ValueError, match=r"hard_negatives must be \[M, 4\]"):
+        info_nce(torch.eye(4), torch.eye(4), hard_negatives=torch.ones(4))
