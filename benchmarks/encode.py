@@ -50,7 +50,7 @@ from workload import DATA, SHAPES, load_checkpoint
 from bivec.engine.data import load_sts
 from bivec.engine.encoder import Encoder
 from bivec.engine.encoder_config import EncoderConfig
-from bivec.engine.errors import BivecError
+from bivec.engine.errors import BivecError, first_line
 from bivec.engine.packaged import PACKAGED_MODEL
 from bivec.engine.tokenizer import load_tokenizer
 
@@ -275,7 +275,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device}: not usable here ({str(error).splitlines()[0]})")
+        parser.error(f"--device {options.device}: not usable here ({first_line(error)})")
     options.dtype = options.dtype or ("float32" if torch.device(options.device).type == "cpu" else "bfloat16")
     for name, value in (QUICK if options.quick else {"sentences": 512, "batch_sizes": [32, 128], "repeats": 5}).items():
         if getattr(options, name) is None:

@@ -40,12 +40,13 @@ from timing import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = ROOT / "benchmarks" / "mutation_survivors.json"
-INFO_NCE = ("tests/kernels/test_info_nce_arguments.py", "tests/kernels/test_info_nce.py")
+AUTOCAST = "tests/kernels/test_autocast.py::test_autocast_changes_nothing"
+INFO_NCE = ("tests/kernels/test_info_nce_arguments.py", "tests/kernels/test_info_nce.py", f"{AUTOCAST}[info_nce]")
 OBJECTIVES = (
     "tests/engine/test_objectives.py",
     "tests/engine/test_properties.py::test_ranks_together_have_the_step_of_one",
 )
-CROSS_ENTROPY = ("tests/kernels/test_linear_cross_entropy.py",)
+CROSS_ENTROPY = ("tests/kernels/test_linear_cross_entropy.py", f"{AUTOCAST}[linear_cross_entropy]")
 PACKING = ("tests/engine/test_packing.py", "tests/models/test_batch.py", "tests/engine/test_triple_batches.py")
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # part -> file -> its tests
     "packing": {"engine/packing.py": PACKING, "models/batch.py": PACKING, "engine/triple_batches.py": PACKING},
@@ -256,6 +257,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="default: %(default)s")
     given = parser.parse_args()
     target = given.output / f"{given.name}.json"
+    if given.again and not target.exists():
+        parser.error(f"--again: there is no report {target} whose survivors could be tested")
     document = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"parts": {}}
     for name in () if given.explain else given.only:
         with tempfile.TemporaryDirectory() as folder:

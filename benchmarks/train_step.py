@@ -59,7 +59,7 @@ from step_turns import MASK_PROBABILITY, OURS, Work, flops_per_token, our_steps,
 from timing import describe_run, device_name
 from workload import SHAPES, load_checkpoint
 
-from bivec.engine.errors import BivecError
+from bivec.engine.errors import BivecError, first_line
 from bivec.engine.lora import LoraConfig, add_lora
 from bivec.engine.optim import OptimConfig
 from bivec.engine.packaged import PACKAGED_MODEL
@@ -376,7 +376,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device}: not usable here ({str(error).splitlines()[0]})")
+        parser.error(f"--device {options.device}: not usable here ({first_line(error)})")
     on_gpu = torch.device(options.device).type == "cuda"
     defaults = {"loss_steps": 20, "sequence_length": 512, "micro_batch_tokens": 8192 if on_gpu else 1024}
     defaults |= (ON_GPU if on_gpu else ON_CPU) | (QUICK if options.quick else {})

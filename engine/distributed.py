@@ -166,6 +166,12 @@ def _address(given: Mapping[str, str], world: World) -> tuple[str, int]:
     return given.get("MASTER_ADDR", "127.0.0.1"), int(port)
 
 
+def check_timeout(seconds: float) -> None:
+    """Raises ConfigError unless it is a number of seconds that pass."""
+    if not 0 < seconds < math.inf:
+        raise ConfigError(f"--timeout {seconds:g}: expected a number of seconds")
+
+
 @contextmanager
 def process_group(
     world: World, device_type: str, timeout_seconds: float = 600.0, *, of_one: bool = False
@@ -185,8 +191,7 @@ def process_group(
         ConfigError: a timeout that is no number of seconds.
         RunError: a rank is lost, or the processes do not find each other.
     """
-    if not 0 < timeout_seconds < math.inf:
-        raise ConfigError(f"--timeout {timeout_seconds:g}: expected a number of seconds")
+    check_timeout(timeout_seconds)
     if world.size == 1 and not of_one:
         yield
         return

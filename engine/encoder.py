@@ -28,6 +28,7 @@ from bivec.engine.packing import token_budget_batches
 from bivec.engine.text_format import Row, RowFormat, SpanError, encoding_head
 from bivec.kernels import segment_pool
 from bivec.models import Llama, PackedBatch
+from bivec.models.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -337,7 +338,12 @@ class Encoder:
 
         Returns:
             [B, D] float32 on the device.
+
+        Raises:
+            ConfigError: an unknown pooling.
         """
+        if pooling not in POOLINGS:
+            raise ConfigError(f"pooling {pooling!r} is unknown; choose one of {', '.join(POOLINGS)}")
         begins = cu_seqlens[:-1].long()
         pooled = segment_pool(
             hidden,

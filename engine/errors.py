@@ -15,4 +15,4 @@ class RunError(BivecError):
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

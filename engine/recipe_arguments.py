@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bivec.engine.distributed import check_timeout
 from bivec.engine.errors import ConfigError, RunError
 from bivec.engine.planner import parse_memory
 from bivec.engine.recipe import STAGES, Recipe
@@ -41,6 +42,9 @@ class RunOptions:
     memory: str | None = None  # "auto" or a size: the planner cuts the steps; None = the recipe's micro-batches
     shard: bool = False  # spread the weights over the processes (FSDP2), instead of a copy in each
     timeout: float = 600.0  # seconds that a process waits for the others
+
+    def __post_init__(self) -> None:
+        check_timeout(self.timeout)
 
 
 def smoke(recipe: Recipe) -> Recipe:

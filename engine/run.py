@@ -25,7 +25,7 @@ from bivec.engine.checkpoint import list_checkpoints
 from bivec.engine.cuts import as_cut, plan_cuts
 from bivec.engine.distributed import ALONE, World
 from bivec.engine.encoder import Encoder
-from bivec.engine.encoder_config import POOLINGS, EncoderConfig, stored_encoder_config, stored_prompts, text_format
+from bivec.engine.encoder_config import POOLINGS, EncoderConfig, stored_prompts, text_format
 from bivec.engine.errors import RunError
 from bivec.engine.evaluation import sts_spearman
 from bivec.engine.export import rewrite_card
@@ -47,6 +47,7 @@ from bivec.engine.run_files import (
     earlier_run,
     read_results,
     rewrite_run_file,
+    start_settings,
     start_state,
     write_run_file,
 )
@@ -78,7 +79,8 @@ class Run:
         self.inputs = load_inputs(recipe)
         check_same_data(earlier, self.inputs, self.directory)
         self.results, self._earlier_seconds, self._earlier_peak = read_results(self.directory, options.resume)
-        self.stored = stored = stored_encoder_config(self.inputs.model_path, is_causal=self.inputs.config.is_causal)
+        is_causal = self.inputs.config.is_causal
+        self.stored = stored = start_settings(self.inputs.model_path, recipe.adapters, is_causal=is_causal)
         # METHOD 2.5: the BOS is no part of a text
         self.pool_bos = bool(stored and stored.pool_bos) if recipe.pool_bos is None else recipe.pool_bos
         for name in TRAINED:
@@ -104,7 +106,7 @@ class Run:
         )
         self.weights.origin()  # an adapter that is there twice is told of before anything is trained
         # what has been done to the weights: "bi", "bi+mntp", "bi+mntp+simcse" …
-        self.begun = self.state = start_state(recipe.model, recipe.adapters)
+        self.begun = self.state = start_state(recipe.model, recipe.adapters, stored)
         self.metrics = StepLog(self.directory / "metrics.jsonl", StepMetrics)
         self.evaluations = StepLog(self.directory / "evaluations.jsonl", Evaluation)
         world.barrier()  # everyone has looked at the directory as it was
@@ -173,7 +175,7 @@ class Run:
             return
         trained = self._last_trained(self.state)
         config = self._encoder_config(trained, stage.startswith("uni") if causal is None else causal, pooling)
-        score = self._sts("dev", trained, config)
+        score = self._sts("dev", stage, config)
         self.results.append(StageResult(stage, config.pooling, score))
         self._write_results()
         print(f"{stage}: STS-B dev {score:.1f}", flush=True)
@@ -350,15 +352,14 @@ class Run:
             self.weights.merge(names)
             trained = self._last_trained(result.stage)
             config = self._encoder_config(trained, result.stage.startswith("uni"), result.pooling)
-            tested.append(replace(result, sts_test_spearman=self._sts("test", trained, config)))
+            tested.append(replace(result, sts_test_spearman=self._sts("test", result.stage, config)))
         self.results = tested
 
     def _encoder_config(self, stage: str, causal: bool | None = None, pooling: str | None = None) -> EncoderConfig:
         """How a stage of this run ("" = none yet) has trained the model to be used; arguments given count more."""
         rules: dict[str, Any] = {"pooling": "mean", "pool_bos": self.pool_bos, "causal": False}
         if self.stored is not None:  # what no recipe says stays as the model's folder has it
-            kept = (*KEPT, *OF_A_STAGE) if not stage and self.begun != "bi" else KEPT
-            rules |= {name: getattr(self.stored, name) for name in kept}
+            rules |= {name: getattr(self.stored, name) for name in (KEPT if stage else (*KEPT, *OF_A_STAGE))}
         if stage in ("simcse", "supervised"):
             trained = getattr(self.recipe, stage)
             rules |= {"pooling": trained.pooling, "causal": trained.causal}
@@ -371,9 +372,10 @@ class Run:
         """The model as it stands."""
         return Encoder(self.weights.runnable(), self.inputs.tokenizer, config, backend=self.options.backend)
 
-    def _sts(self, split: str, stage: str, config: EncoderConfig) -> float:
-        """Spearman's correlation x 100 of the model as it stands after a stage."""
-        instruction = self.recipe.supervised.sts_instruction if stage == "supervised" else None
+    def _sts(self, split: str, state: str, config: EncoderConfig) -> float:
+        """Spearman's correlation x 100 of the model as it stands after a stage, or in a state of this name."""
+        last = state.rpartition("+")[2]
+        instruction = self.recipe.supervised.sts_instruction if last == "supervised" else None
         encode = partial(self._encoder(config).encode, instruction=instruction, show_progress_bar=self.world.is_main)
         return sts_spearman(encode, self.inputs.sts[split])
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bivec.engine.distributed import ALONE, World
-from bivec.engine.encoder_config import EncoderConfig
+from bivec.engine.encoder_config import EncoderConfig, stored_encoder_config
 from bivec.engine.errors import RunError, first_line
 from bivec.engine.inputs import Inputs
 from bivec.engine.json_files import json_text
@@ -238,11 +238,27 @@ def chosen_template(recipe: Recipe, stored: EncoderConfig | None) -> str | None:
     return template
 
 
-def start_state(model: str, adapters: Sequence[str]) -> str:
-    """What has been done to the model before the run: "bi", or what the run that made it and its adapters say."""
+def start_settings(model: Path, adapters: Sequence[str], *, is_causal: bool | None) -> EncoderConfig | None:
+    """How the model that a run begins with is used: as the last adapter says whose folder says any, else as its own.
+
+    None = a decoder, of which no file says it. ``is_causal``: see ``stored_encoder_config``.
+    """
+    folders = (*map(Path, reversed(adapters)), model)
+    settings = (stored_encoder_config(folder, is_causal=is_causal) for folder in folders)
+    return next((found for found in settings if found is not None), None)
+
+
+def start_state(model: str, adapters: Sequence[str], stored: EncoderConfig | None = None) -> str:
+    """What has been done to the model before the run: "bi", or what the run that made it and its adapters say.
+
+    The mask, with which the name begins, is that of ``stored`` (:func:`start_settings`), if it is given.
+    """
     try:
         content = parse_json((Path(model) / "results.json").read_bytes())
         state = str(content["stages"][-1]["stage"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         state = "bi"
-    return "+".join([state, *(name for name in (Path(x).name for x in adapters) if name in TRAINED)])
+    mask, *done = state.split("+")
+    if stored is not None:
+        mask = "uni" if stored.causal else "bi"
+    return "+".join([mask, *done, *(name for name in (Path(x).name for x in adapters) if name in TRAINED)])

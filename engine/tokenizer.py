@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,10 +158,11 @@ def append_eos(backend: Tokenizer, eos: str, number: int) -> None:
 
 
 def _prefix(backend: Tokenizer) -> list[int]:
-    """The special ids in front of a text."""
+    """The special ids in front of a text, without the padding that an earlier call may have asked for."""
     encoding = backend.encode("a")
-    special = encoding.special_tokens_mask
-    return encoding.ids[: special.index(0) if 0 in special else len(special)]
+    found = zip(encoding.ids, encoding.special_tokens_mask, encoding.attention_mask, strict=True)
+    row = [(number, special) for number, special, attended in found if attended]
+    return [number for number, _ in takewhile(itemgetter(1), row)]
 
 
 def _ensure_bos(backend: Tokenizer, settings: dict[str, Any], asked: str | None, path: Path) -> str:

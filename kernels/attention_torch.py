@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bivec.kernels.attention_layout import Layout, LengthGroups, Options, Piece
+from bivec.kernels.backend import autocast_kind
 from bivec.kernels.dropout import attention_row_keys, draw_dropped_
 
 # Below the width of a vector torch's CPU softmax goes value by value: 6.7 ms for 262,144 scores in rows of 12, where
@@ -89,7 +90,7 @@ def fused_attention(
         plainly_causal = options.causal and options.window is None  # needs no mask in memory
         unseen = None if plainly_causal else hidden[length]
         mask = None if unseen is None else ~unseen
-        with torch.autocast(q.device.type, enabled=False):  # which would lower the precision
+        with torch.autocast(autocast_kind(q), enabled=False):  # which would lower the precision
             out = F.scaled_dot_product_attention(
                 q_g, k_g, v_g, attn_mask=mask, is_causal=plainly_causal, scale=options.scale, enable_gqa=True
             )

@@ -24,6 +24,11 @@ class BackendError(RuntimeError):
     """The requested backend cannot run this op."""
 
 
+def autocast_kind(x: Tensor) -> str:
+    """The device for ``torch.autocast``, which knows no tensors without values ("meta")."""
+    return "cpu" if x.device.type == "meta" else x.device.type
+
+
 def checks_values(device: torch.device) -> bool:
     """Whether the values of tensors on ``device`` are checked: on a CPU, and where ``BIVEC_CHECK=1`` asks for it.
 

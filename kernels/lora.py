@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import check_triton_dtypes, resolve
+from bivec.kernels.backend import autocast_kind, check_triton_dtypes, resolve
 from bivec.kernels.dropout import check_dropout, linear_keep_words
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class _LoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         weights, biases, lora_as, lora_bs = _split(operands, 4)
         # dtypes are those of the operands, whatever autocast asks for
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_kind(x), enabled=False):
             h = _project(x, lora_as, dropout_p, seed, token_ids)
             ys = []
             for weight, bias, lora_b, part in zip(weights, biases, lora_bs, h.split(_ranks(lora_as), 1), strict=True):
@@ -122,7 +122,7 @@ class _LoraLinears(torch.autograd.Function):
         d_weights, d_biases, d_as, d_bs = (_blank(len(weights)) for _ in range(4))
         dhs = {}
         reached = {p: dy for p, dy in enumerate(dys) if dy is not None}  # on other outputs nothing depends
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(autocast_kind(x), enabled=False):
             for p, dy in reached.items():
                 dy_wide = dy.to(lora_bs[p].dtype)
                 if need_bs[p]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bivec.kernels.backend import check_triton_dtypes, resolve
+from bivec.kernels.backend import autocast_kind, check_triton_dtypes, resolve
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:
@@ -31,7 +31,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 def _vecdot(x: Tensor, y: Tensor) -> Tensor:
     """Sum of x y over the last dimension, in their dtype whatever autocast asks for; forms no product in memory."""
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(autocast_kind(x), enabled=False):
         summed: Tensor = torch.linalg.vecdot(x, y)
     return summed
 

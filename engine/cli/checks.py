@@ -251,5 +251,5 @@ def _last(done: subprocess.CompletedProcess[str]) -> str:
     return f"{lines[-1] if lines else 'no message'} (exit code {done.returncode})"
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:  # that of engine/errors.py needs torch, which may be what is broken
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

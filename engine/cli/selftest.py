@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bivec.engine.cli.selftest_cases import Call, Case, cases, normal
+from bivec.engine.errors import first_line
 
 # Relative to the largest exact value. On a CPU, torch's backend and Triton's in the interpreter are off by 8e-7 at most
 # in fp32, 1.1e-2 in bf16 and 7e-4 in fp16; no GPU was at hand.
@@ -78,8 +79,7 @@ def _outcome(case: Case, backend: str, device: str, dtype: torch.dtype) -> Outco
         here = ({name: x.to(device) for name, x in part.items()} for part in (leaves, fixed))
         found = _run(lambda **x: case.ours(backend=backend, **x), *here)
     except Exception as failure:  # noqa: BLE001 - of any kind: the next cases are still to be tested
-        reason = str(failure).splitlines()[0] if str(failure) else ""
-        return Outcome(*names, None, f"{type(failure).__name__}: {reason}")
+        return Outcome(*names, None, f"{type(failure).__name__}: {first_line(failure)}")
     worst, problems = 0.0, []
     for name, expected in exact.items():
         error = _error(found[name], expected) / TOLERANCES[dtype]

@@ -6,6 +6,7 @@ A variant is a decoder, the results of the stages that are put into it, and a ma
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ def run_variants(directory: str | Path) -> list[Variant]:
         return decoder_variants(str(directory))
     recipe = recorded_recipe(directory)
     try:
-        model, earlier, stages = str(recipe["model"]), tuple(recipe["adapters"]), list(recipe["stages"])
+        model, earlier, stages = str(recipe["model"]), tuple(map(os.fspath, recipe["adapters"])), list(recipe["stages"])
         pool_bos = recipe["pool_bos"]
         trained_causal = {name for name in TRAINED if recipe[name].get("causal", False)}
         goes_on = recipe["supervised"]["init_adapter"] == "simcse"

@@ -233,7 +233,7 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match=r"2 sequences of 2 tokens, 2 masks of 2 and 1 sample ids"):
         mask_batch([[1], [2]], [[0], [0]], config(), seed=0, sample_ids=[0])
     wrong = [{"probability": value} for value in (0.0, -0.5, 1.1, float("nan"))]
-    wrong += [{"style": "roberta"}, {"mask_token_id": VOCAB}, {"mask_token_id": -1}]
+    wrong += [{"style": "roberta"}, {"mask_token_id": VOCAB}, {"mask_token_id": VOCAB + 1}, {"mask_token_id": -1}]
     for changes in wrong:
         with pytest.raises(ValueError, match=str(next(iter(changes.values())))):
             config(**changes)

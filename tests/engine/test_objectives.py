@@ -227,19 +227,28 @@ def test_simcse_equals_plain_torch(tiny_llama_dir, skip):
     assert abs(loss.item() - plain_simcse(spy.hidden, 1 - skip)) > 1e-4
 
 
-def test_simcse_gradient(tiny_llama_dir):
+@pytest.mark.parametrize("causal", [False, True])
+def test_simcse_gradient(tiny_llama_dir, causal):
     """Against autograd through the same statement."""
     model = load_pretrained(tiny_llama_dir).model
     adapter = add_lora(model, LoraConfig(rank=2))
-    simcse_loss(model, views(), seed=5).backward()
+    simcse_loss(model, views(), causal=causal, seed=5).backward()
     gradients = [p.grad.clone() for p in adapter.named_parameters().values()]
     model.zero_grad()
-    hidden = model(views(), attention_dropout=0.3, seed=5)
+    hidden = model(views(), causal=causal, attention_dropout=0.3, seed=5)
     pooled = torch.stack([row.mean(0) for row in hidden.split([len(sentence) for sentence in SENTENCES * 2])])
     first, second = F.normalize(pooled).chunk(2)
     F.cross_entropy(20.0 * first @ second.T, torch.arange(len(SENTENCES))).backward()
     for ours, parameter in zip(gradients, adapter.named_parameters().values(), strict=True):
         assert (ours - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
+
+
+def test_simcse_is_the_mean_over_the_sentences():
+    embeddings = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    objective = SimcseObjective(torch.nn.Identity(), None, SENTENCES, batch_size=4, seed=7, scale=3.0)
+    first, second = F.normalize(embeddings).chunk(2)
+    expected = F.cross_entropy(3.0 * first @ second.T, torch.arange(4))
+    torch.testing.assert_close(objective.loss_of(embeddings), expected)
 
 
 def simcse_objective(directory, *, attention_dropout=0.3, lora_dropout=0.05, batch_size=4):

@@ -7,6 +7,8 @@ from bivec.kernels import (
     apply_rotary,
     flash_attention,
     geglu,
+    info_nce,
+    linear_cross_entropy,
     lora_linear,
     lora_linears,
     rms_norm,
@@ -56,6 +58,11 @@ CASES = {
     "flash_attention, causal": (attention(causal=True), [HEADS[0], HEADS[1], HEADS[1].flip(0)]),
     "flash_attention with dropout": (attention(**NOISE), [HEADS[0], HEADS[1], HEADS[1].flip(0)]),
     "apply_rotary": (rotary, [randn(T, 4, 4)]),
+    "info_nce": (lambda q, c: info_nce(q, c, symmetric=True, reduction="none"), [randn(T, D), randn(T, D, seed=1)]),
+    "linear_cross_entropy": (
+        lambda h, w: linear_cross_entropy(h, w, torch.arange(T), reduction="none"),
+        [randn(T, D), randn(T + 3, D, seed=1)],
+    ),
     "swiglu": (swiglu, [randn(T, D), randn(T, D, seed=1)]),
     "geglu": (geglu, [randn(T, D), randn(T, D, seed=1)]),
     "segment_pool": (lambda x: segment_pool(x, CU_SEQLENS), [randn(T, D)]),
@@ -79,3 +86,12 @@ def test_autocast_changes_nothing(name):
         found = run(function, tensors)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_shapes_without_values():
+    """On meta tensors, for which there is no autocast."""
+    x, weight, a, b = (tensor.to("meta").requires_grad_() for tensor in matrices())
+    out = lora_linear(rms_norm(x, torch.ones(D, device="meta"), 1e-5), weight, a, b, 2.0)
+    assert out.shape == (T, 8) and out.device.type == "meta"
+    (grad,) = torch.autograd.grad(out.sum(), [x])
+    assert grad.shape == x.shape and grad.device.type == "meta"

@@ -199,6 +199,8 @@ def test_accuracy_is_the_share_of_the_right():
     assert stats.accuracy.item() == 0.5 and stats.accuracy.dtype == torch.float32 and stats.accuracy.dim() == 0
     _, stats = info_nce(queries[:1], queries, return_stats=True)
     assert stats.accuracy.item() == 1.0 and stats.count == 1
+    _, stats = info_nce(queries, queries[[0, 0, 1, 3]], return_stats=True)
+    assert stats.correct.tolist() == [True, False, True, True]  # as high as the positive is not higher
     _, stats = info_nce(queries[:0], queries, return_stats=True)
     assert stats.accuracy.item() == 0.0 and stats.count == 0
 

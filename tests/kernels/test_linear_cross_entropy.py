@@ -296,6 +296,19 @@ BAD = {
 }
 
 
+def test_hidden_states_of_a_padded_batch_are_refused():
+    with pytest.raises(ValueError, match=r"hidden \[T, D\] and weight \[V, D\] must share D; got \(2, 4, 4\)"):
+        linear_cross_entropy(torch.ones(2, 4, 4), torch.ones(5, 4), torch.zeros(2, dtype=torch.long))
+
+
+def test_targets_of_minus_100_are_ignored():
+    """As torch.nn.functional.cross_entropy ignores them."""
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    targets = torch.tensor([1, -100, 4])
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), expected)
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_bad_tensors_are_refused(message):
     inputs = BAD[message](*(x if x is None else x.detach() for x in example(ignored=False)))

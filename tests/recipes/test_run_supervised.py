@@ -147,6 +147,26 @@ def test_a_state_of_an_earlier_run_is_scored_as_that_run_left_it(execute, recipe
     whole = Encoder.from_pretrained(tmp_path / "second")
     pairs = load_sts(recipe.sts_test)[: recipe.eval_pairs]
     assert sts_spearman(whole.encode, pairs) == pytest.approx(scores[-1], abs=0.01)
+    # also by its adapter, and by the folder of the encoder itself, beside which no file tells of stages
+    ways = {
+        "uni+simcse": ("--adapters", tmp_path / "first" / "simcse"),
+        "uni": ("--model", tmp_path / "first" / "merged"),
+    }
+    for state, way in ways.items():
+        execute(recipe, tmp_path / state, "--stages", "bi", *way)
+        found = {one["stage"]: one for one in stages(tmp_path / state)}[state]
+        assert found == pytest.approx(last | {"stage": state}, abs=0.01)
+    assert Encoder.from_pretrained(tmp_path / "uni").config == Encoder.from_pretrained(tmp_path / "first").config
+
+
+def test_a_supervised_model_is_scored_with_the_instruction_again(execute, recipe, tmp_path):
+    told = replace(recipe, supervised=replace(recipe.supervised, sts_instruction="Find the same meaning: "))
+    execute(told, tmp_path / "first", "--stages", "bi,supervised")
+    execute(told, tmp_path / "second", "--stages", "bi", "--model", tmp_path / "first")
+    last, again = stages(tmp_path / "first")[-1], stages(tmp_path / "second")[-1]
+    assert again == pytest.approx(last, abs=0.01)
+    execute(recipe, tmp_path / "without", "--stages", "bi", "--model", tmp_path / "first")
+    assert stages(tmp_path / "without")[-1] != pytest.approx(last, abs=0.01)
 
 
 def test_an_adapter_that_is_in_the_model_already(execute, fails, recipe, tmp_path):
