@@ -126,6 +126,14 @@ def mutant(outcome, **more):
     return {"operator": "core/X", "line": 1, "before": "a", "after": "b", "outcome": outcome, "by": ""} | more
 
 
+def test_survivors_are_of_a_report(scripts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["mutation.py", "--again", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        scripts[0].main()
+    assert "--again: there is no report" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_survivors_are_counted_by_their_reason(scripts):
     mutation, _ = scripts
     known = [

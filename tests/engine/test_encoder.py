@@ -301,3 +301,13 @@ def test_half_precision_and_the_tie_to_cosines(tiny_llama_dir):
     other = encoder.encode(TEXTS, normalize_embeddings=True)
     assert one.dtype == np.float32
     assert ((one * other).sum(1) > 0.999).all() and math.isclose((one[0] * one[0]).sum(), 1.0, rel_tol=1e-5)
+
+
+def test_spans_are_pooled_as_whole_texts_are(llama):
+    row = llama.tokenizer(TEXTS[0]).input_ids
+    batch = PackedBatch.from_sequences([row])
+    hidden = hidden_states(llama, row)
+    pooled = llama.pool_spans(hidden, batch.cu_seqlens, [(1, 3)], "weighted_mean")
+    close(pooled[0], (hidden[1] + 2 * hidden[2]) / 3)
+    with pytest.raises(ConfigError, match="pooling 'median' is unknown; choose one of mean, weighted_mean"):
+        llama.pool_spans(hidden, batch.cu_seqlens, [(1, 3)], "median")

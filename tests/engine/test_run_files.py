@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bivec.engine.distributed import World
-from bivec.engine.errors import RunError
+from bivec.engine.errors import RunError, first_line
 from bivec.engine.metrics import StepLog
 from bivec.engine.model_card import card_of_run
 from bivec.engine.presets import PRESETS
@@ -107,3 +107,11 @@ def test_a_gpu_for_every_process_of_a_machine(monkeypatch, tmp_path):
         chosen_device("cuda", None, world)
     with pytest.raises(RunError, match="--device cuda:1: each of 4 processes has one of its own; give --device cuda"):
         chosen_device("cuda:1", None, world)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [("", "RuntimeError"), ("\n  ", "RuntimeError"), ("\nout of memory\nmore", "out of memory"), ("one", "one")],
+)
+def test_the_first_line_of_an_error_says_something(message, line):
+    assert first_line(RuntimeError(message)) == line

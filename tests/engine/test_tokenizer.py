@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 
 from bivec.engine import sentencepiece_bpe
-from bivec.engine.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, load_tokenizer, mask_token_id, prefix_length
+from bivec.engine.tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT, load_tokenizer, mask_token_id, prefix_ids, prefix_length
 from bivec.models import CheckpointError, ConfigError
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -316,3 +316,13 @@ def test_what_is_no_fault_of_the_file_is_not_said_of_it(tiny_llama_dir, monkeypa
     monkeypatch.setattr("bivec.engine.tokenizer._wrap", fails)
     with pytest.raises(type(error), match=str(error)):
         load_tokenizer(tiny_llama_dir)
+
+
+def test_the_prefix_is_without_the_padding_of_an_earlier_call(tiny_llama_dir):
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    expected = prefix_ids(tokenizer)
+    assert len(expected) == 1
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    tokenizer(["one", "one two"], padding="max_length", max_length=6)
+    assert prefix_ids(tokenizer) == expected

@@ -209,6 +209,7 @@ def test_bad_settings(fails, recipe, tmp_path):
     message = fails(recipe, tmp_path / "x", "--set", "supervised.init_adapter=simcse", "--set", "simcse.tuning=full")
     assert "supervised.init_adapter is 'simcse', but simcse.tuning is 'full'" in message
     assert "--timeout 0: expected a number of seconds" in fails(recipe, tmp_path / "x", "--timeout", "0")
+    assert "--timeout nan: " in fails(recipe, tmp_path / "x", "--dry-run", "--timeout", "nan")
     assert {stage().tuning for stage in (MntpStage, SimcseStage, SupervisedStage)} == {"lora"}
 
 

@@ -110,6 +110,11 @@ def test_the_first_token_is_pooled_as_in_the_run(execute, recipe, tmp_path):
     (tmp_path / "merged" / "bivec_config.json").unlink()
     with pytest.raises(RunError, match="the run has not been finished"):
         run_variants(tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["recipe"]["adapters"] = [1]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    with pytest.raises(RunError, match=r"run\.json: not the run\.json of a run of this version"):
+        run_variants(tmp_path)
 
 
 def test_other_places(recipe, tmp_path):
