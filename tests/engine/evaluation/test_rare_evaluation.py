@@ -95,7 +95,7 @@ def test_a_study_without_minilm_says_so(monkeypatch, capsys):
 
 
 def test_a_fixed_word_of_another_chunk():
-    """"out" belongs to "because", two words back, and not to the adverb between them."""
+    """ "out" belongs to "because", two words back, and not to the adverb between them."""
     sentence = [
         Token("because", "ADP", "IN", 3, "case"),
         Token("probably", "ADV", "RB", 3, "advmod"),
@@ -142,7 +142,9 @@ def test_sentences_of_other_paragraphs(samples):
     lines = gzip.decompress(file.read_bytes()).decode().splitlines()
     lines[6] = "A sentence of another release."
     file.write_bytes(gzip.compress("\n".join(lines).encode()))
-    with pytest.raises(DataError, match=r"wikipedia_sentences\.txt\.gz, line 7: not a sentence of the paragraphs in .*"):
+    with pytest.raises(
+        DataError, match=r"wikipedia_sentences\.txt\.gz, line 7: not a sentence of the paragraphs in .*"
+    ):
         next(task for task in local_tasks(samples, SIZES) if task.metadata.name == "LocalRetrieval").load_data()
 
 
