@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
+import torch
 
 from bivec.engine.corpus import encode_corpus
 from bivec.engine.corpus_files import CorpusFiles
 from bivec.engine.data import load_texts, mntp_blocks
+from bivec.engine.distributed import STORE_LOST, World, _Pulse, process_group
 from bivec.engine.encoder import Encoder
-from bivec.engine.encoder_config import EncoderConfig
+from bivec.engine.encoder_config import EncoderConfig, is_encoder
 from bivec.engine.entailment import entailment_triples
 from bivec.engine.errors import CheckpointError, ConfigError, DataError, RunError
 from bivec.engine.evaluation import study
@@ -142,3 +145,72 @@ def test_a_corpus_with_a_slice_that_nobody_wrote(encoder, tmp_path, monkeypatch)
     with pytest.raises(RunError, match=r"a\.npy: 1 slices are missing; repeat the command"):
         encode_corpus(encoder, ["a"], tmp_path / "a.npy")
     assert not (tmp_path / "a.npy").exists()
+
+
+def test_a_table_of_pairs_with_blank_lines(tmp_path):
+    header, rows = "sentence1,sentence2,gold_label", ("a,b,entailment", "a,c,contradiction")
+    (tmp_path / "a.csv").write_text("\n".join([header, "", rows[0], "", "", rows[1], ""]))
+    (tmp_path / "b.csv").write_text("\n".join([header, *rows]))
+    assert entailment_triples([tmp_path / "a.csv"]) == entailment_triples([tmp_path / "b.csv"])
+    (tmp_path / "a.csv").write_text(f"{header}\n\na,b\n")
+    with pytest.raises(DataError, match=r"a\.csv, line 3: 2 columns instead of 3"):
+        entailment_triples([tmp_path / "a.csv"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(b'{"', b'["'), (b'"pooling"', b'"poolinh"')], ids=["JSON", "field"])
+def test_a_gguf_file_whose_settings_are_damaged(encoder, tmp_path, before, after):
+    file = tmp_path / "m.gguf"
+    encoder.save_gguf(file, dtype="f32")
+    content = file.read_bytes()
+    at = content.index(before, content.index(b"bivec.encoder"))
+    file.write_bytes(content[:at] + after + content[at + len(before) :])
+    with pytest.raises(ConfigError, match=r"m\.gguf: bivec\.encoder is not what bivec writes \("):
+        Encoder.from_pretrained(file)
+
+
+def test_a_gguf_file_of_a_decoder(encoder, tmp_path):
+    """It says nothing of pooling: it is no encoder, and gets what any decoder gets."""
+    file = tmp_path / "m.gguf"
+    encoder.save_gguf(file, dtype="f32")
+    assert is_encoder(file)
+    file.write_bytes(file.read_bytes().replace(b"bivec.", b"other.").replace(b".pooling_type", b".pooling_kind"))
+    assert not is_encoder(file)
+    assert Encoder.from_pretrained(file).config == encoder.config
+
+
+def test_machines_without_an_address(monkeypatch):
+    """``srun`` does not set it."""
+    for name in ("MASTER_ADDR", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(ConfigError, match=r"MASTER_ADDR is not set: .*export MASTER_ADDR=\$\(scontrol"),
+        process_group(World(2, 4, 0, 2), "cpu"),
+    ):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+def test_processes_that_do_not_meet(monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))  # nobody listens there
+        port = probe.getsockname()[1]
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with (
+        pytest.raises(RunError, match=f"rank 1 of 2 did not meet the others at 127.0.0.1:{port}: "),
+        process_group(World(1, 2, 1, 2), "cpu", timeout_seconds=1.0),
+    ):
+        pass
+
+
+def test_a_store_that_is_gone():
+    """With rank 0, whose process held it."""
+    from torch.distributed import TCPStore
+
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pulse = _Pulse(TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False), World(1, 2, 1, 2))
+    server.add("alive/0", 1)
+    del server
+    assert pulse._silent() == pulse.lost() == STORE_LOST
+    pulse.stop()

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bivec.engine.checkpoint import TrainState, save_checkpoint
-from bivec.engine.distributed import ALONE, is_sharded, process_group
+from bivec.engine.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from bivec.engine.distributed import ALONE, World, is_sharded, process_group
 from bivec.engine.errors import CheckpointError
 from bivec.engine.sharding import attach_head, detach_head, gathered, shard
 from bivec.kernels import linear_cross_entropy
@@ -146,6 +146,41 @@ def test_a_full_disk(tiny_llama_dir, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="mntp-000002: the disk is full"):
         save_checkpoint(tmp_path, replace(state, step=2))
     assert [path.name for path in tmp_path.iterdir()] == ["mntp-000001"]
+
+
+@pytest.fixture
+def state(tiny_llama_dir):
+    """A sharded model behind its first step, which no gradient took part in."""
+    model = load_pretrained(tiny_llama_dir).model
+    shard(model, ALONE, "cpu")
+    return TrainState("mntp", 1, dict(model.named_parameters()), torch.optim.AdamW(model.parameters()))
+
+
+def test_a_disk_that_the_ranks_do_not_share(state, tmp_path):
+    """Rank 0 of two finds its own shard alone; the earlier checkpoint is still there, and nothing beside it."""
+    save_checkpoint(tmp_path, state)
+    message = "mntp-000002: 1 of 2 shards are there; the directory must be on a file system that all ranks share"
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(tmp_path, replace(state, step=2), World(0, 2))
+    assert [path.name for path in tmp_path.iterdir()] == ["mntp-000001"]
+
+
+def test_a_disk_that_cannot_be_read(state, tmp_path, monkeypatch):
+    path = save_checkpoint(tmp_path, state)
+    before = {name: parameter.full_tensor().clone() for name, parameter in state.parameters.items()}
+
+    def broken(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with torch.no_grad():
+        state.parameters["norm.weight"].add_(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.distributed.checkpoint.HuggingFaceStorageReader, "read_data", broken)
+        with pytest.raises(CheckpointError, match=f"{path}: not a whole checkpoint .*delete it to resume"):
+            load_checkpoint(path, state)
+    assert torch.equal(state.parameters["norm.weight"].full_tensor(), before["norm.weight"] + 1.0)  # nothing was copied
+    load_checkpoint(path, state)
+    assert all(torch.equal(state.parameters[name].full_tensor(), weight) for name, weight in before.items())
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
