@@ -111,7 +111,7 @@ def test_peak_memory_of_a_gpu(monkeypatch):
 def test_fields_of_other_kinds_are_not_checked():
     record = make_dataclass("Record", [("dims", "tuple[int, ...]"), ("either", "int | list[int]"), ("name", "str")])
     check_types(record("no tuple", None, "a"))
-    with pytest.raises(ValueError, match="^name is 5, expected str"):  # what follows them is
+    with pytest.raises(ValueError, match=r"^name is 5, expected str"):  # what follows them is
         check_types(record((1,), 2, 5))
 
 
@@ -234,11 +234,10 @@ def test_an_eos_is_appended_once(encoder, tmp_path):
 def test_a_sentencepiece_model_without_a_bos(files, tmp_path):
     """Its EOS begins a text of a decoder; an encoder's begins with nothing."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    (tmp_path / "corpus.txt").write_text(
-        "\n".join(text for text in files.TEXTS if text.isprintable()) * 20, encoding="utf-8"
-    )
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(text for text in files.TEXTS if text.isprintable()) * 20, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"),
+        input=str(corpus),
         model_prefix=str(tmp_path / "tokenizer"),
         model_type="bpe",
         vocab_size=500,
