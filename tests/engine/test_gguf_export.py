@@ -139,6 +139,7 @@ def test_sentencepiece_tokenizers(version, tiny_mistral_dir, tmp_path):
     [
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "beta_fast": 16.0},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "beta_slow": 2.0},
         LLAMA3_ROPE,
     ],
 )
@@ -200,10 +201,54 @@ def test_a_tokenizer_that_gguf_cannot_name(tiny_llama_dir, tmp_path):
     with pytest.raises(ConfigError, match=r"the tokenizer cannot be said in GGUF: .The 3rd"):
         encoder.save_gguf(tmp_path / "m.gguf")
     backend.normalizer = None
-    backend.pre_tokenizer = Sequence([Split(Regex("[aeiou]"), "isolated"), ByteLevel(add_prefix_space=False)])
-    with pytest.raises(ConfigError, match="in none of the ways that GGUF export knows"):
-        encoder.save_gguf(tmp_path / "m.gguf")
+    vowels = Sequence([Split(Regex("[aeiou]"), "isolated"), ByteLevel(add_prefix_space=False)])
+    for splits in (vowels, None):
+        backend.pre_tokenizer = splits
+        with pytest.raises(ConfigError, match="in none of the ways that GGUF export knows"):
+            encoder.save_gguf(tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_setting_that_gguf_cannot_say(tiny_llama_dir, tmp_path):
+    """llama.cpp has YaRN's factor and borders, but not how much warmer its attention gets."""
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "attention_factor": 1.3}
+    folder = edited(tiny_llama_dir, tmp_path / "m", rope_parameters=None, rope_theta=10000.0, rope_scaling=scaling)
+    with pytest.raises(ConfigError, match=r"GGUF cannot say rope_scaling = .*1\.3.* \(it would be read as .*512\}\)"):
+        Encoder.from_pretrained(folder).save_gguf(tmp_path / "m.gguf")
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+def test_rows_of_the_embedding_without_a_token(tiny_llama_dir, tmp_path):
+    """Checkpoints round the number of rows up; a word that looks like what stands for one is a token all the same."""
+    folder = edited(tiny_llama_dir, tmp_path / "m")
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    lost, words = rules["model"]["merges"].pop(), rules["model"]["vocab"]
+    assert words.pop("".join(lost)) == 999
+    rules["model"]["merges"].pop()
+    words["[PAD998]"] = words.pop(next(word for word, number in words.items() if number == 998))
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    encoder = Encoder.from_pretrained(folder)
+    encoder.save_gguf(tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert tokens[997:] == [next(word for word, number in words.items() if number == 997), "[PAD998]", "[PAD999]"]
+    assert types[997:] == [gguf.TokenType.NORMAL, gguf.TokenType.NORMAL, gguf.TokenType.UNUSED]
+    again = Encoder.from_pretrained(tmp_path / "m.gguf")
+    assert again.tokenizer(TEXTS).input_ids == encoder.tokenizer(TEXTS).input_ids
+
+
+def test_a_tokenizer_without_a_bos(tiny_llama_dir, tmp_path):
+    base = load_pretrained(tiny_llama_dir)
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    tokenizer.backend_tokenizer.post_processor, tokenizer.bos_token = None, None
+    encoder = Encoder(base.model, tokenizer)
+    encoder.save_gguf(tmp_path / "m.gguf", dtype="f32")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    assert "tokenizer.ggml.bos_token_id" not in fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    again = Encoder.from_pretrained(tmp_path / "m.gguf")
+    assert again.tokenizer(TEXTS[:2]).input_ids == tokenizer(TEXTS[:2]).input_ids
+    close(again.encode(TEXTS[:2]), encoder.encode(TEXTS[:2]))
 
 
 def test_a_full_disk_leaves_the_old_file(tiny_llama_dir, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """The model card: what it says, that its code runs, and that nobody else's README.md is lost."""
 
+import json
 import os
 import re
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,3 +162,34 @@ def test_a_run_file_that_is_none(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(RunError, match=r"run\.json: not a file of a run"):
         card_of_run(tmp_path)
+
+
+def test_a_run_that_was_not_evaluated_has_no_table(tiny_llama_dir, tmp_path):
+    recipe = {"name": "tiny", "stages": ["bi", "mntp"], "mntp_data": "texts/m.txt", "mntp": {"batch_size": 3}}
+    versions = {"bivec": "1", "torch": "2", "transformers": "5"}
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe, "versions": versions}))
+    card = card_of_run(tmp_path)
+    expected = ModelCard(data={"mntp": "m.txt"}, hyperparameters={"mntp": {"batch_size": 3}}, recipe="tiny")
+    assert card == replace(expected, results=[], versions=versions)
+    text = save(Encoder.from_pretrained(tiny_llama_dir), tmp_path / "m", card=card)
+    assert "## Training" in text and "| batch_size | 3 |" in text and "## Results" not in text
+
+
+def test_a_stage_of_which_only_the_data_are_known(tiny_llama_dir, tmp_path):
+    card = ModelCard(data={"mntp": "wiki"}, hyperparameters={"simcse": {"scale": 20.0}, "supervised": {}})
+    text = save(Encoder.from_pretrained(tiny_llama_dir), tmp_path / "m", card=card)
+    _, training = text.split("## Training\n")
+    training, _ = training.split("\n\n## ") if "\n\n## " in training else (training, "")
+    table = "| setting | value |\n|---|---|\n| scale | 20.0 |"
+    assert training.strip() == f"### mntp\n\nData: wiki.\n\n### simcse\n\n{table}\n\n### supervised"
+
+
+def test_no_differences_have_no_heading(tiny_llama_dir, tmp_path):
+    """Of a folder of which none are recorded."""
+    heading = "## Where other libraries differ from bivec"
+    assert heading in save(Encoder.from_pretrained(tiny_llama_dir), tmp_path / "m")
+    file = tmp_path / "m" / "bivec_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"differences_elsewhere": []}))
+    rewrite_card(tmp_path / "m", ModelCard(recipe="other"))
+    text = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
+    assert "# other" in text and heading not in text and "\n\n\n" not in text

@@ -141,6 +141,13 @@ def test_set_names_what_is_wrong(assignment, message):
     assert str(error.value).startswith(f"--set {assignment.partition('=')[0]}")
 
 
+def test_set_of_what_has_no_text():
+    """The shape of another model than the recipe's is not known here, and cannot be given."""
+    with pytest.raises(RunError, match=r"--set shape: a DecoderConfig \| None cannot be given on the command line"):
+        parse("--model", "another/model", "--set", "shape=x")
+    assert parse("--model", "another/model", "--set", "shape=none")[0].shape is None
+
+
 @pytest.mark.parametrize("arguments", [["--seed", "abc"], ["--backend", "cuda"], ["--unknown"], ["--seed"]])
 def test_argparse_errors(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -158,6 +158,20 @@ def test_vocabularies_in_gguf_that_are_none(fields, message, tmp_path, monkeypat
         load_tokenizer(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("kind", [1, 4], ids=["normal", "user-defined"])
+def test_tokens_of_the_user_in_gguf(kind, tmp_path):
+    """They are cut out of a text before it is split, and are not special; any other word has to be merged."""
+    letters = ["<", "u", ">", "a", "b"]
+    path = write_gguf_tokenizer(
+        tmp_path / "m.gguf", [*letters, "<u>", "</s>"], [1] * 5 + [kind, 3], model="gpt2", pre="gpt-2", bos_token_id=6
+    )
+    tokenizer = load_tokenizer(path, add_bos=False)
+    cut = ["<u>"] if kind == 4 else ["<", "u", ">"]
+    assert tokenizer.tokenize("a<u>b") == ["a", *cut, "b"]
+    ids = tokenizer("a<u>b").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<u>b"
+
+
 @needs_smollm2
 def test_smollm2(tmp_path, files, assert_saved_alike):
     path = find_smollm2()

@@ -224,6 +224,18 @@ def test_out_of_memory_halves_the_micro_batch_and_goes_on(error, tiny_llama_dir,
     assert "going on with micro-batches of 16 tokens, recomputation 'none'" in told and "more lines" not in told
 
 
+def test_memory_is_given_back_before_the_step_is_tried_again(tiny_llama_dir, monkeypatch):
+    """What torch's allocator keeps of the attempt is in pieces of its sizes; the gradients are gone by then."""
+    checkpoint = load_pretrained(tiny_llama_dir)
+    adapter = add_lora(checkpoint.model, LoraConfig(rank=4))
+    parameters, seen = adapter.named_parameters(), []
+    objective = Cramped(mntp(checkpoint, adapter), lambda o: o.micro_batch_tokens <= 16, GPU_ERROR)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: seen.append([p.grad for p in parameters.values()]))
+    train("stage", objective, parameters, OptimConfig(1e-3, steps=2), progress=False)
+    assert seen == [[None] * len(parameters)]
+
+
 def test_the_objective_that_goes_on_is_handed_over_once(tiny_llama_dir):
     checkpoint = load_pretrained(tiny_llama_dir)
     adapter = add_lora(checkpoint.model, LoraConfig(rank=4))

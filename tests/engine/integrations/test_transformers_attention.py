@@ -267,6 +267,27 @@ def test_a_layer_called_by_itself(causal, window):
         assert not out[~real].any()
 
 
+def test_lengths_as_older_versions_give_them():
+    """By the positions in the cache; with neither, a row has as many queries as keys."""
+    for options in ({"q_length": 5}, {"cache_position": torch.arange(5)}, {}):
+        assert visibility_mask(1, 5, **options).causal
+    with pytest.raises(ConfigError, match="got 1 queries for 5 keys"):
+        visibility_mask(1, 5, cache_position=torch.tensor([4]))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_flag_against_the_models_mask(causal):
+    masks = transformers.masking_utils
+    function = masks.causal_mask_function if causal else masks.bidirectional_mask_function
+    q, seen = torch.randn(1, 2, 5, 16), visibility_mask(1, 5, function, q_length=5)
+    layer = types.SimpleNamespace(is_causal=not causal)  # which the mask overrules
+    by_mask, _ = attention_forward(layer, q, q, q, seen)
+    assert torch.equal(by_mask, attention_forward(layer, q, q, q, seen, is_causal=causal)[0])
+    said = f"is_causal={not causal} was passed, .* mask that is {'' if causal else 'not '}causal: set model.config"
+    with pytest.raises(ConfigError, match=said):
+        attention_forward(layer, q, q, q, seen, is_causal=not causal)
+
+
 def test_mixed_head_dims_are_refused():
     q, v = torch.randn(1, 4, 3, 16), torch.randn(1, 4, 3, 8)
     with pytest.raises(ConfigError, match="got 16 for queries and 8"):

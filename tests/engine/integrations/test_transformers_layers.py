@@ -229,3 +229,17 @@ def test_other_rotations_are_refused(width, dimension):
     q, k, angles = torch.ones(1, 2, 3, 8), torch.ones(1, 1, 3, 8), torch.ones(1, 3, width)
     with pytest.raises(ConfigError, match=f"rotation of {width} of 8 dimensions, along dimension {dimension}"):
         transformers_layers._rotated(q, k, angles, angles, unsqueeze_dim=dimension)
+
+
+def test_an_attention_that_rotates_elsewhere_is_refused(tiny_llama_dir, monkeypatch):
+    """As some version of transformers may have it: nothing is changed by halves."""
+    model = AutoModel.from_pretrained(tiny_llama_dir)
+
+    def forward(self, hidden_states, **_):
+        return self.o_proj(hidden_states), None
+
+    monkeypatch.setattr(type(model.layers[0].self_attn), "forward", forward)
+    with pytest.raises(ConfigError, match="this version of transformers does not call apply_rotary_pos_emb"):
+        apply_kernels(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert apply_kernels(model, rotary=False).rms_norm == 5
