@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -87,6 +88,29 @@ def test_rms_norm_of_which_the_weight_alone_is_trained(fused):
     assert x.grad is None
 
 
+class Operations(TorchDispatchMode):
+    """The names of what is computed inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU the backward runs in another thread, which no mode sees")
+def test_rms_norm_computes_no_gradient_of_x_that_nobody_wants():
+    counts = []
+    for wanted in (True, False):
+        out = rms_norm(randn(7, 6).requires_grad_(wanted), randn(6, seed=1).requires_grad_(), 1e-5, backend="torch")
+        with Operations() as operations:
+            out.backward(randn(7, 6, seed=2))
+        counts.append(operations.names.count("addcmul_.default"))
+    assert counts == [1, 0]
+
+
 def test_the_long_path_says_that_its_backward_needs_the_output():
     q, lse = randn(4, 2, 16), randn(2, 4)
     bounds, order = (torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in ([0, 4], [0]))
@@ -103,6 +127,9 @@ def test_heads_without_dimensions_are_rotated_to_nothing(backend):
     q, k, *tables = rotary_operands(head_dim=0)
     turned = apply_rotary(q, k, *tables, backend=backend)
     assert [x.shape for x in turned] == [(TOKENS, 3, 0), (TOKENS, 1, 0)]
+    with recording("sm_90") as launches:
+        apply_rotary(q, k, *tables, backend=backend)
+    assert launches == []
 
 
 def test_a_window_to_the_left_only_hides_no_key_on_the_right():
@@ -173,6 +200,20 @@ def test_info_nce_is_exported_with_a_scale_nobody_reads(backend):
     if DEVICE.type == "cpu":
         with pytest.raises(ValueError, match="scale must be finite"):
             loss(queries, candidates, nowhere)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_info_nce_is_exported_for_any_whole_scale(backend):
+    """It is a symbol then; to check its value would tie the graph to one."""
+    inputs = randn(4, 8), randn(4, 8, seed=1)
+
+    def loss(queries, candidates, scale):
+        return info_nce(queries, candidates, scale=scale, backend=backend)
+
+    shapes = {"inputs": (None, None, torch.export.Dim.DYNAMIC)}
+    module = torch.export.export(Module(loss), (*inputs, 20), dynamic_shapes=shapes, strict=False).module()
+    for scale in (20, 7):
+        torch.testing.assert_close(module(*inputs, scale), loss(*inputs, scale))
 
 
 # --- machines that are not there ------------------------------------------------------------------------------------
