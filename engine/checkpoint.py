@@ -14,7 +14,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bivec.engine.distributed import ALONE, World, is_sharded_tensor, sharded_like
-from bivec.engine.errors import CheckpointError, first_line
+from bivec.engine.errors import CheckpointError
 from bivec.models.files import atomic_directory
 from bivec.models.plain_json import parse_json
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 WHOLE = "state.safetensors"  # of a checkpoint whose tensors are not sharded
 SLOTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
@@ -98,8 +101,12 @@ def _write_shards(tensors: dict[str, Tensor], directory: str) -> None:
     try:
         dcp.save(dict(tensors), storage_writer=writer, checkpoint_id=directory)
     except dcp.CheckpointException as error:  # a BaseException
-        reasons = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
-        raise CheckpointError(f"{directory}: shards could not be written ({reasons})") from error
+        raise CheckpointError(f"{directory}: shards could not be written ({_reasons(error)})") from error
+
+
+def _reasons(error: CheckpointException) -> str:
+    """What went wrong, by rank; its own message is a list of types."""
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
 
 
 def list_checkpoints(directory: Path, stage: str) -> list[Path]:
@@ -193,15 +200,12 @@ def _stored_shapes(path: Path) -> dict[str, torch.Size]:
         with safe_open(file, framework="pt") as handle:
             return {key: torch.Size(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 - no dict
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    stored = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    # of tensors alone: this reader knows nothing else
+    stored: dict[str, Any] = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     if not stored:
         raise ValueError(f"neither {WHOLE} nor shards are there")
-    shapes = {key: entry.size for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-    if others := sorted(stored.keys() - shapes.keys()):
-        raise ValueError(f"{', '.join(others)}: no tensor")
-    return shapes
+    return {key: entry.size for key, entry in stored.items()}
 
 
 def _read(path: Path, targets: dict[str, Tensor]) -> None:
@@ -211,15 +215,22 @@ def _read(path: Path, targets: dict[str, Tensor]) -> None:
         import torch.distributed.checkpoint as dcp
 
         reader = dcp.HuggingFaceStorageReader(str(path))
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        for key, target in targets.items():
+            _check_dtype(key, stored[key].properties.dtype, target)
         try:
             dcp.load(targets, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
         except dcp.CheckpointException as error:  # a BaseException
-            raise ValueError(first_line(error)) from error
+            raise ValueError(_reasons(error)) from error
         return
     with safe_open(file, framework="pt") as handle:
         for key, target in targets.items():
             tensor = handle.get_tensor(key)
-            if tensor.dtype != target.dtype:
-                raise ValueError(f"{key} is stored as {tensor.dtype}, this run has {target.dtype}")
+            _check_dtype(key, tensor.dtype, target)
             tensor = tensor.to(target.device)
             target.copy_(sharded_like(tensor, target))
+
+
+def _check_dtype(key: str, stored: torch.dtype, target: Tensor) -> None:
+    if stored != target.dtype:
+        raise ValueError(f"{key} is stored as {stored}, this run has {target.dtype}")

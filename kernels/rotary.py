@@ -73,7 +73,7 @@ def apply_rotary(
         inplace: overwrite q and k (their old values must not be needed by anybody's backward). They may be slices of
             one projection; the torch backend refuses the outputs of ``split`` and ``chunk``. From then on use the pair
             returned: with the Triton backend autograd does not know that q, k and what they are views of have turned.
-            Compiled by torch.compile, the Triton backend overwrites nothing.
+            Compiled by torch.compile or exported, nothing is overwritten.
         backend: None, "torch" or "triton".
 
     Returns:
@@ -90,6 +90,7 @@ def apply_rotary(
     _check_operands(q, k, cos, sin, position_ids)
     if inplace:
         check_overwritable("apply_rotary", "inplace=True", q=q, k=k)
+    inplace = inplace and not torch.compiler.is_compiling()  # which reuses memory by itself
     if chosen == "triton":
         from bivec.kernels import rotary_triton  # triton is an optional dependency
 

@@ -302,8 +302,8 @@ class _RotaryInPlace(torch.autograd.Function):
 def rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, inplace: bool
 ) -> tuple[Tensor, Tensor]:
-    """``apply_rotary`` of operands that it has checked; torch.compile reuses memory by itself, and gets no aliases."""
-    if inplace and not torch.compiler.is_compiling():
+    """``apply_rotary`` of operands that it has checked."""
+    if inplace:
         q, k = _RotaryInPlace.apply(q, k, cos, sin, position_ids)
     else:
         q, k = rotary_op(q, k, cos, sin, position_ids, False)

@@ -176,11 +176,22 @@ def test_a_disk_that_cannot_be_read(state, tmp_path, monkeypatch):
         state.parameters["norm.weight"].add_(1.0)
     with monkeypatch.context() as patch:
         patch.setattr(torch.distributed.checkpoint.HuggingFaceStorageReader, "read_data", broken)
-        with pytest.raises(CheckpointError, match=f"{path}: not a whole checkpoint .*delete it to resume"):
+        with pytest.raises(
+            CheckpointError, match=f"{path}: not a whole checkpoint .*Input/output error.*delete it to resume"
+        ):
             load_checkpoint(path, state)
     assert torch.equal(state.parameters["norm.weight"].full_tensor(), before["norm.weight"] + 1.0)  # nothing was copied
     load_checkpoint(path, state)
     assert all(torch.equal(state.parameters[name].full_tensor(), weight) for name, weight in before.items())
+
+
+def test_shards_of_another_type_are_refused(state, tiny_llama_dir, tmp_path):
+    path = save_checkpoint(tmp_path, state)
+    model = load_pretrained(tiny_llama_dir, dtype=torch.bfloat16).model
+    shard(model, ALONE, "cpu")
+    half = TrainState("mntp", 1, dict(model.named_parameters()), torch.optim.AdamW(model.parameters()))
+    with pytest.raises(CheckpointError, match=r"is stored as torch\.float32, this run has torch\.bfloat16"):
+        load_checkpoint(path, half)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -32,6 +32,8 @@ def test_the_workspace_by_default():
 
 BAD = [
     ({"candidates": torch.zeros(N, D + 1)}, "must share D"),
+    ({"candidates": torch.zeros(N, D - 1)}, "must share D"),
+    ({"queries": torch.zeros(B, D, 1)}, "must share D"),
     ({"queries": torch.zeros(B, D).long()}, "queries must be floating point"),
     ({"candidates": torch.zeros(B - 1, D)}, "at least as many candidates"),
     ({"targets": torch.zeros(B - 1).long()}, r"targets must be \[11\] int64"),

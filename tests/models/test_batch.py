@@ -74,6 +74,8 @@ def test_it_is_frozen():
 def test_sample_ids_of_another_length():
     with pytest.raises(ValueError, match="sample_ids has 1 entries for 2 sequences"):
         PackedBatch.from_sequences([[1], [2]], sample_ids=[0])
+    with pytest.raises(ValueError, match="sample_ids has 3 entries for 2 sequences"):
+        PackedBatch.from_sequences([[1], [2]], sample_ids=[0, 1, 2])
 
 
 def test_check_takes_what_the_model_can_run():
@@ -83,6 +85,9 @@ def test_check_takes_what_the_model_can_run():
         batch.check(positions=2, vocabulary=10)
     with pytest.raises(ValueError, match="token ids 4 … 9 are not all inside the model's vocabulary of 9"):
         batch.check(positions=3, vocabulary=9)
+    with pytest.raises(ValueError, match="token ids 4 … 9 "):
+        batch.check(positions=3, vocabulary=4)
+    PackedBatch.from_sequences([[0, 9]]).check(positions=2, vocabulary=10)
     with pytest.raises(ValueError, match="token ids -1 … 0 "):
         PackedBatch.from_sequences([[0, -1]]).check(positions=3, vocabulary=10)
     batch.to("meta").check(positions=3, vocabulary=2)  # elsewhere than on a CPU the ids are not read
