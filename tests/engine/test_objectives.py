@@ -10,6 +10,7 @@ from torch import nn
 
 from bivec.engine import objectives
 from bivec.engine.data import BlockDataset
+from bivec.engine.distributed import World
 from bivec.engine.lora import LoraConfig, add_lora
 from bivec.engine.masking import MaskingConfig, MntpBatch, mask_batch
 from bivec.engine.objectives import MntpObjective, SimcseObjective, mntp_loss, simcse_loss
@@ -195,6 +196,51 @@ def test_micro_batches_change_nothing(tiny_llama_dir):
         assert other_loss == pytest.approx(loss, rel=1e-5)
         for one, other in zip(gradients, other_gradients, strict=True):
             assert (one - other).norm() <= 1e-5 * one.norm()
+
+
+class Apart(World):
+    """One of several ranks, without the others: its sums are its own, and another has two micro-batches more."""
+
+    def sums(self, *numbers):
+        return list(numbers)
+
+    def max(self, number):
+        return number + 2
+
+
+def test_ranks_share_the_blocks_of_a_step(tiny_llama_dir, monkeypatch):
+    met = []
+    monkeypatch.setattr(
+        objectives, "mntp_loss", lambda model, head, micro, **_: met.append(micro.batch) or torch.ones(())
+    )
+
+    def rows_of(world):
+        met.clear()
+        list(replace(mntp_objective(tiny_llama_dir, 32), world=world).micro_losses(step=3))
+        ids = torch.cat([batch.sample_ids for batch in met]).tolist()
+        return list(zip(ids, torch.cat([batch.input_ids for batch in met]).view(-1, 16).tolist(), strict=True))
+
+    whole = rows_of(World())
+    assert [sample for sample, _ in whole] == list(range(15, 20))
+    assert rows_of(Apart(0, 2)) + rows_of(Apart(1, 2)) == whole
+
+
+def test_a_sharded_rank_goes_on_as_long_as_the_slowest(tiny_llama_dir, monkeypatch):
+    """What it runs beyond its own batches is worth nothing, and gives no gradient."""
+    objective = mntp_objective(tiny_llama_dir, 32)
+    own = [(micro.loss.item(), micro.tokens) for micro in objective.micro_losses(2)]
+    monkeypatch.setattr(objectives, "is_sharded", lambda model: True)
+    *_, before_last, last = found = list(replace(objective, world=Apart()).micro_losses(2))
+    assert [(micro.loss.item(), micro.tokens) for micro in found] == [*own, (0.0, 0), (0.0, 0)]
+    (before_last.loss + last.loss).backward()
+    gradients = [parameter.grad for parameter in objective.adapter.named_parameters().values()]
+    assert gradients and all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def test_the_defaults_are_the_papers():
+    """METHOD 4: bidirectional, attention dropout 0.3, the mean, temperature 0.05."""
+    plain = SimcseObjective(torch.nn.Identity(), None, SENTENCES, batch_size=4, seed=7)
+    assert (plain.causal, plain.attention_dropout, plain.pooling, plain.scale) == (False, 0.3, "mean", 20.0)
 
 
 def test_each_dropout_is_in_the_loss(tiny_llama_dir):

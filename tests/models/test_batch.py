@@ -76,6 +76,7 @@ def test_sample_ids_of_another_length():
         PackedBatch.from_sequences([[1], [2]], sample_ids=[0])
     with pytest.raises(ValueError, match="sample_ids has 3 entries for 2 sequences"):
         PackedBatch.from_sequences([[1], [2]], sample_ids=[0, 1, 2])
+    assert PackedBatch.from_sequences([[1]] * 300, sample_ids=range(300)).num_sequences == 300
 
 
 def test_check_takes_what_the_model_can_run():
