@@ -1,16 +1,18 @@
-"""What the tests do not run, file by file, each with the reason: nothing is left out without having been looked at.
+"""What the tests do not run, function by function, each with the reason: all have been looked at.
 
-    pytest -n 2 --dist loadfile --cov        # 20 minutes on two cores; writes .coverage into the repository's root
+    pytest -n 2 --dist loadfile --cov        # half an hour on two cores; writes .coverage into the repository's root
     python benchmarks/coverage_report.py     # the figures of that file
 
-Lines and branches of engine/, kernels/ and models/; bodies of Triton kernels are left out, which run rewritten in the
-interpreter, and so are processes that tests start (see REASONS). Writes coverage.json and coverage.md into
-benchmarks/results and ends with 1 where a file has gaps and no reason here.
+Lines and branches of engine/, kernels/ and models/, run by the tests or by a process that they start. Bodies of Triton
+kernels are left out, which run rewritten in the interpreter. The reasons are in benchmarks/coverage_reasons.json: file,
+function, why. Writes coverage.json and coverage.md into benchmarks/results and ends with 1 where a function has a gap
+and no reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import subprocess
 import sys
@@ -22,93 +24,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-RANKS = "several processes: tests/engine/test_ranks.py and others start them, and they are not measured"
-CHILD = "runs in a process that tests start, which is not measured"
-GPU = "needs a GPU"
-COMPILED = "traced by torch.compile, which coverage does not see"
-ABSENT = "a package or file that is there wherever tests run"
-REFUSED = "an error of the disk, the machine or another library that no test brings about"
-SINCE = "tested since that run, by tests/engine/test_rare_errors.py"
-WITHOUT = "a branch that skips an optional value; with it is tested"
-
-REASONS: dict[str, tuple[str, ...]] = {
-    "engine/checkpoint.py": (RANKS,),
-    "engine/cli/__init__.py": (CHILD,),
-    "engine/cli/__main__.py": (CHILD,),
-    "engine/cli/checks.py": (GPU, WITHOUT),
-    "engine/cli/config_file.py": (WITHOUT,),
-    "engine/cli/convert.py": (RANKS,),
-    "engine/cli/encode.py": (RANKS, CHILD),
-    "engine/cli/evaluate.py": (CHILD,),
-    "engine/cli/selftest.py": (CHILD,),
-    "engine/cli/versions.py": (ABSENT,),
-    "engine/corpus.py": (RANKS, ABSENT),
-    "engine/corpus_files.py": (REFUSED,),
-    "engine/data.py": (REFUSED,),
-    "engine/data_files.py": (ABSENT, REFUSED),
-    "engine/distributed.py": (RANKS,),
-    "engine/encoder_config.py": (REFUSED,),
-    "engine/entailment.py": (SINCE, WITHOUT),
-    "engine/evaluation/auto_encoder.py": (WITHOUT, REFUSED),
-    "engine/evaluation/chunks.py": (WITHOUT,),
-    "engine/evaluation/echo.py": (WITHOUT,),
-    "engine/evaluation/future_tokens.py": (WITHOUT,),
-    "engine/evaluation/local_tasks.py": (WITHOUT,),
-    "engine/evaluation/mteb_run.py": (REFUSED,),
-    "engine/evaluation/study.py": (ABSENT, WITHOUT),
-    "engine/evaluation/word_data.py": (REFUSED,),
-    "engine/foreign_settings.py": (WITHOUT,),
-    "engine/gguf_export.py": (REFUSED, WITHOUT),
-    "engine/grad_cache.py": (RANKS,),
-    "engine/inputs.py": (CHILD,),
-    "engine/integrations/sentence_transformers.py": (RANKS,),
-    "engine/integrations/transformers.py": (WITHOUT, REFUSED),
-    "engine/integrations/transformers_layers.py": (REFUSED,),
-    "engine/layouts.py": (REFUSED,),
-    "engine/lora.py": (RANKS,),
-    "engine/model_card.py": (WITHOUT,),
-    "engine/origin.py": (REFUSED,),
-    "engine/planner.py": (GPU, REFUSED),
-    "engine/recipe.py": (SINCE,),
-    "engine/recipe_arguments.py": (REFUSED,),
-    "engine/records.py": (WITHOUT,),
-    "engine/run.py": (RANKS,),
-    "engine/run_files.py": (GPU, ABSENT),
-    "engine/run_start.py": (RANKS, CHILD),
-    "engine/run_weights.py": (RANKS,),
-    "engine/sentence_transformers_files.py": (WITHOUT,),
-    "engine/sentencepiece_bpe.py": (WITHOUT,),
-    "engine/sharding.py": (RANKS,),
-    "engine/text_format.py": (REFUSED,),
-    "engine/tokenizer.py": (REFUSED, WITHOUT),
-    "engine/trainer.py": (GPU, RANKS),
-    "kernels/__init__.py": (CHILD,),
-    "kernels/aot.py": (CHILD,),
-    "kernels/aot_binary.py": (CHILD,),
-    "kernels/aot_cases.py": (CHILD,),
-    "kernels/aot_cases_layers.py": (CHILD,),
-    "kernels/aot_cases_lora.py": (CHILD,),
-    "kernels/attention_layout.py": (WITHOUT,),
-    "kernels/attention_triton.py": (REFUSED,),
-    "kernels/backend.py": (COMPILED,),
-    "kernels/gemm.py": (GPU,),
-    "kernels/info_nce.py": (COMPILED,),
-    "kernels/info_nce_triton.py": (COMPILED,),
-    "kernels/launch.py": (GPU,),
-    "kernels/linear_cross_entropy_torch.py": (WITHOUT,),
-    "kernels/linear_cross_entropy_triton.py": (COMPILED,),
-    "kernels/overwriting.py": (COMPILED,),
-    "kernels/rms_norm.py": (WITHOUT,),
-    "kernels/rotary_triton.py": (WITHOUT, COMPILED),
-    "models/gguf.py": (WITHOUT, REFUSED),
-    "models/gguf_file.py": (REFUSED,),
-    "models/weights.py": (ABSENT,),
-}
+REASONS = ROOT / "benchmarks" / "coverage_reasons.json"
 
 
 def measured() -> dict[str, Any]:
-    """The totals and the files with gaps, of coverage's own JSON."""
+    """The totals, and the files with gaps, of coverage's own JSON."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "coverage.json"
         command = [sys.executable, "-m", "coverage", "json", "-q", "-o", str(file)]
@@ -116,21 +36,61 @@ def measured() -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     files = {}
     for name, of_file in sorted(found["files"].items()):
-        branches = [f"{start}->{'exit' if end < 0 else end}" for start, end in of_file["missing_branches"]]
-        if of_file["missing_lines"] or branches:
-            files[name] = {
-                "percent": of_file["summary"]["percent_covered"],
-                "lines": ranges(of_file["missing_lines"]),
-                "branches": branches,
-            }
+        if of_file["missing_lines"] or of_file["missing_branches"]:
+            source = (ROOT / name).read_text(encoding="utf-8")
+            gaps = gaps_by_function(source, of_file["missing_lines"], of_file["missing_branches"])
+            files[name] = {"percent": of_file["summary"]["percent_covered"], "gaps": gaps}
     names = ("num_statements", "missing_lines", "num_branches", "missing_branches", "percent_covered")
+    git = ["git", "rev-parse", "--short", "HEAD"]
     return {
         "command": "pytest -n 2 --dist loadfile --cov; python benchmarks/coverage_report.py",
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip(),
         "coverage": found["meta"]["version"],
         "totals": {name: found["totals"][name] for name in names},
         "files": files,
     }
+
+
+def gaps_by_function(source: str, lines: list[int], branches: list[list[int]]) -> dict[str, dict[str, list[str]]]:
+    """Lines and branches that were not run, by the function or class that they are in; "" = the module itself.
+
+    Args:
+        source: of the file.
+        lines: their numbers.
+        branches: from which line to which; a negative end is that of a function.
+    """
+    tree = ast.parse(source)
+    found: dict[str, tuple[list[int], list[str]]] = {}
+    for number in lines:
+        found.setdefault(owner(tree, number), ([], []))[0].append(number)
+    for start, end in branches:
+        if start not in lines and end not in lines:  # else the line says it
+            found.setdefault(owner(tree, start), ([], []))[1].append(f"{start}->{'exit' if end < 0 else end}")
+    return {name: {"lines": ranges(own), "branches": ways} for name, (own, ways) in found.items()}
+
+
+def owner(tree: ast.AST, number: int) -> str:
+    """The innermost function or class around a line, "Class.method"; "" = none."""
+    found: list[str] = []
+    inside: list[ast.AST] = [tree]
+    while inside:
+        node = inside.pop()
+        named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        if named:
+            begin = min(part.lineno for part in (node, *node.decorator_list))
+            if not begin <= number <= (node.end_lineno or begin):
+                continue
+            found.append(node.name)
+            inside = []
+        inside += ast.iter_child_nodes(node)
+    return ".".join(found)
+
+
+def reasons() -> dict[str, dict[str, str]]:
+    """Why: file -> function -> reason; "" = the module itself."""
+    found: dict[str, dict[str, str]] = json.loads(REASONS.read_text(encoding="utf-8"))
+    return found
 
 
 def ranges(numbers: list[int]) -> list[str]:
@@ -146,19 +106,21 @@ def ranges(numbers: list[int]) -> list[str]:
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The page: totals, then the files with gaps."""
-    totals = content["totals"]
+    totals, known = content["totals"], reasons()
     rows = []
     for name, one in content["files"].items():
-        lines, why = ", ".join(one["lines"]) or "all run", "; ".join(REASONS.get(name, ()))
-        rows.append(f"| {name} | {one['percent']:.0f} % | {lines} | {why} |")
+        for number, (function, gap) in enumerate(one["gaps"].items()):
+            place = f"| {name} | {one['percent']:.0f} %" if number == 0 else "| |"
+            where = f"`{function}`" if function else "the module"
+            why = known.get(name, {}).get(function, "")
+            rows.append(f"{place} | {where} | {', '.join(gap['lines'] + gap['branches'])} | {why} |")
     told = (
-        f"`{content['command']}`, {content['date']}, coverage {content['coverage']}: "
+        f"`{content['command']}`, {content['date']}, commit {content['commit']}, coverage {content['coverage']}: "
         f"**{totals['percent_covered']:.1f} %** of {totals['num_statements']:,} statements and "
         f"{totals['num_branches']:,} branches of engine/, kernels/ and models/; {totals['missing_lines']} statements "
-        f"and {totals['missing_branches']} branches are not run. Bodies of Triton kernels are left out, and processes "
-        "that tests start are not measured."
+        f"and {totals['missing_branches']} branches are not run. Bodies of Triton kernels are left out."
     )
-    head = ["| file | covered | lines not run | why |", "|---|---|---|---|"]
+    head = ["| file | covered | where | lines, and ways from one to the next, not run | why |", "|---|---|---|---|---|"]
     return "\n".join(["# What the tests do not run", "", told, "", *head, *rows, ""])
 
 
@@ -170,7 +132,13 @@ def main() -> int:
     (RESULTS / "coverage.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "coverage.md").write_text(markdown(content), encoding="utf-8")
     print(markdown(content).partition("\n| file")[0])
-    unexplained = sorted(content["files"].keys() - REASONS.keys())
+    known = reasons()
+    unexplained = [
+        f"{name}: {function or 'the module'}"
+        for name, one in content["files"].items()
+        for function in one["gaps"]
+        if function not in known.get(name, {})
+    ]
     if unexplained:
         print(f"without a reason: {', '.join(unexplained)}", file=sys.stderr)
     return int(bool(unexplained))

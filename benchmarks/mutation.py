@@ -5,12 +5,13 @@
     python benchmarks/mutation.py --only masking      # one; the other parts of the report stay as they are
     python benchmarks/mutation.py --sample 100        # at most so many mutants of a file, drawn with --seed
     python benchmarks/mutation.py --again             # the survivors of the report, after a test was added
-    python benchmarks/mutation.py --sample 12 --seed 1 --name mutation_fresh    # others, beside the report
+    python benchmarks/mutation.py --sample 60 --seed 2 --name mutation_fresh    # others, beside the report
 
 Each mutant is a copy of the repository with one small change to one file (benchmarks/mutation_sites.py says which);
 the tests of that file are run on it until the first failure. A mutant is killed when a test fails, or when its tests
-do not end in their time; it survives when all pass. Survivors that no input tells from the original, and survivors
-that are left, are named with the reason in benchmarks/mutation_survivors.json; any other is listed as unexplained.
+do not end in their time; it survives when all pass. Survivors that no input tells from the original, survivors that
+are left and those that a test was written for since are named with the reason in benchmarks/mutation_survivors.json;
+any other is listed as unexplained.
 
 Tests were written for survivors of the first report, so its rate after ``--again`` says little of other mutants: those
 of a fresh sample are for that. Writes mutation.json and mutation.md (``--name``) into benchmarks/results, or
@@ -40,6 +41,7 @@ from timing import describe_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = ROOT / "benchmarks" / "mutation_survivors.json"
+SINCE = "tested since"  # a survivor for which a test was written after this run
 AUTOCAST = "tests/kernels/test_autocast.py::test_autocast_changes_nothing"
 INFO_NCE = ("tests/kernels/test_info_nce_arguments.py", "tests/kernels/test_info_nce.py", f"{AUTOCAST}[info_nce]")
 OBJECTIVES = (
@@ -166,7 +168,7 @@ def run_mutants(file: str, tests: Sequence[str], mutants: Sequence[dict[str, Any
 
 
 def explained(file: str, mutants: Sequence[dict[str, Any]], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mutants, the survivors with their ``kind``: "equivalent", "left" or "unexplained", and its ``reason``."""
+    """Mutants, the survivors with their ``kind``, "equivalent", "left", SINCE or "unexplained", and its ``reason``."""
     reasons = {(one["file"], one["before"], after): one for one in known for after in one["after"]}
     found = []
     for one in mutants:
@@ -183,7 +185,7 @@ def counts_of(mutants: Sequence[dict[str, Any]]) -> Counter[str]:
 
 def kill_rate(counts: Counter[str]) -> float:
     """Killed, timeouts among them, of all that are not equivalent; in percent."""
-    killed, alive = counts["killed"] + counts["timeout"], counts["left"] + counts["unexplained"]
+    killed, alive = counts["killed"] + counts["timeout"], counts["left"] + counts[SINCE] + counts["unexplained"]
     return 100 * killed / (killed + alive)
 
 
@@ -193,7 +195,13 @@ def row_of(name: str, possible: int, mutants: Sequence[dict[str, Any]]) -> str:
     zeros = [one for one in mutants if one["operator"] == ZEROS]
     noticed = sum(one["outcome"] != "survived" for one in zeros)
     columns = [name, possible, len(mutants), counts["killed"], counts["timeout"], counts["equivalent"]]
-    columns += [counts["left"], counts["unexplained"], f"{kill_rate(counts):.1f} %", f"{noticed} of {len(zeros)}"]
+    columns += [
+        counts["left"],
+        counts[SINCE],
+        counts["unexplained"],
+        f"{kill_rate(counts):.1f} %",
+        f"{noticed} of {len(zeros)}",
+    ]
     return "| " + " | ".join(map(str, columns)) + " |"
 
 
@@ -205,9 +213,9 @@ def markdown(document: dict[str, Any]) -> str:
         "Would the tests notice a mistake? One small change to one file at a time, then the tests of that file until",
         "the first failure. Columns: mutants the file has, tested (a seeded sample where fewer), killed by a test,",
         "stopped by the limit of time (killed as well), equivalent (no input tells them from the original), left (they",
-        "change speed, memory or what other tests see), unexplained; killed of those not equivalent; and of the public",
-        "functions how many fail their tests when they give zeros. `zeros` and `removed` (a statement is left out) are",
-        "ours, the other operators cosmic-ray's.",
+        "change speed, memory or what other tests see), met by a test written since, unexplained; killed in",
+        "this run of those not equivalent; and of the public functions how many fail their tests when they give zeros.",
+        "`zeros` and `removed` (a statement is left out) are ours, the other operators cosmic-ray's.",
         "",
     ]
     for name, part in document["parts"].items():
@@ -216,8 +224,9 @@ def markdown(document: dict[str, Any]) -> str:
         lines.append(f"* {name}: `{run['command']}`, {run['date'][:10]}, {run['host']}; {versions}.")
         if again:
             lines.append(f"  With the tests that its survivors asked for: `{again['command']}`, {again['date'][:10]}.")
-    head = "| | mutants | tested | killed | time | equivalent | left | unexplained | kill rate | zeros noticed |"
-    lines += ["", head, "|---|" + "---|" * 9]
+    head = "| | mutants | tested | killed | time | equivalent | left | tested since | unexplained | kill rate "
+    head += "| zeros noticed |"
+    lines += ["", head, "|---|" + "---|" * 10]
     for name, part in document["parts"].items():
         everything = [one for file in part["files"].values() for one in file["mutants"]]
         possible = sum(file["possible"] for file in part["files"].values())

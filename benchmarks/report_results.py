@@ -12,6 +12,7 @@ from typing import Any
 import coverage_report
 import long_run
 import mutation
+import newcomer
 import quick_start
 import report_tables as readmes
 import round_trips
@@ -140,6 +141,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for name, make in {
         "long run": readmes.long_run,
         "quick start": readmes.quick_start,
+        "newcomer": readmes.newcomer,
         "speed": readmes.speed,
         "evaluations": readmes.evaluations,
         "losses": readmes.losses,
@@ -162,6 +164,8 @@ WHOLE: dict[str, Callable[[str], str]] = {
     "benchmarks/results/coverage.md": lambda _: coverage_report.markdown(result("coverage.json")),
     "benchmarks/results/long_run.md": lambda _: long_run.page(result("long_run.json")),
     "benchmarks/results/mutation.md": lambda _: mutation.markdown(result("mutation.json")),
+    "benchmarks/results/mutation_fresh.md": lambda _: mutation.markdown(result("mutation_fresh.json")),
+    "benchmarks/results/newcomer.md": lambda _: newcomer.table(result("newcomer.json")),
     "benchmarks/results/quick_start.md": lambda _: quick_start.report(result("quick_start.json")),
     "benchmarks/results/round_trips.md": lambda _: round_trips.markdown(result("round_trips.json")),
     "benchmarks/results/supervised_sick.md": lambda _: supervised_sick.report(result("supervised_sick.json")),

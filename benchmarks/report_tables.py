@@ -62,6 +62,13 @@ def quick_start() -> str:
     return table(["stage", "pooling", "dev", "test"], rows)
 
 
+def newcomer() -> str:
+    """The seconds from ``git clone`` to the finished quick start."""
+    found = result("newcomer.json")
+    rows = [[step["step"], f"{step['seconds']:.0f}"] for step in found["steps"]]
+    return table(["step", "seconds"], [*rows, ["**all**", f"**{found['seconds']:.0f}**"]])
+
+
 def speed() -> str:
     """A training step and encoding, against the peers."""
     steps, encoding = result("train_step_cpu.json"), result("encode_cpu.json")

@@ -139,30 +139,40 @@ def test_survivors_are_counted_by_their_reason(scripts):
     known = [
         {"file": "f.py", "before": "a", "after": ["b", "c"], "kind": "equivalent", "reason": "no difference"},
         {"file": "f.py", "before": "x", "after": ["y"], "kind": "left", "reason": "speed alone"},
+        {"file": "f.py", "before": "x", "after": ["z"], "kind": "tested since", "reason": "test_y"},
     ]
     mutants = [
         mutant("survived"),
         mutant("survived", after="c"),
         mutant("survived", after="d"),
         mutant("survived", before="x", after="y"),
+        mutant("survived", before="x", after="z"),
         mutant("killed"),
         mutant("timeout"),
     ]
     found = mutation.explained("f.py", mutants, known)
-    assert [one.get("kind") for one in found] == ["equivalent", "equivalent", "unexplained", "left", None, None]
+    assert [one.get("kind") for one in found] == [
+        *["equivalent"] * 2,
+        "unexplained",
+        "left",
+        "tested since",
+        None,
+        None,
+    ]
     counts = mutation.counts_of(found)
-    assert counts == {"equivalent": 2, "unexplained": 1, "left": 1, "killed": 1, "timeout": 1}
-    assert mutation.kill_rate(counts) == 50.0  # of four that can be told apart, one of them stopped by its time
+    assert counts == {"equivalent": 2, "unexplained": 1, "left": 1, "tested since": 1, "killed": 1, "timeout": 1}
+    assert mutation.kill_rate(counts) == 40.0  # of five that can be told apart, one of them stopped by its time
     assert [one.get("kind") for one in mutation.explained("g.py", mutants, known)][:1] == ["unexplained"]
 
 
-def test_the_committed_report_follows_from_its_json(scripts):
+@pytest.mark.parametrize("name", ["mutation", "mutation_fresh"])
+def test_the_committed_report_follows_from_its_json(scripts, name):
     """Every survivor has its reason there, and every public function's zeros are noticed or explained."""
     mutation, _ = scripts
     results = ROOT / "benchmarks" / "results"
-    document = json.loads((results / "mutation.json").read_text(encoding="utf-8"))
+    document = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
     assert set(document["parts"]) == set(mutation.PARTS)
-    assert mutation.markdown(document) == (results / "mutation.md").read_text(encoding="utf-8")
+    assert mutation.markdown(document) == (results / f"{name}.md").read_text(encoding="utf-8")
     known = json.loads(mutation.SURVIVORS.read_text(encoding="utf-8"))
     for part in document["parts"].values():
         for file, found in part["files"].items():

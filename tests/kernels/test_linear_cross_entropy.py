@@ -114,7 +114,7 @@ def test_the_backend_that_is_asked_for_runs(monkeypatch):
     module = sys.modules[linear_cross_entropy.__module__]
     monkeypatch.setattr(module, "resolve", lambda asked, *_: asked)
     monkeypatch.setattr(module, "_triton", lambda *_: ("by triton", None, None))
-    assert linear_cross_entropy(*example(), backend="triton") == "by triton"
+    assert linear_cross_entropy(*example(), backend="".join(list("triton"))) == "by triton"  # not that very object
     assert linear_cross_entropy(*example(), backend="torch").dim() == 0
 
 
@@ -277,6 +277,8 @@ BAD = {
     "share D": lambda h, w, t, i: (h[:, :-1], w, t, i),
     "floating point": lambda h, w, t, i: (h.long(), w, t, i),
     "one per entry of index": lambda h, w, t, i: (h, w, t[:-1], i),
+    r"targets must be \[23\] int64, one": lambda h, w, t, i: (h, w, t.repeat(2), i),
+    r"share D; .* \(211, 29, 1\)": lambda h, w, t, i: (h, w[..., None], t, i),
     "one per row of hidden": lambda h, w, t, i: (h, w, t, None),
     r"index must be \[N\] int64": lambda h, w, t, i: (h, w, t, i.int()),
     "must not repeat": lambda h, w, t, i: (h, w, t, i.where(i != i[0], i[1])),
@@ -299,6 +301,21 @@ BAD = {
 def test_hidden_states_of_a_padded_batch_are_refused():
     with pytest.raises(ValueError, match=r"hidden \[T, D\] and weight \[V, D\] must share D; got \(2, 4, 4\)"):
         linear_cross_entropy(torch.ones(2, 4, 4), torch.ones(5, 4), torch.zeros(2, dtype=torch.long))
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([1])])
+def test_one_row_alone(index):
+    """The smallest target and row are the largest ones too."""
+    hidden, weight, targets = torch.randn(1 if index is None else 3, 4), torch.randn(5, 4), torch.tensor([2])
+    rows = hidden if index is None else hidden[index]
+    expected = torch.nn.functional.cross_entropy(rows @ weight.T, targets)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, index), expected)
+
+
+def test_any_number_can_be_ignored():
+    hidden, weight, targets = torch.randn(4, 4), torch.randn(5, 4), torch.tensor([1, 3, 0, 4])
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, ignore_index=3)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, ignore_index=3), expected)
 
 
 def test_targets_of_minus_100_are_ignored():
