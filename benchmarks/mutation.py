@@ -5,7 +5,7 @@
     python benchmarks/mutation.py --only masking      # one; the other parts of the report stay as they are
     python benchmarks/mutation.py --sample 100        # at most so many mutants of a file, drawn with --seed
     python benchmarks/mutation.py --again             # the survivors of the report, after a test was added
-    python benchmarks/mutation.py --sample 60 --seed 2 --name mutation_fresh    # others, beside the report
+    python benchmarks/mutation.py --sample 60 --seed 3 --name fresh --output DIR    # others, beside the report
 
 Each mutant is a copy of the repository with one small change to one file (benchmarks/mutation_sites.py says which);
 the tests of that file are run on it until the first failure. A mutant is killed when a test fails, or when its tests
@@ -13,9 +13,9 @@ do not end in their time; it survives when all pass. Survivors that no input tel
 are left and those that a test was written for since are named with the reason in benchmarks/mutation_survivors.json;
 any other is listed as unexplained.
 
-Tests were written for survivors of the first report, so its rate after ``--again`` says little of other mutants: those
-of a fresh sample are for that. Writes mutation.json and mutation.md (``--name``) into benchmarks/results, or
-``--output DIR``.
+Tests are written for survivors, so the rate after ``--again`` says little of other mutants: those of a fresh sample are
+for that, and its first outcomes are what the report keeps. Writes mutation.json and mutation.md (``--name``) into
+benchmarks/results, or ``--output DIR``.
 """
 
 from __future__ import annotations
@@ -221,7 +221,9 @@ def markdown(document: dict[str, Any]) -> str:
     for name, part in document["parts"].items():
         run, again = part["run"], part.get("again")
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-        lines.append(f"* {name}: `{run['command']}`, {run['date'][:10]}, {run['host']}; {versions}.")
+        lines.append(
+            f"* {name}: `{run['command']}`, {run['date'][:10]}, commit {run['commit']}, {run['host']}; {versions}."
+        )
         if again:
             lines.append(f"  With the tests that its survivors asked for: `{again['command']}`, {again['date'][:10]}.")
     head = "| | mutants | tested | killed | time | equivalent | left | tested since | unexplained | kill rate "

@@ -4,7 +4,8 @@
   becomes ``pass``.
 * ``zeros``: a public function, method or property gives zeros of the structure of its result: see :func:`zeroed`.
 
-Annotations are left out: every module of ours has ``from __future__ import annotations`` or none to evaluate.
+Annotations are left out: every module of ours has ``from __future__ import annotations`` or none to evaluate. So are
+the signatures of overloads, which nothing runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+Span = tuple[tuple[int, int], tuple[int, int]]  # (line, column) of its begin and of its end
 REMOVED, ZEROS = "removed", "zeros"
 ZEROED_IMPORT = "from mutation_sites import zeroed as _zeroed"
 
@@ -101,7 +103,7 @@ def _cosmic_sites(source: str) -> Iterator[Site]:
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator, operator_names
 
-    tree, annotations = get_ast(source), _annotations(source)
+    tree, left_out = get_ast(source), [*_annotations(source), *_overloads(source)]
     for name in sorted(operator_names()):
         operator = get_operator(name)
         if operator.arguments():  # of variables that are named by hand
@@ -109,13 +111,23 @@ def _cosmic_sites(source: str) -> Iterator[Site]:
         occurrence = 0
         for node in ast_nodes(tree):
             for start, _ in operator().mutation_positions(node):
-                if not any(begin <= tuple(start) < end for begin, end in annotations):
+                if not any(begin <= tuple(start) < end for begin, end in left_out):
                     yield Site(name, occurrence, start[0])
                 occurrence += 1
 
 
-def _annotations(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """(line, column) of the begin and the end of every annotation."""
+def _overloads(source: str) -> list[Span]:
+    """The functions that say a signature."""
+    return [
+        ((node.decorator_list[0].lineno, 0), (node.end_lineno or node.lineno, node.end_col_offset or 0))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+        and any(isinstance(mark, ast.Name) and mark.id == "overload" for mark in node.decorator_list)
+    ]
+
+
+def _annotations(source: str) -> list[Span]:
+    """All annotations."""
     found = []
     for node in ast.walk(ast.parse(source)):
         annotation = getattr(node, "returns" if isinstance(node, ast.FunctionDef) else "annotation", None)

@@ -70,7 +70,7 @@ def quick_start() -> Iterator[Claim]:
     yield measured("recipes/data", "all {:,} and {:,} pairs", *PAIRS.values())
     installs = [step["packages"] for step in result("newcomer.json")["steps"] if "packages" in step]
     found = [sum(one[key] for one in installs) for key in ("on_disk", "downloaded")]
-    yield measured("newcomer.json", "pip had {} of {} packages, torch among them, on the disk", found[0], sum(found))
+    yield measured("newcomer.json", "pip had {} of {} packages, torch", found[0], sum(found))
     seconds = result("long_run.json")["readings"][-1]["seconds"]
     yield measured("long_run.json", "on two CPU cores in {:.1f} hours", seconds / 3600)
     file, encoders = "quick_start_whole_sets.json", result("quick_start_whole_sets.json")

@@ -164,7 +164,6 @@ WHOLE: dict[str, Callable[[str], str]] = {
     "benchmarks/results/coverage.md": lambda _: coverage_report.markdown(result("coverage.json")),
     "benchmarks/results/long_run.md": lambda _: long_run.page(result("long_run.json")),
     "benchmarks/results/mutation.md": lambda _: mutation.markdown(result("mutation.json")),
-    "benchmarks/results/mutation_fresh.md": lambda _: mutation.markdown(result("mutation_fresh.json")),
     "benchmarks/results/newcomer.md": lambda _: newcomer.table(result("newcomer.json")),
     "benchmarks/results/quick_start.md": lambda _: quick_start.report(result("quick_start.json")),
     "benchmarks/results/round_trips.md": lambda _: round_trips.markdown(result("round_trips.json")),

@@ -123,7 +123,8 @@ def _add_input_flags(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     add(
         "--adapters",
         default=",".join(recipe.adapters),
-        help="PEFT adapters to merge into the model first, separated by commas, such as runs/x/mntp",
+        help="PEFT adapters to merge into the model first, separated by commas, such as runs/x/mntp; the run "
+        "begins with pooling, mask, template and length as the last one's folder says them",
     )
     add(
         "--mntp-column",

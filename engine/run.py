@@ -358,7 +358,7 @@ class Run:
     def _encoder_config(self, stage: str, causal: bool | None = None, pooling: str | None = None) -> EncoderConfig:
         """How a stage of this run ("" = none yet) has trained the model to be used; arguments given count more."""
         rules: dict[str, Any] = {"pooling": "mean", "pool_bos": self.pool_bos, "causal": False}
-        if self.stored is not None:  # what no recipe says stays as the model's folder has it
+        if self.stored is not None:  # what no recipe says stays as the folder of the model or adapter has it
             rules |= {name: getattr(self.stored, name) for name in (KEPT if stage else (*KEPT, *OF_A_STAGE))}
         if stage in ("simcse", "supervised"):
             trained = getattr(self.recipe, stage)

@@ -229,11 +229,12 @@ def base_model(model: str) -> str:
 
 
 def chosen_template(recipe: Recipe, stored: EncoderConfig | None) -> str | None:
-    """Of supervised training: the one asked for, else that of the model's folder, else by the decoder's name."""
+    """Of supervised training: the one asked for, else that of the encoder given, else by the decoder's name."""
     asked, base = recipe.supervised.template, base_model(recipe.model)
     given = asked if asked != "auto" else None if stored is None else stored.template
     template = resolve_template(given, base)
-    why = f"of {base}" if asked == "auto" else "as asked for"
+    own = stored is not None and stored.template is not None
+    why = "as asked for" if asked != "auto" else "as the encoder has it that was given" if own else f"of {base}"
     print(f"supervised: {'no template' if template is None else f'template {template!r}'}, {why}", flush=True)
     return template
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bivec.kernels.backend import autocast_kind
 from bivec.kernels.info_nce_plan import EPS, Grads, Options, Steps, all_widths, workspace_budget
 
 
@@ -238,7 +239,7 @@ class InfoNCE(torch.autograd.Function):
         """The chunk loop; forms the gradients, unless they are to be weighted row by row."""
         ctx.per_row, ctx.options = options.reduction == "none", options
         wanted = (False,) * 4 if ctx.per_row else ctx.needs_input_grad[:4]
-        with torch.autocast(queries.device.type, enabled=False):
+        with torch.autocast(autocast_kind(queries), enabled=False):
             losses, stats, grads = all_widths(STEPS, queries, candidates, hard, scale, options, wanted)
         ctx.factor = 1.0 / max(queries.shape[0], 1) if options.reduction == "mean" else 1.0
         ctx.dtypes = [None if x is None else x.dtype for x in (queries, candidates, hard, scale)]
@@ -257,7 +258,7 @@ class InfoNCE(torch.autograd.Function):
         if grad_loss is None:
             return None, None, None, None, None
         if ctx.per_row:
-            with torch.autocast(grad_loss.device.type, enabled=False):
+            with torch.autocast(autocast_kind(grad_loss), enabled=False):
                 queries, candidates, hard, scale = ctx.saved_tensors
                 wanted = ctx.needs_input_grad[:4]
                 grads = all_widths(STEPS, queries, candidates, hard, scale, ctx.options, wanted, grad_loss)[2]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bivec.kernels.backend import autocast_kind
+
 # Rows a chunk at V = 49152: 682 on a CPU, where N=350 took 244 ms in one chunk of 69 MB and 283 ms in two of 34 MB (two
 # cores, D = 576: every chunk reads the whole weight again). GPUs want about 2,000 rows to fill a GEMM at V = 32000.
 DEFAULT_WORKSPACE_BYTES = {"cpu": 128 * 2**20}
@@ -199,7 +201,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if kept is not None:
             index = kept if index is None else index[kept]
             targets = targets[kept]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(autocast_kind(hidden), enabled=False):
             sweep = _sweep(
                 hidden,
                 weight,
@@ -237,7 +239,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if index is not None:  # rows are unique: nothing to add up, so no atomics
                 grad_hidden = grad_hidden.new_zeros(ctx.hidden_shape).index_copy_(0, index, grad_hidden)
         if ctx.recompute_weight:
-            with torch.autocast(grad_loss.device.type, enabled=False):
+            with torch.autocast(autocast_kind(grad_loss), enabled=False):
                 wanted = {"want_rows": False, "want_weight": True}
                 again = _sweep(hidden, weight, targets, index, ctx.options, **wanted, row_scale=scale).grad_weight
             grad_weight = None if again is None else again.to(ctx.weight_dtype)

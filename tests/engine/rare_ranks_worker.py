@@ -29,7 +29,7 @@ def tell(error: Exception) -> None:
 def corpora(world: World, directory: str) -> None:
     corpus.PATIENCE_SECONDS = 0.5
     encoder = Encoder.from_pretrained(directory)
-    with process_group(world, "cpu", timeout_seconds=60):
+    with process_group(world, "cpu", timeout_seconds=200):
         try:
             encode_corpus(encoder, ["a", f"of {world.rank}"], "e.npy", world=world)
         except RunError as error:
@@ -38,11 +38,11 @@ def corpora(world: World, directory: str) -> None:
 
 
 def error(world: World) -> None:
-    with process_group(world, "cpu", timeout_seconds=60):
+    with process_group(world, "cpu", timeout_seconds=200):
         world.barrier()
         if world.rank == 0:
             raise RuntimeError("of rank 0 alone")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while not Path("../0/told").exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         sys.exit(1)

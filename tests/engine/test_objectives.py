@@ -225,10 +225,13 @@ def test_ranks_share_the_blocks_of_a_step(tiny_llama_dir, monkeypatch):
     assert rows_of(Apart(0, 2)) + rows_of(Apart(1, 2)) == whole
 
 
-def test_a_sharded_rank_goes_on_as_long_as_the_slowest(tiny_llama_dir, monkeypatch):
+@pytest.mark.parametrize("probability", [0.3, 1e-9])  # with labels, and without: then every loss is 0
+def test_a_sharded_rank_goes_on_as_long_as_the_slowest(tiny_llama_dir, monkeypatch, probability):
     """What it runs beyond its own batches is worth nothing, and gives no gradient."""
     objective = mntp_objective(tiny_llama_dir, 32)
+    objective = replace(objective, masking=replace(objective.masking, probability=probability))
     own = [(micro.loss.item(), micro.tokens) for micro in objective.micro_losses(2)]
+    assert (own[-1][0] > 0) == (probability > 0.1)
     monkeypatch.setattr(objectives, "is_sharded", lambda model: True)
     *_, before_last, last = found = list(replace(objective, world=Apart()).micro_losses(2))
     assert [(micro.loss.item(), micro.tokens) for micro in found] == [*own, (0.0, 0), (0.0, 0)]

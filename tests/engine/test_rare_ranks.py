@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 WORKER = Path(__file__).with_name("rare_ranks_worker.py")
 
 
@@ -25,11 +27,16 @@ def two(tmp_path, *arguments):
         command = [sys.executable, str(WORKER), *map(str, arguments)]
         options = {"cwd": tmp_path / str(rank), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **options))
-    outputs = [process.communicate(timeout=120) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [1, 1], outputs
     return [[json.loads(line) for line in printed.splitlines() if line.startswith("[")] for printed, _ in outputs]
 
 
+@pytest.mark.slow
 def test_corpora_that_are_not_one(tiny_llama_dir, tmp_path):
     """Other texts are told by both, before any work; a folder that rank 1 does not see by rank 1, which is missed."""
     (first, second), (third, fourth) = two(tmp_path, "corpora", tiny_llama_dir)

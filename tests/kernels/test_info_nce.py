@@ -132,6 +132,26 @@ def test_gradcheck(name, reduction):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "columns", "mask", "own"),
+    [
+        ("plain", N, 0, 0),
+        ("shared", N + M, 0, 0),
+        ("own", N + K, 0, K),
+        ("query-query", N + B, 0, 0),
+        ("ids", N, 1, 0),
+        ("margin", N + K, 1, K),
+    ],
+)
+def test_the_workspace_of_one_query_is_known(name, columns, mask, own):
+    """In fp32: its logits and their mask; six vectors, and three for every negative of its own; a tile of three."""
+    minimum = columns * (4 + mask) + (6 + 3 * own) * D * 4 + 3 * D * 4
+    tensors, options = example(OPTIONS[name])
+    info_nce(**tensors, **options, workspace_bytes=minimum, backend="torch")
+    with pytest.raises(ValueError, match=f"{columns} columns of width {D} need at least {minimum} bytes"):
+        info_nce(**tensors, **options, workspace_bytes=minimum - 1, backend="torch")
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunk_size_changes_nothing(name, dtype):

@@ -130,14 +130,19 @@ def in_two_processes(*words):
     for rank in range(2):
         variables = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": 2, "SLURM_LOCALID": rank, "MASTER_PORT": port}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in variables.items()}}
-        command = [sys.executable, "-m", "bivec.engine.cli", *map(str, words), "--timeout", "120"]
+        command = [sys.executable, "-m", "bivec.engine.cli", *map(str, words), "--timeout", "250"]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         processes.append(subprocess.Popen(command, env=environment, **options))
-    outputs = [process.communicate(timeout=300) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     return outputs
 
 
+@pytest.mark.slow
 def test_two_processes_speak_once(tiny_llama_dir, tmp_path):
     """And train one encoder, of which both make embeddings."""
     words = ["convert", "--preset", "smollm2-135m", "--model", tiny_llama_dir, "--output-dir", tmp_path / "run"]
