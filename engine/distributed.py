@@ -20,9 +20,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -170,6 +171,16 @@ def check_timeout(seconds: float) -> None:
     """Raises ConfigError unless it is a number of seconds that pass."""
     if not 0 < seconds < math.inf:
         raise ConfigError(f"--timeout {seconds:g}: expected a number of seconds")
+
+
+@contextmanager
+def only_main_prints(world: World) -> Iterator[None]:
+    """Of several processes rank 0 alone writes to standard output."""
+    with ExitStack() as stack:
+        if not world.is_main:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            stack.enter_context(redirect_stdout(nowhere))
+        yield
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from bivec.engine.layouts import open_encoder
 from bivec.engine.lora import Adapter
 from bivec.engine.origin import Origin, loaded_fingerprint
 from bivec.engine.packing import token_budget_batches
-from bivec.engine.text_format import Row, RowFormat, SpanError, encoding_head
+from bivec.engine.text_format import Row, RowFormat, SpanError, check_unicode, encoding_head
 from bivec.kernels import segment_pool
 from bivec.models import Llama, PackedBatch
 from bivec.models.errors import ConfigError
@@ -286,6 +286,8 @@ class Encoder:
         """
         single, texts = isinstance(sentences, str), as_texts(sentences)
         rows: list[list[int]] = []
+        for index, text in enumerate(texts):
+            check_unicode(index, text)
         if texts:
             rows = self.tokenizer(texts, truncation=True, max_length=self.config.max_length).input_ids
         result: list[Tensor] = [torch.empty(0)] * len(rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from bivec.models.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,11 +22,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a PNG through a temporary name."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
+    """Writes a PNG through a temporary name.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,10 @@ from bivec.engine.micro_loss import ATTENTION_SITE, AnyObjective, MicroLoss, lor
 from bivec.engine.packing import token_budget_batches
 from bivec.kernels import fold_seed, segment_pool
 from bivec.models import PackedBatch
+
+if TYPE_CHECKING:
+    from bivec.engine.objectives import SimcseObjective
+    from bivec.engine.supervised import SupervisedObjective
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,11 @@ class Embedder:
     attention_dropout: float = 0.0
     recompute: str = "none"
     backend: str | None = None
+
+    @classmethod
+    def of(cls, objective: SimcseObjective | SupervisedObjective) -> Embedder:
+        """As a contrastive objective is set."""
+        return cls(**{field.name: getattr(objective, field.name) for field in fields(cls)})
 
     @contextmanager
     def embed(self, rows: PackedRows) -> Iterator[tuple[Tensor, Tensor]]:

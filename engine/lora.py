@@ -329,7 +329,10 @@ def read_adapter_config(file: Path) -> LoraConfig:
         raise CheckpointError(f"{file}: peft_type is {raw.get('peft_type')!r}, only 'LORA' is supported")
     for field in UNSUPPORTED:
         if raw.get(field):
-            raise CheckpointError(f"{file}: {field}={raw[field]!r} is not supported")
+            raise CheckpointError(
+                f"{file}: {field}={repr(raw[field])[:80]} is not supported; merge the adapter into its model with "
+                "PEFT (merge_and_unload) and give that model"
+            )
     start = raw.get("init_lora_weights")
     if (start.lower() if isinstance(start, str) else start) not in PLAIN_STARTS:
         raise CheckpointError(

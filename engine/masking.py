@@ -62,10 +62,11 @@ class MntpBatch:
 
     def to(self, device: torch.device | str) -> MntpBatch:
         """The same batch on another device."""
+        background = torch.device(device).type != "cpu"  # as of a PackedBatch
         return MntpBatch(
             self.batch.to(device),
-            self.index.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
+            self.index.to(device, non_blocking=background),
+            self.targets.to(device, non_blocking=background),
         )
 
 

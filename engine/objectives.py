@@ -226,18 +226,7 @@ class SimcseObjective:
 
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
         """The losses of this rank's micro-batches of a step; see :func:`cached_losses`."""
-        embedder = Embedder(
-            self.model,
-            self.adapter,
-            self.seed,
-            self.device,
-            pooling=self.pooling,
-            causal=self.causal,
-            attention_dropout=self.attention_dropout,
-            recompute=self.recompute,
-            backend=self.backend,
-        )
-        return cached_losses(embedder, self.rows(step), self.loss_of, self.micro_batch_tokens, self.world)
+        return cached_losses(Embedder.of(self), self.rows(step), self.loss_of, self.micro_batch_tokens, self.world)
 
     def loss_of(self, embeddings: Tensor) -> Tensor:
         """0-dim share of the step's loss, of both views of this rank's n sentences [2n, D]."""

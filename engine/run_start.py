@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
-from bivec.engine.distributed import ALONE, World, launched, process_group
+from bivec.engine.distributed import ALONE, World, launched, only_main_prints, process_group
 from bivec.engine.errors import BivecError, RunError, first_line
 from bivec.engine.estimate import describe
 from bivec.engine.inputs import model_config
@@ -92,9 +90,7 @@ def opened_run(recipe: Recipe, options: RunOptions, world: World) -> Iterator[Ru
         BivecError: bad input, or what stops a step.
     """
     with ExitStack() as stack:
-        if not world.is_main:
-            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
+        stack.enter_context(only_main_prints(world))
         of_one = options.shard or recipe.trains_all_weights()
         stack.enter_context(process_group(world, device_type(options.device), options.timeout, of_one=of_one))
         yield Run(recipe, options, world)

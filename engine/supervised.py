@@ -175,21 +175,10 @@ class SupervisedObjective:
     def micro_losses(self, step: int) -> Iterator[MicroLoss]:
         """The losses of this rank's micro-batches of a step; see :func:`cached_losses`."""
         triples = self.rows.batches.triples(step)
-        embedder = Embedder(
-            self.model,
-            self.adapter,
-            self.seed,
-            self.device,
-            pooling=self.pooling,
-            causal=self.causal,
-            attention_dropout=self.attention_dropout,
-            recompute=self.recompute,
-            backend=self.backend,
-        )
         ids = DocumentIds.of(triples, self.device) if self.filter_same else None
         loss_of = partial(self.loss_of, counts=[len(triple.negatives) for triple in triples], ids=ids)
         rows = self.rows.of(step, triples, self.world)
-        return cached_losses(embedder, rows, loss_of, self.micro_batch_tokens, self.world)
+        return cached_losses(Embedder.of(self), rows, loss_of, self.micro_batch_tokens, self.world)
 
     def loss_of(self, embeddings: Tensor, counts: Sequence[int], ids: DocumentIds | None) -> Tensor:
         """0-dim share of the step's loss.

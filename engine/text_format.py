@@ -316,7 +316,7 @@ def encode_strings(tokenizer: PreTrainedTokenizerFast, strings: Sequence[str], f
         return backend.encode_batch(strings)
     except TypeError:  # says no more than that some input is not a string
         for index, string in enumerate(strings, first):
-            _check_unicode(index, string)
+            check_unicode(index, string)
         raise
 
 
@@ -351,7 +351,12 @@ def _whole_words(offsets: list[tuple[int, int]], layout: _Layout, start: int, te
     return room
 
 
-def _check_unicode(index: int, string: str) -> None:
+def check_unicode(index: int, string: str) -> None:
+    """Whether a string can be written in UTF-8.
+
+    Raises:
+        SpanError: it cannot; ``index`` is its position.
+    """
     try:
         string.encode()
     except UnicodeEncodeError as error:

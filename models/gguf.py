@@ -53,6 +53,14 @@ ROPE_TABLE = "rope_freqs.weight"
 # llama.cpp stores the llama3 RoPE scaling as a table of divisors; these are the settings that Meta released
 LLAMA3_FACTORS = (8.0, 32.0)
 LLAMA3_ORIGINAL_LENGTH, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
+# keys of a RoPE scaling that our models do not have, by the value with which they change nothing
+NEUTRAL_SCALING = {
+    "attn_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_ext_factor": 1.0,
+    "yarn_log_multiplier": 0.0,
+    "alpha": 0.0,
+}
 
 
 def read_config(path: str | Path) -> DecoderConfig:
@@ -146,33 +154,62 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(file: GgufFile, theta: float, head_dim: int, context_length: int) -> dict[str, Any] | None:
+    kind, key = _scaling_kind(file)
     if ROPE_TABLE in file.tensors:
+        if kind != "none" and file.metadata.get(key, 1.0) != 1.0:
+            raise ConfigError(
+                f"{file.path}: {ROPE_TABLE} and {key} together are not supported; use the safetensors checkpoint"
+            )
         return _llama3_scaling(file, theta, head_dim)
-    prefix = f"{file.metadata['general.architecture']}.rope.scaling."
-    kind = file.metadata.get(prefix + "type", "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise ConfigError(
-            f"{file.path}: RoPE scaling {kind!r} in a GGUF file is not supported; supported: linear, yarn"
+            f"{file.path}: RoPE scaling {repr(kind)[:80]} in a GGUF file is not supported; supported: linear, yarn"
         )
-    factor = file.metadata.get(prefix + "factor", 0.0)
-    factor = _shortest(factor) if type(factor) in (int, float) else 0.0
-    if not 1.0 <= factor < math.inf:
-        raise ConfigError(f"{file.path}: RoPE scaling {kind!r} with the factor {factor}")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        original = _optional(file, prefix + "original_context_length", int)
-        original = int(context_length / factor) if original is None else original
-        if original < 1:
-            raise ConfigError(f"{file.path}: {prefix}original_context_length is {original}, expected at least 1")
-        scaling[ORIGINAL_LENGTH] = original
-        for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-            if prefix + name in file.metadata:
-                scaling[key] = _shortest(_optional(file, prefix + name, float))
-                if not 0 < scaling[key] < math.inf:
-                    raise ConfigError(f"{file.path}: {prefix}{name} is {scaling[key]}, expected a positive number")
-    return scaling
+    factor: Any = file.metadata.get(key)
+    if type(factor) not in (int, float) or not 1.0 <= _shortest(factor) < math.inf:
+        raise ConfigError(f"{file.path}: {key} is {repr(factor)[:80]}, expected a number from 1 on")
+    scaling = {"rope_type": kind, "factor": _shortest(factor)}
+    return scaling if kind == "linear" else scaling | _yarn_settings(file, context_length)
+
+
+def _scaling_kind(file: GgufFile) -> tuple[Any, str]:
+    """The type of the scaling and the key of its factor, as llama.cpp finds them.
+
+    Without a type a factor is that of a linear scaling, and the older name of a factor counts too.
+
+    Raises:
+        ConfigError: a setting that our models do not have.
+    """
+    architecture = file.metadata["general.architecture"]
+    prefix = f"{architecture}.rope.scaling."
+    for name, neutral in NEUTRAL_SCALING.items():
+        value = file.metadata.get(prefix + name, neutral)
+        if value != neutral:
+            raise ConfigError(
+                f"{file.path}: {prefix}{name} is {repr(value)[:80]}, and only {neutral} is supported; "
+                "use the safetensors checkpoint"
+            )
+    new, old = prefix + "factor", f"{architecture}.rope.scale_linear"
+    key = old if old in file.metadata and new not in file.metadata else new
+    return file.metadata.get(prefix + "type", "linear" if key in file.metadata else "none"), key
+
+
+def _yarn_settings(file: GgufFile, context_length: int) -> dict[str, Any]:
+    """Of YaRN, beside its factor; without an original length it is the whole one, as in llama.cpp."""
+    prefix = f"{file.metadata['general.architecture']}.rope.scaling."
+    original = _optional(file, prefix + "original_context_length", int)
+    original = context_length if original is None else original
+    if original < 1:
+        raise ConfigError(f"{file.path}: {prefix}original_context_length is {original}, expected at least 1")
+    settings: dict[str, Any] = {ORIGINAL_LENGTH: original}
+    for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+        if prefix + name in file.metadata:
+            settings[key] = _shortest(_optional(file, prefix + name, float))
+            if not 0 < settings[key] < math.inf:
+                raise ConfigError(f"{file.path}: {prefix}{name} is {settings[key]}, expected a positive number")
+    return settings
 
 
 def _llama3_scaling(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:

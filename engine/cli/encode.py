@@ -8,11 +8,10 @@ command knows it. bivec/engine/corpus.py says more.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,7 +97,7 @@ def encode(given: argparse.Namespace, world: World) -> Encoded:
         BivecError: bad flags, texts or files, a model or device that is not here, a full disk.
     """
     from bivec.engine.corpus import SLICE_TEXTS, encode_corpus
-    from bivec.engine.distributed import process_group
+    from bivec.engine.distributed import only_main_prints, process_group
     from bivec.engine.errors import ConfigError
     from bivec.engine.run_files import chosen_device, device_type
 
@@ -107,9 +106,7 @@ def encode(given: argparse.Namespace, world: World) -> Encoded:
     if given.input == STDIN and world.size > 1:
         raise ConfigError(f"{world.size} processes cannot share standard input; give a file")
     with ExitStack() as stack:
-        if not world.is_main:
-            nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-            stack.enter_context(redirect_stdout(nowhere))
+        stack.enter_context(only_main_prints(world))
         stack.enter_context(process_group(world, device_type(given.device), given.timeout))
         texts, ids = read(given, world)
         encoder = open_model(given, chosen_device(given.device, given.backend, world))

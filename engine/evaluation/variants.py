@@ -160,5 +160,5 @@ def _merged_settings(directory: Path) -> EncoderConfig:
     except BivecError as error:
         raise RunError(f"{merged}: damaged ({error})") from error
     if stored is None:
-        raise RunError(f"{merged}: the run has not been finished")
+        raise RunError(f"{merged}: the run has not been finished; go on with it by --resume")
     return stored

@@ -37,6 +37,7 @@ from bivec.engine.errors import ConfigError, RunError
 from bivec.engine.evaluation.word_data import WordCorpus
 from bivec.engine.fingerprint import model_checksum, tokenizer_checksum
 from bivec.engine.json_files import json_text
+from bivec.engine.text_format import encode_strings
 from bivec.kernels import segment_pool
 from bivec.models.files import write_text_atomic
 
@@ -103,17 +104,17 @@ def word_spans(encoder: WordEncoder, sentences: Sequence[Sequence[str]]) -> Word
 
     Raises:
         ConfigError: the tokenizer is not a fast one.
+        SpanError: a word that cannot be written in UTF-8.
     """
-    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if getattr(encoder.tokenizer, "backend_tokenizer", None) is None:
         raise ConfigError(f"{type(encoder.tokenizer).__name__} gives no character offsets: word tasks need a fast one")
-    backend.no_truncation()  # other calls leave theirs behind; rows are cut here, so that a word cut in two is known
-    backend.no_padding()
     rows: list[list[int]] = []
     spans: list[tuple[int, int]] = []
     for begin in range(0, len(sentences), TOKENIZE_ROWS):
         group = sentences[begin : begin + TOKENIZE_ROWS]
-        for words, encoding in zip(group, backend.encode_batch([" ".join(words) for words in group]), strict=True):
+        # not cut by the tokenizer but here, so that a word cut in two is known
+        encodings = encode_strings(encoder.tokenizer, [" ".join(words) for words in group], begin)
+        for words, encoding in zip(group, encodings, strict=True):
             row, found = _row_of(encoding, words, encoder.config.max_length)
             rows.append(row)
             spans += found

@@ -27,6 +27,8 @@ def test_encode_in_slices(encoder, monkeypatch):
     np.testing.assert_allclose(encoder.encode(texts), expected, rtol=0, atol=1e-5)
     with pytest.raises(BivecError, match=r"^text 40: '.*ud83d' is half of a surrogate pair"):
         encoder.encode([*texts[:40], "\ud83d"])
+    with pytest.raises(BivecError, match=r"^text 1: '.*ud83d' is half of a surrogate pair"):
+        encoder.encode_tokens(["a", "b\ud83d"])
 
 
 def test_one_is_made_while_another_is_used():

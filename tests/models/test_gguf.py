@@ -166,10 +166,29 @@ def test_rope_scaling_and_window_keys(llama, tmp_path):
     yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 64}
     config = DecoderConfig.from_pretrained(write_gguf(tmp_path / "yarn.gguf", tensors, **yarn))
     assert config.rope_scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    del yarn["rope.scaling.original_context_length"]  # llama.cpp takes the whole length then
+    config = DecoderConfig.from_pretrained(write_gguf(tmp_path / "whole.gguf", tensors, **yarn))
+    assert config.rope_scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
     config = DecoderConfig.from_pretrained(write_gguf(tmp_path / "w.gguf", tensors, **{"attention.sliding_window": 32}))
     assert config.model_type == "mistral" and config.sliding_window == 32
     with pytest.raises(ConfigError, match="longrope"):
         DecoderConfig.from_pretrained(write_gguf(tmp_path / "x.gguf", tensors, **{"rope.scaling.type": "longrope"}))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.scale_linear": 2.0, "rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope.scaling.type": "linear", "rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0}, None),
+    ],
+)
+def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(llama, tmp_path, metadata, expected):
+    path = write_gguf(tmp_path / "m.gguf", llama_cpp_tensors(llama), **metadata)
+    assert DecoderConfig.from_pretrained(path).rope_scaling == expected
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -189,6 +208,9 @@ def test_llama3_scaling_is_read_from_the_divisor_table(llama, tmp_path, factor):
     path = write_gguf(tmp_path / "m.gguf", tensors)
     assert DecoderConfig.from_pretrained(path).rope_scaling == scaling
     load_pretrained(path)  # the table is no weight
+    both = write_gguf(tmp_path / "both.gguf", tensors, **{"rope.scaling.factor": 4.0})
+    with pytest.raises(ConfigError, match=r"rope_freqs\.weight and llama\.rope\.scaling\.factor together"):
+        DecoderConfig.from_pretrained(both)
     tensors["rope_freqs.weight"] = table * 1.1
     with pytest.raises(ConfigError, match="rope_freqs"):
         DecoderConfig.from_pretrained(write_gguf(tmp_path / "other.gguf", tensors))
@@ -252,7 +274,10 @@ def test_damaged_numbers_are_named(llama, tmp_path, name, value, width, skip, me
         ({"attention.key_length": 15}, "of 15 channels; expected a multiple, and an even number"),
         ({"attention.value_length": 8}, r"value_length = 8, but a head has 16 channels"),
         ({"attention.causal": 1}, "attention.causal is 1, expected bool"),
-        ({"rope.scaling.type": "linear"}, "'linear' with the factor 0.0"),
+        ({"rope.scaling.type": "linear"}, "rope.scaling.factor is None, expected a number from 1 on"),
+        ({"rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5, expected a number from 1 on"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5, and only 1.0 is"),
+        ({"rope.scaling.yarn_log_multiplier": 0.5}, "yarn_log_multiplier is 0.5, and only 0.0 is supported"),
         ({"rope.scaling.type": "longrope"}, "'longrope' in a GGUF file is not supported"),
         (
             {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 0},

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bivec.engine.encoder import Encoder
-from bivec.engine.errors import ConfigError, RunError
+from bivec.engine.errors import BivecError, ConfigError, RunError
 from bivec.engine.evaluation.word_data import WordCorpus
 from bivec.engine.evaluation.word_features import align, model_fingerprint, word_features, word_spans
 
@@ -83,6 +83,11 @@ def test_the_papers_example():
     }
     for alignment, vectors in expected.items():
         np.testing.assert_allclose(found[alignment].vectors, vectors, rtol=1e-6)
+
+
+def test_half_a_surrogate_pair_is_named(encoder):
+    with pytest.raises(BivecError, match=r"^text 1: '.*ud83d' is half of a surrogate pair"):
+        word_spans(encoder, [["a"], ["b", "\ud83d"]])
 
 
 def test_tokens_of_a_byte_level_vocabulary_belong_to_their_words(encoder):
