@@ -4,7 +4,7 @@
 
 pip-audit does the asking: its command must be on PATH. Without an answer (no network, a mirror without the database)
 this says so and ends with 0, since nothing is known to be wrong; it ends with 1 when a known vulnerability is found
-that ``IGNORED`` does not name, or when pip-audit fails in another way.
+that ``IGNORED`` does not name, or when pip-audit is not there or fails in another way.
 """
 
 import json
@@ -36,8 +36,8 @@ def main(extra: str) -> int:
     try:
         answer = ask(packages)
     except FileNotFoundError:
-        print("pip-audit is not installed: nothing was audited (pip install pip-audit)")
-        return 0
+        print("pip-audit is not installed: nothing was audited (pip install pip-audit)", file=sys.stderr)
+        return 1
     if isinstance(answer, str):
         if UNREACHABLE.search(answer) and not USAGE.search(answer):
             print(f"the database of vulnerabilities could not be reached: nothing was audited\n{answer.strip()[-500:]}")

@@ -304,8 +304,8 @@ def test_without_bivec_there_is_nothing_to_audit(monkeypatch, capsys, audit):
 
 def test_no_pip_audit_is_said(monkeypatch, tmp_path, capsys, audit):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert audit.main("all") == 0
-    assert "pip-audit is not installed: nothing was audited" in capsys.readouterr().out
+    assert audit.main("all") == 1
+    assert "pip-audit is not installed: nothing was audited" in capsys.readouterr().err
 
 
 def test_the_audit_follows_requirements_of_requirements(audit):

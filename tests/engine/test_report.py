@@ -74,6 +74,6 @@ def test_a_full_disk_keeps_the_old_figure(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
-    with pytest.raises(CheckpointError, match="results.png: the disk is full"):
+    with pytest.raises(CheckpointError, match=r"results\.png: the disk is full"):
         draw_results(path, "a run", RESULTS, CURVES)
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
