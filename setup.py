@@ -1,8 +1,8 @@
 """Packaging: the repository root is the import package ``bivec``: one import name, flat top-level folders.
 
-Every lower bound but mypy's is tested: .ci/oldest.txt pins them all. There are no upper bounds; a version that is known to break
-something is excluded by name (``!=``). Wheel and sdist have the same bytes wherever and whenever they are built,
-by the same setuptools (whose version the wheel names) and zlib.
+Every lower bound but mypy's is tested: .ci/oldest.txt pins them all. There are no upper bounds; a version that is
+known to break something is excluded by name (``!=``). Wheel and sdist have the same bytes wherever and whenever they
+are built, by the same setuptools (whose version the wheel names) and zlib.
 """
 
 import gzip

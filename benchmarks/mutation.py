@@ -226,6 +226,7 @@ def markdown(document: dict[str, Any]) -> str:
         )
         if again:
             lines.append(f"  With the tests that its survivors asked for: `{again['command']}`, {again['date'][:10]}.")
+        lines += [f"  {note}" for note in part.get("notes", ())]
     head = "| | mutants | tested | killed | time | equivalent | left | tested since | unexplained | kill rate "
     head += "| zeros noticed |"
     lines += ["", head, "|---|" + "---|" * 10]

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracles
 import samples
 import torch
@@ -104,41 +105,71 @@ def read_gguf(folder: Path) -> Any:
     }
 
 
+GGUF_NUMBERS = {  # ours, by the key behind the architecture
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
+}
+GGUF_PARTS = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
 @refused_or
 def check_gguf(source: Path, case: Path, name: str, valid: Any, found: Any) -> str | None:
-    """What ``gguf.GGUFReader`` finds in the file; q and k are compared up to the order of their rows."""
+    """What ``gguf.GGUFReader`` finds in the file: numbers, the scaling of RoPE, and every matrix."""
     fields, tensors = oracles.gguf_file(case / name)
-    said = {
-        "hidden_size": "llama.embedding_length",
-        "num_hidden_layers": "llama.block_count",
-        "num_attention_heads": "llama.attention.head_count",
-        "num_key_value_heads": "llama.attention.head_count_kv",
-        "intermediate_size": "llama.feed_forward_length",
-        "max_position_embeddings": "llama.context_length",
-    }
-    for ours, theirs in said.items():
-        if theirs in fields and found["config"][ours] != fields[theirs]:
-            return f"{ours} is {found['config'][ours]}, the file says {fields[theirs]}"
-    for theirs, ours in (("token_embd.weight", "embed_tokens.weight"), ("output_norm.weight", "norm.weight")):
-        if found["weights"][ours] != digest(torch.from_numpy(tensors[theirs])):
-            return f"{ours} is not {theirs}"
-    for layer in range(found["config"]["num_hidden_layers"]):
-        for theirs, ours in (
-            ("attn_q", "self_attn.q_proj"),
-            ("attn_v", "self_attn.v_proj"),
-            ("ffn_down", "mlp.down_proj"),
-        ):
-            want = torch.from_numpy(tensors[f"blk.{layer}.{theirs}.weight"])
-            shape, raw = found["weights"][f"layers.{layer}.{ours}.weight"]
-            have = torch.frombuffer(bytearray(raw), dtype=torch.float32).reshape(shape)
-            if theirs == "attn_q":
-                want, have = (values.nan_to_num(7e7).sort(0).values for values in (want, have))
-            if digest(want) != digest(have):
-                return f"layers.{layer}.{ours} is not {theirs}"
+    config, family = found["config"], fields["general.architecture"]
+    for ours, theirs in GGUF_NUMBERS.items():
+        said = fields.get(f"{family}.{theirs}")
+        if said is not None and np.float32(config.get(ours) or 0) != np.float32(said):
+            return f"{ours} is {config.get(ours)}, the file says {said}"
+    for ours in ("bos_token_id", "eos_token_id"):
+        said = fields.get(f"tokenizer.ggml.{ours}")
+        if said is not None and config[ours] != said:
+            return f"{ours} is {config[ours]}, the file says {said}"
+    if complaint := scaling_says(fields, f"{family}.rope.", config.get("rope_scaling")):
+        return complaint
+    expected = {}
+    for theirs, values in tensors.items():
+        *block, part, kind = theirs.split(".")
+        matrix = np.ascontiguousarray(values)
+        if family == "llama" and part in ("attn_q", "attn_k"):  # llama.cpp pairs neighbouring rows
+            heads = config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+            split = [half for head in np.split(values, heads) for half in (head[0::2], head[1::2])]
+            matrix = np.concatenate(split)
+        ours = ".".join([*(["layers", *block[1:]] if block else []), GGUF_PARTS.get(part, part), kind])
+        expected[ours] = digest(torch.from_numpy(matrix))
+    expected.pop("output.weight", None)  # the encoder has no head
     words = fields["tokenizer.ggml.tokens"]
     if len(set(words)) < len(words):
         return "a token is in the vocabulary twice"
-    return None
+    return differing(expected, found["weights"])
+
+
+def scaling_says(fields: dict[str, Any], prefix: str, found: dict[str, Any] | None) -> str | None:
+    """Of RoPE: llama.cpp takes a factor without a type for a linear one, and reads the older name of a factor too."""
+    factor = fields.get(f"{prefix}scaling.factor", fields.get(f"{prefix}scale_linear"))
+    kind = fields.get(f"{prefix}scaling.type", "linear" if factor is not None else "none")
+    have = {"rope_type": "none"} if found is None else found
+    same = have["rope_type"] == kind and (kind == "none" or np.float32(have["factor"]) == np.float32(factor))
+    return None if same else f"the scaling is {found}, the file says {kind!r} by {factor}"
 
 
 # ---- encoders
@@ -224,8 +255,10 @@ def check_foreign(source: Path, case: Path, name: str, valid: Any, found: Any) -
     """The files of others: every field that we read is of its type, and a length that is said is the encoder's."""
     if not (case / name).is_file():
         return None  # none of these files must be there
-    if not name.endswith(".json"):
-        return None if name.endswith(".safetensors") else "unknown file"
+    if name == "adapter_model.safetensors":
+        return check_adapter(source, case, name, None, found["adapter"])
+    if name.endswith(".safetensors"):
+        return check_word_weights(case / name, found)
     # the tokenizer's other settings are transformers' matter
     content = strict_json((case / name).read_bytes(), nan=name == "tokenizer_config.json")
     for part in content if isinstance(content, list) else [content]:
@@ -239,7 +272,20 @@ def check_foreign(source: Path, case: Path, name: str, valid: Any, found: Any) -
                 and found["settings"]["max_length"] != min(content[key], 1024)
             ):
                 return f"max_length is {found['settings']['max_length']}, the file says {content[key]}"
-    return None if name.startswith("adapter") else settled(valid, found)
+    return check_adapter(source, case, name, None, found["adapter"]) if "adapter" in found else settled(valid, found)
+
+
+def check_word_weights(file: Path, found: dict[str, Any]) -> str | None:
+    """Every token counts, or every one but the BOS: else there is nothing of ours that the weights could be."""
+    stored = oracles.safetensors(file.read_bytes())
+    if len(stored) != 1:
+        return f"{len(stored)} tensors were taken for the weights of words"
+    (weights,) = (tensor.to(torch.float32).flatten() for tensor in stored.values())
+    expected = torch.ones_like(weights)
+    if not found["settings"]["pool_bos"]:
+        expected[found["tokens"][0][0]] = 0.0
+    same = torch.equal(weights, expected)
+    return None if same else "the weights of words are neither all 1 nor 0 for the BOS alone"
 
 
 def settled(valid: Any, found: Any) -> str | None:
@@ -255,7 +301,7 @@ def read_llm2vec(folder: Path) -> Any:
         config.write_text(
             text.replace('"base"', json.dumps(str(folder / "base"))), encoding="utf-8", errors="surrogateescape"
         )
-    return read_encoder(folder)
+    return read_encoder(folder) | {"adapter": read_adapter(folder)}
 
 
 def read_adapter(folder: Path) -> Any:
