@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's
 DTYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32}  # llama.cpp's general.file_type
+YARN_BORDERS = {"beta_fast": 32, "beta_slow": 1}  # llama.cpp's loaders of these architectures leave the file's unread
 UNUSED, BYTE = 5, 6  # token types beside those of SentencePiece
 PROBE = (
     "The 3rd of 12345 tests isn't \u00e9asy:  two  spaces,\ttabs\n\n and newlines; I'LL say \u4f60\u597d "
@@ -93,6 +94,12 @@ def _differences(encoder: Encoder) -> list[str]:
     window = encoder.model.config.sliding_window
     if window is not None and window < config.max_length:
         found.append(f"it does not know the sliding window of {window} tokens, which longer texts feel")
+    scaling = encoder.model.config.rope_scaling or {}
+    borders = {name: scaling.get(name) for name, usual in YARN_BORDERS.items() if scaling.get(name, usual) != usual}
+    if borders:
+        found.append(f"of YaRN it does not read {', '.join(f'{name} = {value}' for name, value in borders.items())}")
+    if scaling.get("rope_type") == "llama3" and ARCHITECTURES[encoder.model.config.model_type] != "llama":
+        found.append(f"of a {encoder.model.config.model_type} model it does not read the table of the llama3 scaling")
     return found
 
 
@@ -249,6 +256,17 @@ def _split_name(tokenizer: PreTrainedTokenizerFast, path: Path) -> str:
     )
 
 
+def _with_defaults(shape: DecoderConfig) -> dict[str, Any] | None:
+    """The scaling of RoPE, with what holds where it does not say so: a GGUF always has the original length."""
+    scaling = shape.rope_scaling
+    if scaling is None or scaling["rope_type"] not in ("yarn", "llama3"):
+        return scaling
+    scaling = {ORIGINAL_LENGTH: shape.max_position_embeddings} | scaling
+    if scaling.get("truncate") is True:
+        del scaling["truncate"]
+    return scaling
+
+
 def _check_written(file: Path, encoder: Encoder, path: Path) -> None:
     """Reads the file's header and tokenizer back: GGUF has no place for some settings, and nobody would see it."""
     header = read_header(file)
@@ -261,6 +279,7 @@ def _check_written(file: Path, encoder: Encoder, path: Path) -> None:
         "pad_token_id": None,
     }
     differing |= {name: getattr(decoder_config(header), name) for name in ("bos_token_id", "eos_token_id")}
+    differing["rope_scaling"] = _with_defaults(ours)
     expected, found = replace(ours, **differing), decoder_config(header)
     for name, value in asdict(expected).items():
         other = getattr(found, name)

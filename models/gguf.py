@@ -177,7 +177,8 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int, context_length: i
 def _scaling_kind(file: GgufFile) -> tuple[Any, str]:
     """The type of the scaling and the key of its factor, as llama.cpp finds them.
 
-    Without a type a factor is that of a linear scaling, and the older name of a factor counts too.
+    Without a type a factor is that of a linear scaling, and the older name of a factor counts too. In one thing we are
+    stricter: llama.cpp takes a scaling without a factor, or with the factor 0, for none.
 
     Raises:
         ConfigError: a setting that our models do not have.

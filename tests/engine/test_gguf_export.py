@@ -140,15 +140,20 @@ def test_sentencepiece_tokenizers(version, tiny_mistral_dir, tmp_path):
         {"rope_type": "linear", "factor": 4.0},
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "beta_fast": 16.0},
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "beta_slow": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32},
+        {"rope_type": "yarn", "factor": 4.0, "truncate": True},
         LLAMA3_ROPE,
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*of YaRN it does not read")
 def test_rope_scaling(scaling, tiny_llama_dir, tmp_path):
     folder = edited(tiny_llama_dir, tmp_path / "m", rope_parameters=None, rope_theta=10000.0, rope_scaling=scaling)
     encoder = Encoder.from_pretrained(folder)
     encoder.save_gguf(tmp_path / "m.gguf", dtype="f32")
     again = Encoder.from_pretrained(tmp_path / "m.gguf")
-    assert again.model.config.rope_scaling == scaling
+    scaling.pop("truncate", None)
+    usual = {"original_max_position_embeddings": 1024} if scaling["rope_type"] == "yarn" else {}
+    assert again.model.config.rope_scaling == usual | scaling
     close(again.encode(TEXTS), encoder.encode(TEXTS))
     plain = Encoder.from_pretrained(tiny_llama_dir)
     if scaling is not LLAMA3_ROPE:  # which leaves short texts nearly alone
@@ -165,6 +170,24 @@ def test_what_llama_cpp_does_not_do_is_told(tiny_llama_dir, tiny_mistral_dir, tm
         assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="the sliding window of 24 tokens"):
         Encoder.from_pretrained(tiny_mistral_dir).save_gguf(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling", "message"),
+    [
+        ("llama", {"rope_type": "yarn", "beta_fast": 16.0}, "of YaRN it does not read beta_fast = 16.0"),
+        ("llama", {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 2.0}, "it does not read beta_slow = 2.0"),
+        ("qwen2", LLAMA3_ROPE, "of a qwen2 model it does not read the table of the llama3 scaling"),
+        ("llama", LLAMA3_ROPE, None),
+        ("llama", {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}, None),
+    ],
+)
+def test_scalings_that_llama_cpp_does_not_read_are_told(family, scaling, message, tiny_dir, tmp_path, recwarn):
+    fields = {"rope_parameters": None, "rope_theta": 10000.0, "use_sliding_window": False, "layer_types": None}
+    folder = edited(tiny_dir(family), tmp_path / "m", **fields, rope_scaling={"factor": 4.0} | scaling)
+    Encoder.from_pretrained(folder).save_gguf(tmp_path / "m.gguf")
+    told = [str(one.message) for one in recwarn if "llama.cpp does not give this encoder's vectors" in str(one.message)]
+    assert len(told) == (message is not None) and all(text.endswith(message) for text in told)
 
 
 def test_what_cannot_be_written(tiny_llama_dir, tiny_dir, tmp_path):

@@ -211,6 +211,8 @@ def test_llama3_scaling_is_read_from_the_divisor_table(llama, tmp_path, factor):
     both = write_gguf(tmp_path / "both.gguf", tensors, **{"rope.scaling.factor": 4.0})
     with pytest.raises(ConfigError, match=r"rope_freqs\.weight and llama\.rope\.scaling\.factor together"):
         DecoderConfig.from_pretrained(both)
+    metadata = {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}  # a factor that says nothing
+    assert DecoderConfig.from_pretrained(write_gguf(both, tensors, **metadata)).rope_scaling == scaling
     tensors["rope_freqs.weight"] = table * 1.1
     with pytest.raises(ConfigError, match="rope_freqs"):
         DecoderConfig.from_pretrained(write_gguf(tmp_path / "other.gguf", tensors))
@@ -277,6 +279,11 @@ def test_damaged_numbers_are_named(llama, tmp_path, name, value, width, skip, me
         ({"rope.scaling.type": "linear"}, "rope.scaling.factor is None, expected a number from 1 on"),
         ({"rope.scaling.factor": 0.5}, "rope.scaling.factor is 0.5, expected a number from 1 on"),
         ({"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 1.5}, "attn_factor is 1.5, and only 1.0 is"),
+        ({"rope.scaling.yarn_attn_factor": 0.5}, "yarn_attn_factor is 0.5, and only 1.0 is supported"),
+        ({"rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor is 0.0, and only 1.0 is supported"),
+        ({"rope.scaling.alpha": 1000.0}, "alpha is 1000.0, and only 0.0 is supported"),
+        ({"rope.scaling.type": "yarn"}, "rope.scaling.factor is None, expected a number from 1 on"),
+        ({"rope.scaling.factor": 0.0}, "rope.scaling.factor is 0.0, expected a number from 1 on"),
         ({"rope.scaling.yarn_log_multiplier": 0.5}, "yarn_log_multiplier is 0.5, and only 0.0 is supported"),
         ({"rope.scaling.type": "longrope"}, "'longrope' in a GGUF file is not supported"),
         (
