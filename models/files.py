@@ -117,9 +117,14 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def temporary_paths(directory: Path) -> list[Path]:
+    """What stands in the directory itself under one of the names above, so that nobody has finished it."""
+    return [path for pattern in (".*.tmp", ".*.tmp.*") for path in directory.glob(pattern)]
+
+
 def remove_abandoned(directory: str | Path) -> None:
     """Deletes what killed processes have left under temporary names; no other process may be writing there."""
-    for path in Path(directory).glob(".*.tmp"):
+    for path in temporary_paths(Path(directory)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
