@@ -166,14 +166,22 @@ def _prefix_counts(folder: Path, tokenizer: Path) -> bool:
 
     file = folder / "model.safetensors"
     try:
-        weights = load_file(file)["emb_layer.weight"].flatten()
+        weights = load_file(file)["emb_layer.weight"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ConfigError(f"{file}: no weights of a {WEIGHTS} module ({error}); pickles are not read") from None
+    backend = load_tokenizer(tokenizer, add_bos=False)
+    tokens = 1 + max(backend.get_vocab().values())
+    if not weights.is_floating_point() or weights.shape[1:] != (1,) or len(weights) < tokens:
+        raise ConfigError(
+            f"{file}: emb_layer.weight is {str(weights.dtype).removeprefix('torch.')} {list(weights.shape)}, expected "
+            f"floating point [{tokens} or more, 1]: one weight for every token of the tokenizer"
+        )
+    weights = weights.flatten()
     if bool((weights == 1).all()):
         return True
     zeros = set((weights == 0).nonzero().flatten().tolist())
     others = int(((weights != 0) & (weights != 1)).sum())
-    prefix = set(prefix_ids(load_tokenizer(tokenizer, add_bos=False)))
+    prefix = set(prefix_ids(backend))
     if others or zeros != prefix:
         raise ConfigError(
             f"{file}: weighs {others or len(zeros)} tokens in a way that bivec has nothing for: only the special "

@@ -191,6 +191,10 @@ def test_our_own_folder_saved_by_sentence_transformers(tiny_llama_dir, tmp_path)
             continue
         with pytest.raises(ConfigError, match=rf"model\.safetensors: {message} .* \(ids \[0\]\)"):
             Encoder.from_pretrained(tmp_path / "theirs")
+    for odd in (weights[:-1], weights[:0], weights.flatten(), weights.expand(-1, 2).contiguous(), weights.long()):
+        save_file({"emb_layer.weight": odd}, file)
+        with pytest.raises(ConfigError, match=r"emb_layer\.weight is .*, expected floating point \[1000 or more, 1\]"):
+            Encoder.from_pretrained(tmp_path / "theirs")
     file.unlink()
     with pytest.raises(ConfigError, match="no weights of a WordWeights module"):
         Encoder.from_pretrained(tmp_path / "theirs")

@@ -1,8 +1,7 @@
-"""Weights, configurations, encoders' settings, adapters and tokenizers: how they are read, and their oracles."""
+"""Weights, configurations, GGUF files and tokenizers: how they are read, and their oracles."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -101,6 +100,8 @@ def read_gguf(folder: Path) -> Any:
         "config": encoder.model.config.to_dict(),
         "tokens": encoder.tokenizer(list(samples.TEXTS))["input_ids"],
         "settings": asdict(encoder.config),
+        "prompts": encoder.prompts,
+        "origin": encoder.origin.to_dict(),
         "vectors": vectors.tobytes(),
     }
 
@@ -133,7 +134,7 @@ GGUF_PARTS = {
 
 @refused_or
 def check_gguf(source: Path, case: Path, name: str, valid: Any, found: Any) -> str | None:
-    """What ``gguf.GGUFReader`` finds in the file: numbers, the scaling of RoPE, and every matrix."""
+    """What ``gguf.GGUFReader`` finds in the file: numbers, the scaling of RoPE, every matrix, settings and tokens."""
     fields, tensors = oracles.gguf_file(case / name)
     config, family = found["config"], fields["general.architecture"]
     for ours, theirs in GGUF_NUMBERS.items():
@@ -144,7 +145,7 @@ def check_gguf(source: Path, case: Path, name: str, valid: Any, found: Any) -> s
         said = fields.get(f"tokenizer.ggml.{ours}")
         if said is not None and config[ours] != said:
             return f"{ours} is {config[ours]}, the file says {said}"
-    if complaint := scaling_says(fields, f"{family}.rope.", config.get("rope_scaling")):
+    if complaint := scaling_says(fields, f"{family}.", config.get("rope_scaling")):
         return complaint
     expected = {}
     for theirs, values in tensors.items():
@@ -157,177 +158,59 @@ def check_gguf(source: Path, case: Path, name: str, valid: Any, found: Any) -> s
         ours = ".".join([*(["layers", *block[1:]] if block else []), GGUF_PARTS.get(part, part), kind])
         expected[ours] = digest(torch.from_numpy(matrix))
     expected.pop("output.weight", None)  # the encoder has no head
-    words = fields["tokenizer.ggml.tokens"]
-    if len(set(words)) < len(words):
-        return "a token is in the vocabulary twice"
-    return differing(expected, found["weights"])
+    return differing(expected, found["weights"]) or gguf_says(fields, found)
+
+
+NEUTRAL = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1, "yarn_log_multiplier": 0, "alpha": 0}
 
 
 def scaling_says(fields: dict[str, Any], prefix: str, found: dict[str, Any] | None) -> str | None:
     """Of RoPE: llama.cpp takes a factor without a type for a linear one, and reads the older name of a factor too."""
-    factor = fields.get(f"{prefix}scaling.factor", fields.get(f"{prefix}scale_linear"))
-    kind = fields.get(f"{prefix}scaling.type", "linear" if factor is not None else "none")
-    have = {"rope_type": "none"} if found is None else found
-    same = have["rope_type"] == kind and (kind == "none" or np.float32(have["factor"]) == np.float32(factor))
-    return None if same else f"the scaling is {found}, the file says {kind!r} by {factor}"
+    at = f"{prefix}rope.scaling."
+    factor = fields.get(at + "factor", fields.get(f"{prefix}rope.scale_linear"))
+    kind = fields.get(at + "type", "linear" if factor is not None else "none")
+    have, said = found or {"rope_type": "none"}, {"rope_type": kind}
+    if kind != "none":
+        said["factor"] = factor
+    if kind == "yarn":
+        whole = fields[f"{prefix}context_length"]
+        said["original_max_position_embeddings"] = fields.get(at + "original_context_length", whole)
+        said |= {key: fields[f"{at}yarn_{key}"] for key in ("beta_fast", "beta_slow") if f"{at}yarn_{key}" in fields}
+    same = have["rope_type"] == kind and have.keys() == said.keys()
+    numbers = [(have[key], said[key]) for key in said if key != "rope_type"] if same else []
+    if not same or any(np.float32(one) != np.float32(other) for one, other in numbers):
+        return f"the scaling is {found}, the file says {said}"
+    odd = [key for key, neutral in NEUTRAL.items() if fields.get(at + key, neutral) != neutral]
+    return f"{odd} of the scaling were not heeded" if odd else None
 
 
-# ---- encoders
+POOLING_TYPES = {1: "mean", 2: "bos_token", 3: "last_token"}  # llama.cpp's
 
 
-def read_encoder(folder: Path) -> Any:
-    from bivec.engine.encoder import Encoder
-
-    encoder = Encoder.from_pretrained(folder)
-    return {
-        "settings": asdict(encoder.config),
-        "prompts": encoder.prompts,
-        "origin": encoder.origin.to_dict(),
-        "tokens": encoder.tokenizer(list(samples.TEXTS))["input_ids"],
-        "vectors": encoder.encode(list(samples.TEXTS[:3]), show_progress_bar=False).tobytes(),
-    }
-
-
-BOOL, NUMBER, TEXT = (bool,), (int,), (str, type(None))
-OWN_TYPES = {
-    "pooling": (str,),
-    "pool_bos": BOOL,
-    "causal": BOOL,
-    "max_length": NUMBER,
-    "template": TEXT,
-    "skip_instruction": BOOL,
-    "pool_tail": BOOL,
-    "normalize": BOOL,
-    "similarity": (str,),
-    "bos_token": TEXT,
-}
+def gguf_says(fields: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """Settings, prompts and origin: our own keys, else llama.cpp's. Tokens: see ``oracles.byte_level_ids``."""
+    family = fields["general.architecture"]
+    kind = POOLING_TYPES.get(fields.get(f"{family}.pooling_type"))
+    own, causal = fields.get("bivec.encoder"), fields.get(f"{family}.attention.causal")
+    if own is not None:
+        said = strict_json(own.encode())
+    elif kind is not None:
+        said = {"pooling": kind, "causal": True if causal is None else causal}
+    else:
+        said = {"pooling": "mean", "causal": bool(causal)}
+    length = min(said.get("max_length", 512), fields[f"{family}.context_length"])
+    for key, value in (said | {"max_length": length}).items():
+        if not same_value(value, found["settings"][key]):
+            return f"{key} is {found['settings'][key]!r}, the file says {str(value)[:80]!r}"
+    for key in ("prompts", "origin"):
+        stored = fields.get(f"bivec.{key}")
+        if stored is not None and strict_json(stored.encode()) != found[key]:
+            return f"{key}: {str(found[key])[:80]}, the file says {stored[:80]}"
+    tokens = oracles.byte_level_ids(fields, samples.TEXTS, bos=None if own or kind else True)
+    return None if tokens == found["tokens"] else f"ids {str(found['tokens'])[:90]}, the file gives {str(tokens)[:90]}"
 
 
-def typed(content: Any, types: dict[str, tuple], where: str) -> str | None:
-    """Whether what is there is of its type: true is no number, "false" no truth value."""
-    for key, value in content.items() if isinstance(content, dict) else ():
-        if key in types and type(value) not in types[key]:
-            return f"{where}: {key} = {str(value)[:60]!r} was accepted"
-    return None
-
-
-@refused_or
-def check_own(source: Path, case: Path, name: str, valid: Any, found: Any) -> str | None:
-    """bivec_config.json: its fields, typed, are the encoder's; nothing of the tokens changes."""
-    if not (case / name).is_file():
-        return None  # a folder of sentence-transformers then
-    if name == "tokenizer.json":
-        return check_tokenizer(source, case, name, None, {"ids": found["tokens"]})
-    content = strict_json((case / name).read_bytes())
-    complaint = typed(content, OWN_TYPES, name)
-    length = content.get("max_length")
-    content |= {"max_length": min(length, 1024)} if type(length) is int else {}  # the decoder's positions
-    for key, value in found["settings"].items():
-        if key in content and content[key] is not None and not same_value(content[key], value) and key != "template":
-            complaint = complaint or f"{key} is {value!r}, the file says {str(content[key])[:60]!r}"
-    if found["prompts"] != content.get("prompts", {}) and content.get("prompts") is not None:
-        complaint = complaint or "the prompts are not those of the file"
-    if content.get("origin") is not None and not same_value(
-        found["origin"]["base_model"], content["origin"]["base_model"]
-    ):
-        complaint = complaint or f"the origin is {found['origin']!r}, the file says {str(content['origin'])[:80]}"
-    return complaint or settled(valid, found)
-
-
-FOREIGN_TYPES = {
-    "max_seq_length": (int, type(None)),
-    "do_lower_case": (bool, type(None)),
-    "include_prompt": BOOL,
-    "default_prompt_name": TEXT,
-    "similarity_fn_name": TEXT,
-    "path": (str,),
-    "type": (str,),
-    "pooling_mode": (str,),
-    "max_length": NUMBER,
-    "skip_instruction": BOOL,
-    "model_max_length": (int, float, type(None)),
-    **{f"pooling_mode_{kind}": BOOL for kind in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")},
-}
-
-
-@refused_or
-def check_foreign(source: Path, case: Path, name: str, valid: Any, found: Any) -> str | None:
-    """The files of others: every field that we read is of its type, and a length that is said is the encoder's."""
-    if not (case / name).is_file():
-        return None  # none of these files must be there
-    if name == "adapter_model.safetensors":
-        return check_adapter(source, case, name, None, found["adapter"])
-    if name.endswith(".safetensors"):
-        return check_word_weights(case / name, found)
-    # the tokenizer's other settings are transformers' matter
-    content = strict_json((case / name).read_bytes(), nan=name == "tokenizer_config.json")
-    for part in content if isinstance(content, list) else [content]:
-        if complaint := typed(part, FOREIGN_TYPES, name):
-            return complaint
-    if isinstance(content, dict):
-        for key in ("max_seq_length", "max_length"):
-            if (
-                key in content
-                and content[key] is not None
-                and found["settings"]["max_length"] != min(content[key], 1024)
-            ):
-                return f"max_length is {found['settings']['max_length']}, the file says {content[key]}"
-    return check_adapter(source, case, name, None, found["adapter"]) if "adapter" in found else settled(valid, found)
-
-
-def check_word_weights(file: Path, found: dict[str, Any]) -> str | None:
-    """Every token counts, or every one but the BOS: else there is nothing of ours that the weights could be."""
-    stored = oracles.safetensors(file.read_bytes())
-    if len(stored) != 1:
-        return f"{len(stored)} tensors were taken for the weights of words"
-    (weights,) = (tensor.to(torch.float32).flatten() for tensor in stored.values())
-    expected = torch.ones_like(weights)
-    if not found["settings"]["pool_bos"]:
-        expected[found["tokens"][0][0]] = 0.0
-    same = torch.equal(weights, expected)
-    return None if same else "the weights of words are neither all 1 nor 0 for the BOS alone"
-
-
-def settled(valid: Any, found: Any) -> str | None:
-    """The same settings and tokens give the same vectors, whatever else a file says."""
-    same = all(found[key] == valid[key] for key in ("settings", "tokens"))
-    return "same settings and tokens, other vectors" if same and found["vectors"] != valid["vectors"] else None
-
-
-def read_llm2vec(folder: Path) -> Any:
-    config = folder / "adapter_config.json"
-    text = config.read_text(encoding="utf-8", errors="surrogateescape") if config.is_file() else ""
-    if '"base"' in text:  # the name of the folder beside it
-        config.write_text(
-            text.replace('"base"', json.dumps(str(folder / "base"))), encoding="utf-8", errors="surrogateescape"
-        )
-    return read_encoder(folder) | {"adapter": read_adapter(folder)}
-
-
-def read_adapter(folder: Path) -> Any:
-    from bivec.engine.lora import read_adapter
-
-    config, tensors = read_adapter(folder)
-    return asdict(config), {name: digest(tensor) for name, tensor in tensors.items()}
-
-
-@refused_or
-def check_adapter(source: Path, case: Path, name: str, valid: Any, found: Any) -> str | None:
-    """Settings: what adapter_config.json says. Matrices: a strict reading of the file."""
-    config, tensors = found
-    content = strict_json((case / "adapter_config.json").read_bytes(), nan=True)
-    for key, ours in (("r", "rank"), ("lora_alpha", "alpha"), ("lora_dropout", "dropout")):
-        if content.get(key) is not None and not same_value(content[key], config[ours]):
-            return f"{key} is {str(content[key])[:60]}, {config[ours]} was read"
-    if not same_value(sorted(content["target_modules"]), list(config["targets"])):
-        return f"targets are {config['targets']}, the file says {str(content['target_modules'])[:80]}"
-    stored = oracles.safetensors((case / "adapter_model.safetensors").read_bytes())
-    if any(tensor is None for tensor in stored.values()):
-        return "a matrix that is not of floating point was accepted"
-    strip = {
-        name.removeprefix("base_model.model.").removeprefix("model."): digest(tensor) for name, tensor in stored.items()
-    }
-    return differing(strip, tensors)
+# ---- tokenizers
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,56 @@ def gguf_file(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except Exception as error:
         raise Unreadable(f"gguf.GGUFReader: {error!r}") from None
     return fields, tensors
+
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CONTROL, USER_DEFINED = 3, 4  # types of tokens that are found in a text before it is split
+
+
+def byte_level_ids(fields: dict[str, Any], texts: Sequence[str], bos: bool | None) -> list[list[int]]:
+    """The tokens of texts by the vocabulary and merges of a GGUF file whose texts are split as GPT-2's.
+
+    Args:
+        fields: the metadata.
+        texts: the texts.
+        bos: a BOS in front; None = as the file says.
+    """
+    import regex
+
+    def field(name: str, default: Any = None) -> Any:
+        return fields.get(f"tokenizer.ggml.{name}", default)
+
+    words = field("tokens")
+    if (field("model"), field("pre")) != ("gpt2", "gpt-2") or len(set(words)) < len(words):
+        raise Unreadable("another kind of tokenizer, or a token twice")
+    ids = {word: number for number, word in enumerate(words)}
+    ranks = {tuple(merge.split(" ", 1)): rank for rank, merge in enumerate(field("merges"))}
+    types = field("token_type", [])
+    special = [word for word, kind in zip(words, types, strict=bool(types)) if kind in (CONTROL, USER_DEFINED) and word]
+    found_first = "|".join(regex.escape(word) for word in sorted(special, key=len, reverse=True))
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the other bytes are shown above 255
+    hidden = {byte: 256 + n for n, byte in enumerate(byte for byte in range(256) if byte not in shown)}
+
+    def merged(piece: str) -> list[str]:
+        parts = [chr(hidden.get(byte, byte)) for byte in piece.encode()]
+        while len(parts) > 1:
+            rank, at = min((ranks.get(pair, math.inf), at) for at, pair in enumerate(itertools.pairwise(parts)))
+            if rank == math.inf:
+                break
+            parts[at : at + 2] = ["".join(parts[at : at + 2])]
+        return parts
+
+    def encoded(text: str) -> list[int]:
+        found = []
+        for part in regex.split(f"({found_first})", text) if special else [text]:
+            pieces = [[part]] if part in special else map(merged, regex.findall(GPT2_SPLIT, part))
+            found += [ids[token] for piece in pieces for token in piece if token in ids]
+        return found
+
+    first, last = field("bos_token_id"), field("eos_token_id")
+    head = [first] if first is not None and (field("add_bos_token", False) if bos is None else bos) else []
+    tail = [last] if last is not None and field("add_eos_token", False) else []
+    return [head + encoded(text) + tail for text in texts]
 
 
 def csv_column(file: Path, delimiter: str, column: str) -> list[str]:

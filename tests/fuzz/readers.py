@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 
 import data_readers as data
+import encoder_readers as encoders
 import model_readers as models
 import mutants
 import oracles
@@ -57,8 +58,8 @@ READERS = {
             "encoder",
             samples.encoder,
             {"bivec_config.json": JSON, "tokenizer.json": JSON},
-            models.read_encoder,
-            models.check_own,
+            encoders.read_encoder,
+            encoders.check_own,
         ),
         Reader(
             "sentence_transformers",
@@ -71,22 +72,22 @@ READERS = {
                 "tokenizer_config.json": JSON,
                 "0_WordWeights/model.safetensors": SAFETENSORS,
             },
-            models.read_encoder,
-            models.check_foreign,
+            encoders.read_encoder,
+            encoders.check_foreign,
         ),
         Reader(
             "llm2vec",
             samples.llm2vec,
             {"llm2vec_config.json": JSON, "adapter_config.json": JSON, "adapter_model.safetensors": SAFETENSORS},
-            models.read_llm2vec,
-            models.check_foreign,
+            encoders.read_llm2vec,
+            encoders.check_foreign,
         ),
         Reader(
             "adapter",
             samples.adapter,
             {"adapter_config.json": JSON, "adapter_model.safetensors": SAFETENSORS},
-            models.read_adapter,
-            models.check_adapter,
+            encoders.read_adapter,
+            encoders.check_adapter,
         ),
         Reader(
             "tokenizer",

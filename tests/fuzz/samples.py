@@ -125,7 +125,19 @@ def adapter(folder: Path, llama: Path) -> None:
 
 
 def gguf(folder: Path, llama: Path) -> None:
-    _encoder(llama, pooling="mean", max_length=32).save_gguf(folder / "model.gguf", dtype="f32")
+    """With a scaling of RoPE that has every number that GGUF knows of one."""
+    from bivec.engine.encoder import Encoder
+
+    decoder(folder, llama)
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    content |= {"rope_parameters": None, "rope_scaling": yarn | {"beta_fast": 24.0, "beta_slow": 2.0}}
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    made = Encoder.from_pretrained(folder, pooling="mean", max_length=32)
+    for name in DECODER:
+        (folder / name).unlink(missing_ok=True)
+    made.prompts["query"] = "Find: "
+    made.save_gguf(folder / "model.gguf", dtype="f32")
 
 
 def sentencepiece(folder: Path, llama: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-for package in ("gguf", "sentencepiece", "datasets", "yaml"):
+for package in ("gguf", "sentencepiece", "datasets", "yaml", "regex"):
     pytest.importorskip(package)
 
 WORKER = Path(__file__).with_name("worker.py")
