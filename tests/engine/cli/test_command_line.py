@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -156,9 +157,9 @@ def test_a_module_of_nobody_is_a_bug(monkeypatch):
 def test_ctrl_c_is_130(tmp_path):
     """A command that waits for standard input, stopped as a terminal does it."""
     command = [sys.executable, "-m", "bivec.engine.cli", "encode", "model", "-", "-o", "o.npy"]
-    started = subprocess.Popen(
-        command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    started = subprocess.Popen(command, cwd=tmp_path, **pipes, text=True, preexec_fn=heeds)  # noqa: PLW1509 - no threads
     started.stdin.write("x" * 100_000 + "\n")  # more than a pipe holds: written when the command reads
     started.stdin.flush()
     started.send_signal(signal.SIGINT)
