@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from report_prose import CLAIMS
 from report_results import RESULT_CLAIMS, TABLES, WHOLE
 from report_tables import DATA, ROOT
-from report_text import RESULTS, Claim, missing, undeclared, updated
+from report_text import RESULTS, Claim, contradictions, missing, undeclared, updated
 
 from bivec.models.files import write_text_atomic
 
@@ -70,6 +70,8 @@ def problems(name: str, text: str, claims: Sequence[Claim]) -> Iterator[str]:
                 return
     if name in WHOLE:
         return
+    for number, what in contradictions(text, claims):
+        yield f"{name}:{number}: two claims for one figure: {what}"
     for claim in missing(text, claims):
         yield f"{name}: a declared text is not there: {claim.text!r} ({claim.source})"
     for number, what in undeclared(text, claims):

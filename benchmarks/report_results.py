@@ -243,7 +243,7 @@ def long_run_trials() -> Iterator[Claim]:
     )
     text = "dev {:.1f} after 100 of its steps, then {:.1f}, {:.1f} and {:.1f} every 100 steps"
     yield measured("long_run_search.json", text, *(one["sts_dev_spearman"] for one in first["evaluations"]))
-    text = "test {:.1f} before the supervised stage and {:.1f} after"
+    text = "and test {:.1f} before the last stage and {:.1f} after"
     yield measured("long_run_search.json", text, *_around_supervised(first, "test"))
     settings = found["settings"]
     text = "{} and {} steps, with 3e-4"

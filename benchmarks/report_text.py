@@ -129,19 +129,36 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def updated(text: str, tables: Mapping[str, Callable[[], str]], claims: Iterable[Claim]) -> str:
-    """The document with its tables and figures made again; claims that are not there change nothing.
+    """The document with its tables and figures made again.
+
+    Claims that are not there change nothing, nor do those that contradict each other: see ``contradictions``.
 
     Raises:
         KeyError: a marker names a table that nobody makes.
     """
     text = TABLE.sub(lambda found: f"{found[1]}{tables[found['name']]()}\n{found[4]}", text)
-    readable, edits = _outside(text), set()
+    for (start, end), figures in sorted(_figures(text, claims).items(), reverse=True):
+        if len(figures) == 1:
+            text = text[:start] + next(iter(figures)) + text[end:]
+    return text
+
+
+def _figures(text: str, claims: Iterable[Claim]) -> dict[tuple[int, int], dict[str, Claim]]:
+    """For every figure in the document what should stand there, and by which claim."""
+    readable, wanted = _outside(text), {}
     for claim in claims:
         for found in claim.places(readable):
-            edits |= {(*found.span(i), figure) for i, figure in enumerate(claim.figures, 1)}
-    for start, end, figure in sorted(edits, reverse=True):
-        text = text[:start] + figure + text[end:]
-    return text
+            for i, figure in enumerate(claim.figures, 1):
+                wanted.setdefault(found.span(i), {}).setdefault(figure, claim)
+    return wanted
+
+
+def contradictions(text: str, claims: Iterable[Claim]) -> Iterator[tuple[int, str]]:
+    """Figures that two claims want otherwise: line, and the claims. The text of one is too short to be of one place."""
+    for (start, _), figures in sorted(_figures(text, claims).items()):
+        if len(figures) > 1:
+            told = ", ".join(f"{figure} by {claim.text!r}" for figure, claim in figures.items())
+            yield text.count("\n", 0, start) + 1, told
 
 
 def missing(text: str, claims: Iterable[Claim]) -> Iterator[Claim]:

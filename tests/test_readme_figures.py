@@ -95,6 +95,24 @@ def test_a_declared_text_that_is_gone_is_seen(report):
     assert any("agree within" in one for one in report.problems("README.md", changed, report.claims_of("README.md")))
 
 
+def test_claims_that_contradict_each_other_are_seen(report, texts, monkeypatch):
+    """Of two texts that match in one place neither may win: the document stays as it is, and the check says why."""
+    text = "It took 1.5 minutes before lunch and 2.5 minutes before dinner.\n"
+    claims = [
+        texts.measured("source", "took {:.1f} minutes before lunch", 1.5),
+        texts.measured("source", "{:.1f} minutes before dinner", 2.5),
+    ]
+    assert list(texts.contradictions(text, claims)) == []
+    assert texts.updated(text.replace("2.5", "9.9"), {}, claims) == text
+    claims.append(texts.measured("source", "{:.1f} minutes before", 3.5))
+    said = "by 'took {:.1f} minutes before lunch', 3.5 by '{:.1f} minutes before'"
+    assert next(texts.contradictions(text, claims)) == (1, f"1.5 {said}")
+    assert texts.updated(text, {}, claims) == text
+    monkeypatch.setattr(report, "WHOLE", {})
+    found = [one for one in report.problems("README.md", text, claims) if "two claims for one figure" in one]
+    assert len(found) == 2 and found[0].startswith("README.md:1: ")
+
+
 def test_every_table_stands_somewhere_and_every_declaration_belongs_to_a_document(report, texts):
     text = "\n".join(map(text_of, report.documents()))
     markers = re.findall(r"<!-- table: (.*?) -->", text)
