@@ -9,6 +9,7 @@ trained with.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from itertools import takewhile
 from operator import itemgetter
@@ -212,7 +213,7 @@ def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     from transformers import PreTrainedTokenizerFast
 
     _read_tokenizer_config(path)
-    _check_sizes(path / "tokenizer.json")
+    _check_numbers(path / "tokenizer.json")
     try:
         loaded = PreTrainedTokenizerFast.from_pretrained(path)
     except BaseException as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
@@ -228,11 +229,16 @@ def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     return loaded.backend_tokenizer, settings
 
 
-def _check_sizes(file: Path) -> None:
-    """Whether the numbers in a tokenizer.json are no larger than any in use: by them tokenizers reserves memory."""
+def _check_numbers(file: Path) -> None:
+    """Whether tokenizers can do with the numbers in a tokenizer.json what they say.
+
+    By the largest it reserves memory; of two tokens with one id it takes one by chance.
+    """
     try:
-        largest = max(_sizes(json.loads(file.read_bytes())))  # not parse_json: large, its keys are the library's matter
+        rules = json.loads(file.read_bytes())  # not parse_json: large, its keys are the library's matter
+        largest = max(_sizes(rules))
         in_range = 0 <= largest <= LARGEST_ID
+        twice = _id_of_two(rules["model"]["vocab"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file.parent}: tokenizer.json cannot be read ({error!r}); download it again") from None
     if not in_range:
@@ -240,6 +246,15 @@ def _check_sizes(file: Path) -> None:
             f"{file.parent}: tokenizer.json cannot be read (the number {str(largest)[:40]} is out of range); "
             "download it again"
         )
+
+    if twice is not None:
+        raise CheckpointError(f"{file.parent}: tokenizer.json gives the id {twice} to two tokens; download it again")
+
+
+def _id_of_two(vocabulary: Any) -> int | None:
+    """An id that two tokens have; None = there is none, or the tokens are a list."""
+    ids = Counter(vocabulary.values() if isinstance(vocabulary, dict) else ())
+    return next((number for number, count in ids.most_common(1) if count > 1), None)
 
 
 def _sizes(rules: Any) -> list[int]:
