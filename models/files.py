@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bivec.models.errors import BivecError, CheckpointError
+
+TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}|old)\.tmp(\.\w+)?")  # the names below, and an old checkpoint's
 
 
 @contextmanager
@@ -117,14 +120,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def temporary_paths(directory: Path) -> list[Path]:
-    """What stands in the directory itself under one of the names above, so that nobody has finished it."""
-    return [path for pattern in (".*.tmp", ".*.tmp.*") for path in directory.glob(pattern)]
-
-
 def remove_abandoned(directory: str | Path) -> None:
     """Deletes what killed processes have left under temporary names; no other process may be writing there."""
-    for path in temporary_paths(Path(directory)):
+    for path in Path(directory).glob(".*.tmp*"):
+        if not TEMPORARY.fullmatch(path.name):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
