@@ -82,6 +82,9 @@ def _check(encoder: Encoder, path: Path, dtype: str) -> None:
         raise ConfigError(f"{path}: llama.cpp has no pooling {pooling!r}; it has {', '.join(GGUF_POOLING_TYPES)}")
     if encoder.model.config.sliding_window and family != "mistral":
         raise ConfigError(f"{path}: GGUF does not say which layers of a {family} model have the sliding window")
+    scaling = encoder.model.config.rope_scaling or {}
+    if scaling.get("rope_type") == "llama3" and ARCHITECTURES[family] != "llama":
+        raise ConfigError(f"{path}: llama.cpp does not load a {family} model with the llama3 scaling of RoPE")
 
 
 def _differences(encoder: Encoder) -> list[str]:
@@ -98,8 +101,6 @@ def _differences(encoder: Encoder) -> list[str]:
     borders = {name: scaling.get(name) for name, usual in YARN_BORDERS.items() if scaling.get(name, usual) != usual}
     if borders:
         found.append(f"of YaRN it does not read {', '.join(f'{name} = {value}' for name, value in borders.items())}")
-    if scaling.get("rope_type") == "llama3" and ARCHITECTURES[encoder.model.config.model_type] != "llama":
-        found.append(f"of a {encoder.model.config.model_type} model it does not read the table of the llama3 scaling")
     return found
 
 
@@ -267,6 +268,14 @@ def _with_defaults(shape: DecoderConfig) -> dict[str, Any] | None:
     return scaling
 
 
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings are equal but for what float32 rounds off."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
+    numbers = isinstance(one, float) and isinstance(other, (int, float))
+    return bool(one == other) or (numbers and math.isclose(one, other, rel_tol=1e-6))
+
+
 def _check_written(file: Path, encoder: Encoder, path: Path) -> None:
     """Reads the file's header and tokenizer back: GGUF has no place for some settings, and nobody would see it."""
     header = read_header(file)
@@ -283,7 +292,7 @@ def _check_written(file: Path, encoder: Encoder, path: Path) -> None:
     expected, found = replace(ours, **differing), decoder_config(header)
     for name, value in asdict(expected).items():
         other = getattr(found, name)
-        if not (value == other or (isinstance(value, float) and math.isclose(value, other, rel_tol=1e-6))):
+        if not _same(value, other):
             raise ConfigError(f"{path}: GGUF cannot say {name} = {value!r} (it would be read as {other!r})")
     again = load_tokenizer(file, add_bos=False)
     texts, exported = [PROBE, *PROBE.split(), "A man plays the guitar."], exported_tokenizer(encoder)

@@ -177,8 +177,9 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int, context_length: i
 def _scaling_kind(file: GgufFile) -> tuple[Any, str]:
     """The type of the scaling and the key of its factor, as llama.cpp finds them.
 
-    Without a type a factor is that of a linear scaling, and the older name of a factor counts too. In one thing we are
-    stricter: llama.cpp takes a scaling without a factor, or with the factor 0, for none.
+    Without a type a factor is that of a linear scaling, and the older name of a factor counts too. We are stricter:
+    llama.cpp takes a scaling without a factor, or a factor of 0, for none, and leaves keys unread that the loader of
+    an architecture does not know.
 
     Raises:
         ConfigError: a setting that our models do not have.
