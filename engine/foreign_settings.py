@@ -170,7 +170,7 @@ def _prefix_counts(folder: Path, tokenizer: Path) -> bool:
     except (OSError, SafetensorError, KeyError) as error:
         raise ConfigError(f"{file}: no weights of a {WEIGHTS} module ({error}); pickles are not read") from None
     backend = load_tokenizer(tokenizer, add_bos=False)
-    tokens = 1 + max(backend.get_vocab().values())
+    tokens = 1 + max(backend.get_vocab().values(), default=-1)
     if not weights.is_floating_point() or weights.shape[1:] != (1,) or len(weights) < tokens:
         raise ConfigError(
             f"{file}: emb_layer.weight is {str(weights.dtype).removeprefix('torch.')} {list(weights.shape)}, expected "

@@ -10,21 +10,8 @@ from typing import Any
 import oracles
 import samples
 from harness import refused_or
-from model_readers import check_tokenizer
+from model_readers import DEFAULTS, check_tokenizer, settings_say
 from oracles import differing, digest, same_value, strict_json
-
-POSITIONS = 1024  # of the samples' decoder; no encoder takes longer texts
-DEFAULTS = {
-    "pooling": "mean",
-    "pool_bos": True,
-    "causal": False,
-    "max_length": 512,
-    "template": None,
-    "skip_instruction": True,
-    "pool_tail": True,
-    "normalize": False,
-    "similarity": "cosine",
-}
 
 
 def described(encoder: Any) -> dict[str, Any]:
@@ -73,15 +60,6 @@ def typed(content: Any, types: dict[str, tuple], where: str) -> str | None:
     return None
 
 
-def settings_say(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
-    """Every setting as the files say it, a length bounded by the decoder's positions."""
-    expected = expected | {"max_length": min(expected["max_length"], POSITIONS)}
-    for key, value in found.items():
-        if not same_value(expected[key], value):
-            return f"{key} is {value!r}, the files say {str(expected[key])[:80]!r}"
-    return None
-
-
 # ---- our own file
 
 
@@ -90,10 +68,11 @@ def check_own(source: Path, case: Path, name: str, valid: Any, found: Any) -> st
     """bivec_config.json: its fields, typed, are the encoder's; nothing of the tokens changes."""
     if not (case / name).is_file():
         return None  # a folder of sentence-transformers then
+    complaint = check_tokenizer(source, case, name, None, {"ids": found["tokens"]})
     if name == "tokenizer.json":
-        return check_tokenizer(source, case, name, None, {"ids": found["tokens"]})
+        return complaint
     content = strict_json((case / name).read_bytes())
-    if complaint := typed(content, OWN_TYPES, name):
+    if complaint := complaint or typed(content, OWN_TYPES, name):
         return complaint
     said = DEFAULTS | {key: value for key, value in content.items() if key in DEFAULTS}
     if said["template"] is not None and "{text}" not in said["template"]:
@@ -155,7 +134,10 @@ def check_foreign(source: Path, case: Path, name: str, valid: Any, found: Any) -
         return f"{name} was accepted: {error!r}"
     if prompts != found["prompts"]:
         return f"the prompts are {str(found['prompts'])[:80]}, the files say {str(prompts)[:80]}"
-    return settings_say(DEFAULTS | expected, found["settings"]) or settled(valid, found)
+    if complaint := settings_say(DEFAULTS | expected, found["settings"]):
+        return complaint
+    folder = case / "base" if (case / "base").is_dir() else case
+    return check_tokenizer(source, folder, name, None, {"ids": found["tokens"]}) or settled(valid, found)
 
 
 def of_llm2vec(case: Path, found: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -184,7 +166,7 @@ def of_sentence_transformers(case: Path, found: Any) -> tuple[dict[str, Any], di
         (mode,) = [key.removeprefix("pooling_mode_") for key in flags] or [content["pooling_mode"]]
         settings |= {"pooling": MODES[mode], "skip_instruction": not content.get("include_prompt", True)}
     if "WordWeights" in folders:
-        settings["pool_bos"] = weights_of_words(folders["WordWeights"] / "model.safetensors", found["tokens"])
+        settings["pool_bos"] = weights_of_words(folders["WordWeights"] / "model.safetensors", case)
     stored = file(case / "config_sentence_transformers.json")
     prompts, default = stored.get("prompts") or {}, stored.get("default_prompt_name")
     head = None if default is None else prompts[default]
@@ -198,13 +180,16 @@ def of_sentence_transformers(case: Path, found: Any) -> tuple[dict[str, Any], di
     return settings | ({} if length is None else {"max_length": length}), prompts
 
 
-def weights_of_words(file: Path, tokens: list[list[int]]) -> bool:
+def weights_of_words(file: Path, case: Path) -> bool:
     """Whether every token counts; else every one but the BOS does. Nothing of ours could stand for other weights."""
+    from tokenizers import Tokenizer
+
+    raw = Tokenizer.from_file(str(case / "tokenizer.json"))
     weights = oracles.safetensors(file.read_bytes())["emb_layer.weight"]
-    if weights is None or weights.shape[1:] != (1,) or len(weights) <= max(map(max, tokens)):
+    if weights is None or weights.shape[1:] != (1,) or len(weights) < raw.get_vocab_size():
         raise oracles.Unreadable("these are no weights of words, or fewer than tokens")
     (left_out, _) = (weights != 1).nonzero(as_tuple=True)
-    if len(left_out) and (left_out.tolist() != [tokens[0][0]] or weights[left_out] != 0):
+    if len(left_out) and (left_out.tolist() != raw.encode("").ids or weights[left_out] != 0):
         raise oracles.Unreadable("the weights are neither all 1 nor 0 for the BOS alone")
     return not len(left_out)
 
@@ -241,7 +226,8 @@ def check_merged(case: Path, found: Any) -> str | None:
             sizes[target] = sizes[target] + up.abs() @ down.abs() * abs(content["lora_alpha"]) / content["r"]
     for name, matrix in found["merged"].items():
         known = sizes[name] < 1e33  # else float32 may have become infinite on the way
-        if bool(((matrix.double() - expected[name]).abs() > 1e-5 * sizes[name] + 1e-7)[known].any()):
+        close = (matrix.double() - expected[name]).abs() <= 1e-5 * sizes[name] + 1e-7
+        if not bool(close[known].all()):
             return f"{name} is not W + alpha / r * B A"
     return None
 

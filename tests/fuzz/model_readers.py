@@ -184,6 +184,28 @@ def scaling_says(fields: dict[str, Any], prefix: str, found: dict[str, Any] | No
     return f"{odd} of the scaling were not heeded" if odd else None
 
 
+DEFAULTS = {  # of an encoder
+    "pooling": "mean",
+    "pool_bos": True,
+    "causal": False,
+    "max_length": 512,
+    "template": None,
+    "skip_instruction": True,
+    "pool_tail": True,
+    "normalize": False,
+    "similarity": "cosine",
+}
+
+
+def settings_say(expected: dict[str, Any], found: dict[str, Any], positions: int = 1024) -> str | None:
+    """Every setting as the files say it, a length bounded by the decoder's positions."""
+    expected = expected | {"max_length": min(expected["max_length"], positions)}
+    for key, value in found.items():
+        if not same_value(expected[key], value):
+            return f"{key} is {value!r}, the files say {str(expected[key])[:80]!r}"
+    return None
+
+
 POOLING_TYPES = {1: "mean", 2: "bos_token", 3: "last_token"}  # llama.cpp's
 
 
@@ -198,14 +220,13 @@ def gguf_says(fields: dict[str, Any], found: dict[str, Any]) -> str | None:
         said = {"pooling": kind, "causal": True if causal is None else causal}
     else:
         said = {"pooling": "mean", "causal": bool(causal)}
-    length = min(said.get("max_length", 512), fields[f"{family}.context_length"])
-    for key, value in (said | {"max_length": length}).items():
-        if not same_value(value, found["settings"][key]):
-            return f"{key} is {found['settings'][key]!r}, the file says {str(value)[:80]!r}"
-    for key in ("prompts", "origin"):
+    if complaint := settings_say(DEFAULTS | said, found["settings"], fields[f"{family}.context_length"]):
+        return complaint
+    for key, nothing in (("prompts", {}), ("origin", {"base_model": None, "adapters": []})):
         stored = fields.get(f"bivec.{key}")
-        if stored is not None and strict_json(stored.encode()) != found[key]:
-            return f"{key}: {str(found[key])[:80]}, the file says {stored[:80]}"
+        stored = nothing if stored is None else strict_json(stored.encode())
+        if stored != found[key]:
+            return f"{key}: {str(found[key])[:80]}, the file says {str(stored)[:80]}"
     tokens = oracles.byte_level_ids(fields, samples.TEXTS, bos=None if own or kind else True)
     return None if tokens == found["tokens"] else f"ids {str(found['tokens'])[:90]}, the file gives {str(tokens)[:90]}"
 

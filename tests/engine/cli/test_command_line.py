@@ -159,7 +159,7 @@ def test_ctrl_c_is_130(tmp_path):
     command = [sys.executable, "-m", "bivec.engine.cli", "encode", "model", "-", "-o", "o.npy"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
-    started = subprocess.Popen(command, cwd=tmp_path, **pipes, text=True, preexec_fn=heeds)  # noqa: PLW1509 - no threads
+    started = subprocess.Popen(command, cwd=tmp_path, **pipes, text=True, preexec_fn=heeds)  # noqa: PLW1509 - takes no lock
     started.stdin.write("x" * 100_000 + "\n")  # more than a pipe holds: written when the command reads
     started.stdin.flush()
     started.send_signal(signal.SIGINT)
