@@ -137,28 +137,32 @@ def updated(text: str, tables: Mapping[str, Callable[[], str]], claims: Iterable
         KeyError: a marker names a table that nobody makes.
     """
     text = TABLE.sub(lambda found: f"{found[1]}{tables[found['name']]()}\n{found[4]}", text)
-    for (start, end), figures in sorted(_figures(text, claims).items(), reverse=True):
+    for end, figures in sorted(_figures(text, claims).items(), reverse=True):
         if len(figures) == 1:
-            text = text[:start] + next(iter(figures)) + text[end:]
+            ((start, figure),) = figures
+            text = text[:start] + figure + text[end:]
     return text
 
 
-def _figures(text: str, claims: Iterable[Claim]) -> dict[tuple[int, int], dict[str, Claim]]:
-    """For every figure in the document what should stand there, and by which claim."""
+def _figures(text: str, claims: Iterable[Claim]) -> dict[int, dict[tuple[int, str], Claim]]:
+    """For every figure in the document, by where it ends: where it begins and what should stand there, by which claim.
+
+    A sign belongs to some figures, so that two claims for one place may begin at different ones.
+    """
     readable, wanted = _outside(text), {}
     for claim in claims:
         for found in claim.places(readable):
             for i, figure in enumerate(claim.figures, 1):
-                wanted.setdefault(found.span(i), {}).setdefault(figure, claim)
+                wanted.setdefault(found.end(i), {}).setdefault((found.start(i), figure), claim)
     return wanted
 
 
 def contradictions(text: str, claims: Iterable[Claim]) -> Iterator[tuple[int, str]]:
     """Figures that two claims want otherwise: line, and the claims. The text of one is too short to be of one place."""
-    for (start, _), figures in sorted(_figures(text, claims).items()):
+    for end, figures in sorted(_figures(text, claims).items()):
         if len(figures) > 1:
-            told = ", ".join(f"{figure} by {claim.text!r}" for figure, claim in figures.items())
-            yield text.count("\n", 0, start) + 1, told
+            told = ", ".join(f"{figure} by {claim.text!r}" for (_, figure), claim in figures.items())
+            yield text.count("\n", 0, end) + 1, told
 
 
 def missing(text: str, claims: Iterable[Claim]) -> Iterator[Claim]:

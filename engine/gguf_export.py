@@ -84,7 +84,9 @@ def _check(encoder: Encoder, path: Path, dtype: str) -> None:
         raise ConfigError(f"{path}: GGUF does not say which layers of a {family} model have the sliding window")
     scaling = encoder.model.config.rope_scaling or {}
     if scaling.get("rope_type") == "llama3" and ARCHITECTURES[family] != "llama":
-        raise ConfigError(f"{path}: llama.cpp does not load a {family} model with the llama3 scaling of RoPE")
+        raise ConfigError(
+            f"{path}: llama.cpp does not load a {family} model with the llama3 scaling of RoPE; use save_pretrained"
+        )
 
 
 def _differences(encoder: Encoder) -> list[str]:

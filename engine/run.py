@@ -123,8 +123,8 @@ class Run:
             write_run_file(self.directory, self.recipe, self.inputs, self.device, **fields)
         elif fields != {key: earlier.get(key) for key in fields}:  # by another --memory
             rewrite_run_file(self.directory, **fields)
-        if earlier is not None:  # what a kill has left of unfinished writes; in merged/ a whole model
-            for folder in (self.directory, self.directory / "checkpoints", self.directory / "merged"):
+        if earlier is not None:  # what a kill has left of unfinished writes; of a stage or of merged/ a whole model
+            for folder in (self.directory, *(one for one in self.directory.iterdir() if one.is_dir())):
                 remove_abandoned(folder)
         self.metrics.path.touch()
 

@@ -213,13 +213,19 @@ def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     from transformers import PreTrainedTokenizerFast
 
     _read_tokenizer_config(path)
-    _check_numbers(path / "tokenizer.json")
+    rules = _checked_rules(path / "tokenizer.json")
     try:
         loaded = PreTrainedTokenizerFast.from_pretrained(path)
     except BaseException as error:  # tokenizers raises bare Exception for a damaged tokenizer.json
         if not _of_the_tokenizer(error):
             raise
         raise CheckpointError(f"{path}: tokenizer.json cannot be read ({error})") from error
+    for token in rules.get("added_tokens") or ():
+        if (given := loaded.backend_tokenizer.token_to_id(token["content"])) != token["id"]:
+            raise CheckpointError(
+                f"{path}: tokenizer.json says that {token['content'][:80]!r} is {token['id']}, tokenizers gives it "
+                f"{given}: a token is missing, or two have one id; download the file again"
+            )
     settings = {name: getattr(loaded, name) for name in SPECIAL_NAMES}
     settings |= {
         "chat_template": loaded.chat_template,
@@ -229,10 +235,10 @@ def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
     return loaded.backend_tokenizer, settings
 
 
-def _check_numbers(file: Path) -> None:
-    """Whether tokenizers can do with the numbers in a tokenizer.json what they say.
+def _checked_rules(file: Path) -> Any:
+    """The content of a tokenizer.json, whose numbers tokenizers can be given.
 
-    By the largest it reserves memory; of two tokens with one id it takes one by chance.
+    By the largest it reserves memory; of two tokens of the vocabulary with one id it takes one by chance.
     """
     try:
         rules = json.loads(file.read_bytes())  # not parse_json: large, its keys are the library's matter
@@ -249,6 +255,7 @@ def _check_numbers(file: Path) -> None:
 
     if twice is not None:
         raise CheckpointError(f"{file.parent}: tokenizer.json gives the id {twice} to two tokens; download it again")
+    return rules
 
 
 def _id_of_two(vocabulary: Any) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bivec.models.errors import BivecError, CheckpointError
 
-TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}|old)\.tmp(\.\w+)?")  # the names below, and an old checkpoint's
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{8}\.tmp(\.\w+)?|\..+-\d{6,}\.old\.tmp")  # those below, and of old checkpoints
 
 
 @contextmanager

@@ -177,9 +177,9 @@ def _rope_scaling(file: GgufFile, theta: float, head_dim: int, context_length: i
 def _scaling_kind(file: GgufFile) -> tuple[Any, str]:
     """The type of the scaling and the key of its factor, as llama.cpp finds them.
 
-    Without a type a factor is that of a linear scaling, and the older name of a factor counts too. We are stricter:
-    llama.cpp takes a scaling without a factor, or a factor of 0, for none, and leaves keys unread that the loader of
-    an architecture does not know.
+    Without a type a factor is that of a linear scaling, and the older name of a factor counts too. Otherwise than
+    there a scaling without a factor, or with a factor of 0, is an error and not none; so are settings that we do not
+    have, and YaRN's borders are heeded, whether or not llama.cpp's loader of the architecture reads them.
 
     Raises:
         ConfigError: a setting that our models do not have.

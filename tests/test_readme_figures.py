@@ -108,6 +108,11 @@ def test_claims_that_contradict_each_other_are_seen(report, texts, monkeypatch):
     said = "by 'took {:.1f} minutes before lunch', 3.5 by '{:.1f} minutes before'"
     assert next(texts.contradictions(text, claims)) == (1, f"1.5 {said}")
     assert texts.updated(text, {}, claims) == text
+    signed = [
+        texts.measured("source", "it by {:+.1f} a day", 1.5),
+        texts.measured("source", "by +{:.1f} a day or", 2.5),
+    ]
+    assert next(texts.contradictions("It moved it by +1.5 a day or so.", signed))[1].startswith("+1.5 by")
     monkeypatch.setattr(report, "WHOLE", {})
     found = [one for one in report.problems("README.md", text, claims) if "two claims for one figure" in one]
     assert len(found) == 2 and found[0].startswith("README.md:1: ")

@@ -251,6 +251,14 @@ def test_qwen_and_gemma_directories(tmp_path, files):
         (lambda rules: rules["model"]["vocab"].update(odd=2**31), "2147483648 is out of range"),  # would take 32 GiB
         (lambda rules: rules["added_tokens"][0].update(id=-1), "cannot be read"),
         (lambda rules: rules["model"]["vocab"].update(odd=7), "gives the id 7 to two tokens"),
+        (
+            lambda rules: rules["model"]["vocab"].pop(rules["added_tokens"][0]["content"]),
+            "says that .* is .*, tokenizers",
+        ),
+        (
+            lambda rules: rules["added_tokens"].append(rules["added_tokens"][0] | {"content": "<t>"}),
+            "says that '<t>' is",
+        ),
         (lambda rules: rules.update(padding={"strategy": {"Fixed": 2**40}}), "1099511627776 is out of range"),
         (lambda rules: rules.update(padding={"strategy": {}, "pad_to_multiple_of": 2**40}), "is out of range"),
         (lambda rules: rules["model"].update(merges=[["no", "token"]]), "cannot be read|cannot be used"),

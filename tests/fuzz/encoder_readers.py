@@ -10,7 +10,7 @@ from typing import Any
 import oracles
 import samples
 from harness import refused_or
-from model_readers import DEFAULTS, check_tokenizer, settings_say
+from model_readers import DEFAULTS, NO_ORIGIN, check_tokenizer, settings_say
 from oracles import differing, digest, same_value, strict_json
 
 
@@ -77,12 +77,15 @@ def check_own(source: Path, case: Path, name: str, valid: Any, found: Any) -> st
     said = DEFAULTS | {key: value for key, value in content.items() if key in DEFAULTS}
     if said["template"] is not None and "{text}" not in said["template"]:
         said["template"] = found["settings"]["template"]  # the short name of one
+        if "{text}" not in (said["template"] or "{text}"):  # "none" is one too
+            return f"a template without a text was accepted: {said['template'][:80]}"
     others = strict_json((case / "config_sentence_transformers.json").read_bytes())
     prompts = others["prompts"] if content.get("prompts") is None else content["prompts"]
     if not same_value(prompts, found["prompts"]):
         return f"the prompts are {str(found['prompts'])[:80]}, the file says {str(prompts)[:80]}"
-    origin = content.get("origin")
-    if origin is not None and not same_value(found["origin"]["base_model"], origin["base_model"]):
+    origin = NO_ORIGIN if content.get("origin") is None else content["origin"]
+    origin = origin | {"base_model": origin["base_model"] or case.name}  # by the folder's name then
+    if any(not same_value(found["origin"][key], origin[key]) for key in NO_ORIGIN):
         return f"the origin is {found['origin']!r}, the file says {str(origin)[:80]}"
     return settings_say(said, found["settings"]) or settled(valid, found)
 
@@ -129,7 +132,7 @@ def check_foreign(source: Path, case: Path, name: str, valid: Any, found: Any) -
                 return complaint
     said = of_llm2vec if name == "llm2vec_config.json" else of_sentence_transformers
     try:
-        expected, prompts = said(case, found)
+        expected, prompts = said(case)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         return f"{name} was accepted: {error!r}"
     if prompts != found["prompts"]:
@@ -140,7 +143,7 @@ def check_foreign(source: Path, case: Path, name: str, valid: Any, found: Any) -
     return check_tokenizer(source, folder, name, None, {"ids": found["tokens"]}) or settled(valid, found)
 
 
-def of_llm2vec(case: Path, found: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def of_llm2vec(case: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Where the instruction is left out, so is the BOS."""
     content = strict_json((case / "llm2vec_config.json").read_bytes())
     skip = content.get("skip_instruction", True)
@@ -149,7 +152,7 @@ def of_llm2vec(case: Path, found: Any) -> tuple[dict[str, Any], dict[str, str]]:
     return settings | {"skip_instruction": skip, "pool_bos": not skip}, {}
 
 
-def of_sentence_transformers(case: Path, found: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def of_sentence_transformers(case: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and prompts by modules.json and what it names."""
 
     def file(path: Path, nan: bool = False) -> dict[str, Any]:
@@ -186,7 +189,7 @@ def weights_of_words(file: Path, case: Path) -> bool:
 
     raw = Tokenizer.from_file(str(case / "tokenizer.json"))
     weights = oracles.safetensors(file.read_bytes())["emb_layer.weight"]
-    if weights is None or weights.shape[1:] != (1,) or len(weights) < raw.get_vocab_size():
+    if weights is None or weights.shape[1:] != (1,) or len(weights) <= max(raw.get_vocab().values()):
         raise oracles.Unreadable("these are no weights of words, or fewer than tokens")
     (left_out, _) = (weights != 1).nonzero(as_tuple=True)
     if len(left_out) and (left_out.tolist() != raw.encode("").ids or weights[left_out] != 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,7 @@ def settings_say(expected: dict[str, Any], found: dict[str, Any], positions: int
     return None
 
 
+NO_ORIGIN = {"base_model": None, "adapters": []}
 POOLING_TYPES = {1: "mean", 2: "bos_token", 3: "last_token"}  # llama.cpp's
 
 
@@ -222,7 +224,7 @@ def gguf_says(fields: dict[str, Any], found: dict[str, Any]) -> str | None:
         said = {"pooling": "mean", "causal": bool(causal)}
     if complaint := settings_say(DEFAULTS | said, found["settings"], fields[f"{family}.context_length"]):
         return complaint
-    for key, nothing in (("prompts", {}), ("origin", {"base_model": None, "adapters": []})):
+    for key, nothing in (("prompts", {}), ("origin", NO_ORIGIN)):
         stored = fields.get(f"bivec.{key}")
         stored = nothing if stored is None else strict_json(stored.encode())
         if stored != found[key]:
@@ -252,6 +254,13 @@ def check_tokenizer(source: Path, case: Path, name: str, valid: Any, found: Any)
         raw = Tokenizer.from_str((case / "tokenizer.json").read_bytes().decode("utf-8"))
     except BaseException as error:
         raise Unreadable(f"tokenizers: {error}") from None
+    rules = json.loads((case / "tokenizer.json").read_bytes())
+    vocabulary = rules["model"]["vocab"]
+    if isinstance(vocabulary, dict) and len(set(vocabulary.values())) < len(vocabulary):
+        raise Unreadable("two tokens have one id")
+    for token in rules.get("added_tokens") or ():
+        if raw.token_to_id(token["content"]) != token["id"]:
+            raise Unreadable(f"{str(token)[:80]} has another id in tokenizers")
     raw.no_truncation()
     raw.no_padding()
     ids = [raw.encode(text).ids for text in samples.TEXTS]

@@ -123,12 +123,12 @@ def test_texts_are_replaced(tmp_path):
 def test_what_a_kill_has_left_is_removed(tmp_path):
     write(tmp_path, **{".run.json.01234567.tmp": "half", ".curve.01234567.tmp.png": "half"})
     write(tmp_path, **{".hidden": "mine", "notes.tmp": "mine", ".notes.tmpl": "mine"})
-    for name in (".merged.01234567.tmp", ".mntp-000010.old.tmp", "kept.tmp", ".notes.tmp.d"):
+    for name in (".merged.01234567.tmp", ".mntp-000010.old.tmp", "..01234567.tmp", "kept.tmp", ".notes.old.tmp"):
         (tmp_path / name).mkdir()
         write(tmp_path / name, file="x")
     (tmp_path / ".link.01234567.tmp").symlink_to(tmp_path / "kept.tmp")
     remove_abandoned(tmp_path)
-    kept = {"kept.tmp/file": "x", ".notes.tmp.d/file": "x"}
+    kept = {"kept.tmp/file": "x", ".notes.old.tmp/file": "x"}
     assert contents(tmp_path) == kept | {".hidden": "mine", "notes.tmp": "mine", ".notes.tmpl": "mine"}
     assert not (tmp_path / ".merged.01234567.tmp").exists() and not (tmp_path / ".link.01234567.tmp").is_symlink()
     remove_abandoned(tmp_path / "nowhere")

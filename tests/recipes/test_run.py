@@ -150,10 +150,16 @@ def test_a_finished_run_stays_as_it_is(execute, whole, recipe, tmp_path, capsys)
     directory = tmp_path / "run"
     shutil.copytree(whole, directory)
     (directory / "results.png").unlink()
+    left = [
+        directory / name for name in ("mntp/.mntp.01234567.tmp", "merged/.merged.01234567.tmp", ".run.01234567.tmp")
+    ]
+    for folder in left:  # by a kill in the middle of a write
+        folder.mkdir()
     results = json.loads((directory / "results.json").read_text())
     (directory / "results.json").write_text(json.dumps({**results, "seconds": 1000.0, "peak_memory_bytes": 1 << 50}))
     execute(recipe, directory, "--resume")
     after = json.loads((directory / "results.json").read_text())
+    assert not any(folder.exists() for folder in left)
     assert outcome(directory) == outcome(whole) and same_weights(directory, whole)
     assert after["seconds"] >= 1000 and after["peak_memory_bytes"] == 1 << 50  # those of both runs
     assert (directory / "results.png").is_file() and "| bi+mntp+simcse | mean |" in capsys.readouterr().out

@@ -214,6 +214,7 @@ def test_triton_of_another_package_is_there(monkeypatch, owner):
 def test_what_can_be_imported(monkeypatch, tmp_path):
     assert versions.importable("torch") and versions.importable("pyyaml") and not versions.importable("no-such-thing")
     assert versions.owner("torch") == f"torch {versions.installed('torch')}" and versions.owner("no_such_thing") is None
+    assert versions.installed("no-such-thing") is None
     (tmp_path / "emptied" / "__pycache__").mkdir(parents=True)  # what an uninstallation leaves
     monkeypatch.syspath_prepend(tmp_path)
     assert not versions.importable("emptied")

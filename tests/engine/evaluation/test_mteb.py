@@ -253,6 +253,19 @@ def test_order_and_batch_size_change_nothing(encoder, tasks):
         np.testing.assert_allclose(shuffled, once[order], atol=1e-5)
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_evaluate_local_leaves_progress_bars_as_they_were(shown, encoder, tasks):
+    import datasets
+
+    before = datasets.are_progress_bars_disabled()
+    try:
+        (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+        evaluate_local(encoder, [tasks["LocalSTS"]])
+        assert datasets.are_progress_bars_disabled() is not shown
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
+
+
 def test_evaluate_local_gives_the_same_again(encoder, tasks):
     scores = evaluate_local(encoder, list(tasks.values()))
     assert list(scores) == list(tasks) == list(LOCAL_INSTRUCTIONS)
