@@ -49,6 +49,7 @@ OBJECTIVES = (
     "tests/engine/test_properties.py::test_ranks_together_have_the_step_of_one",
 )
 CROSS_ENTROPY = ("tests/kernels/test_linear_cross_entropy.py", f"{AUTOCAST}[linear_cross_entropy]")
+TRIPLES = ("tests/engine/test_supervised.py", "tests/engine/test_grad_cache.py")
 PACKING = ("tests/engine/test_packing.py", "tests/models/test_batch.py", "tests/engine/test_triple_batches.py")
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # part -> file -> its tests
     "packing": {"engine/packing.py": PACKING, "models/batch.py": PACKING, "engine/triple_batches.py": PACKING},
@@ -61,6 +62,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {  # part -> file -> its tests
         "kernels/linear_cross_entropy_torch.py": CROSS_ENTROPY,
         "engine/objectives.py": OBJECTIVES,
     },
+    "contrastive": {"engine/supervised.py": TRIPLES, "engine/grad_cache.py": TRIPLES},
     "schedule": {"engine/optim.py": ("tests/engine/test_optim.py",)},
 }
 

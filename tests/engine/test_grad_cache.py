@@ -1,12 +1,14 @@
 """Gradient caching: a step in micro-batches has the loss and the gradients of the step in one forward."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from bivec.engine.grad_cache import micro_batches
+from bivec.engine import grad_cache
+from bivec.engine.distributed import World
+from bivec.engine.grad_cache import Embedder, PackedRows, loss_workspace, micro_batches
 from bivec.engine.lora import LoraConfig, add_lora
 from bivec.engine.micro_loss import lora_noise
 from bivec.engine.objectives import ATTENTION_SITE, SimcseObjective, simcse_loss
@@ -127,6 +129,70 @@ def test_less_memory_ends(tiny_llama_dir):
 
 def test_micro_batches_hold_every_sequence_once():
     lengths = np.array([5, 2, 13, 6])
-    assert micro_batches(lengths, None) == micro_batches(lengths, 26) == [[0, 1, 2, 3]]
+    assert micro_batches(lengths, None) == micro_batches(lengths, 26) == micro_batches(lengths, 99) == [[0, 1, 2, 3]]
     found = micro_batches(lengths, 12)
     assert sorted(i for group in found for i in group) == [0, 1, 2, 3] and found[0] == [2]
+
+
+@dataclass(frozen=True)
+class Slower(World):
+    """Another rank has so many micro-batches more than this one."""
+
+    more: int = 0
+
+    def max(self, number):
+        return number + self.more
+
+
+@pytest.mark.parametrize("budget", [16, TOKENS])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_ranks_of_a_sharded_model_run_as_many_micro_batches(tiny_llama_dir, monkeypatch, budget, sharded):
+    """The last one again, for nothing: its gradients are those of this rank alone; the last backward exchanges them."""
+    expected = step(simcse(tiny_llama_dir, micro_batch_tokens=budget))
+    told, forwards = [], []
+    monkeypatch.setattr(grad_cache, "is_sharded", lambda model: sharded)
+    monkeypatch.setattr(grad_cache, "sync_gradients", lambda model, last: told.append(last))
+    objective = simcse(tiny_llama_dir, micro_batch_tokens=budget, world=Slower(more=3))
+    forward = objective.model.forward
+
+    def noting(batch, **options):
+        forwards.append(batch.sample_ids.tolist())
+        return forward(batch, **options)
+
+    objective.model.forward = noting
+    found = step(objective)
+    more = 3 if sharded else 0
+    assert found[2] == expected[2] + more and found[3] == expected[3]
+    assert_equal_steps(found, expected, torch.float64)
+    assert told == [False] * (found[2] - 1) + [True]
+    losses = []
+    for micro in simcse(tiny_llama_dir, micro_batch_tokens=budget, world=objective.world).micro_losses(3):
+        losses.append(micro.loss.item())
+        micro.loss.backward()
+    assert losses[expected[2] :] == [0.0] * more
+    own = expected[2] - 1  # those run twice; between them the one whose graph is kept
+    assert len(forwards) == 2 * (own + more) + 1
+    first, kept, second = forwards[: own + more], forwards[own + more], forwards[own + more + 1 :]
+    assert first == second and first[own:] == [first[own - 1] if own else kept] * more
+
+
+def test_the_embedder_has_no_dropout_by_default(tiny_llama_dir):
+    objective = simcse(tiny_llama_dir)
+    plain = Embedder(objective.model, None, seed=7)
+    packed = PackedRows.of(objective.rows(3), [0, 2, 4])
+    found = []
+    for embedder in (plain, replace(plain, attention_dropout=0.0), replace(plain, attention_dropout=0.5)):
+        with embedder.embed(packed) as (pooled, places):
+            assert places.tolist() == [0, 2, 4]
+            found.append(pooled.detach())
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
+    with pytest.raises(FrozenInstanceError):
+        plain.seed = 8
+    with pytest.raises(FrozenInstanceError):
+        objective.rows(3).spans = None
+    with pytest.raises(FrozenInstanceError):
+        packed.places = None
+
+
+def test_the_loss_takes_little_memory_on_a_cpu_alone():
+    assert loss_workspace("cpu") == 16 << 20 and loss_workspace("cuda") is loss_workspace(torch.device("meta")) is None

@@ -1,11 +1,12 @@
 """The supervised objective against plain torch in float64, its filters, and gradient caching."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bivec.engine.distributed import World
 from bivec.engine.errors import DataError
 from bivec.engine.lora import LoraConfig, add_lora
 from bivec.engine.supervised import DocumentIds, SupervisedObjective, TripleRows
@@ -128,12 +129,13 @@ def test_the_instruction_is_read_and_not_pooled(tiny_llama_dir):
     ],
 )
 def test_a_positive_is_no_negative(tiny_llama_dir, triples, hidden):
-    found, vectors = objective(tiny_llama_dir), random_vectors(6)
+    found, vectors = objective(tiny_llama_dir, scale=2.0), random_vectors(6)  # at 50 one cosine alone counts
     ids = DocumentIds.of(triples, "cpu")
-    loss = found.loss_of(vectors, counts=[1, 1], ids=ids)
-    assert loss.item() == pytest.approx(plain_loss(vectors, 2, hidden=hidden).item(), rel=1e-9)
-    unfiltered = found.loss_of(vectors, counts=[1, 1], ids=None)
-    assert unfiltered.item() == pytest.approx(plain_loss(vectors, 2).item(), rel=1e-9)
+    loss = found.loss_of(vectors, counts=[1, 1], ids=ids).item()
+    assert loss == pytest.approx(plain_loss(vectors, 2, 2.0, hidden=hidden).item(), rel=1e-9)
+    unfiltered = found.loss_of(vectors, counts=[1, 1], ids=None).item()
+    assert unfiltered == pytest.approx(plain_loss(vectors, 2, 2.0).item(), rel=1e-9)
+    assert (loss == pytest.approx(unfiltered, rel=1e-3)) is not bool(hidden)
 
 
 def test_margin(tiny_llama_dir):
@@ -148,8 +150,8 @@ def test_margin(tiny_llama_dir):
             if candidate != query and cosines[query, candidate] > cosines[query, query] - margin
         ]
         assert 0 < len(hidden) < 12
-        loss = objective(tiny_llama_dir, margin=margin).loss_of(vectors, counts=[1, 1, 0], ids=None)
-        assert loss.item() == pytest.approx(plain_loss(vectors, 3, hidden=hidden).item(), rel=1e-9)
+        loss = objective(tiny_llama_dir, margin=margin, scale=2.0).loss_of(vectors, counts=[1, 1, 0], ids=None)
+        assert loss.item() == pytest.approx(plain_loss(vectors, 3, 2.0, hidden=hidden).item(), rel=1e-9)
 
 
 def test_matryoshka(tiny_llama_dir):
@@ -167,6 +169,50 @@ def test_without_negatives(tiny_llama_dir):
     assert objective(tiny_llama_dir, triples).loss_of(vectors, counts=[0] * 4, ids=None).item() == pytest.approx(
         plain_loss(vectors, 4).item(), rel=1e-9
     )
+
+
+def test_one_negative_in_all(tiny_llama_dir):
+    vectors = random_vectors(5)
+    loss = objective(tiny_llama_dir, scale=2.0).loss_of(vectors, counts=[0, 1], ids=None)
+    assert loss.item() == pytest.approx(plain_loss(vectors, 2, 2.0).item(), rel=1e-9)
+
+
+@dataclass(frozen=True)
+class Told(World):
+    """One of several ranks, which gets the others' rows without them."""
+
+    whole: tuple[torch.Tensor, ...] = ()
+
+    def gather(self, rows, counts):
+        (found,) = [one for one in self.whole if len(one) == sum(counts)]
+        start = sum(counts[: self.rank])
+        assert len(counts) == self.size and torch.equal(found[start : start + counts[self.rank]], rows)
+        return found
+
+
+@pytest.mark.parametrize(("size", "shares"), [(2, [3, 2]), (3, [2, 2, 1])])
+def test_ranks_share_the_loss(tiny_llama_dir, size, shares):
+    """Each its queries, against the documents of all; the shares add up to the loss of one rank."""
+    counts, vectors = [2, 0, 3, 1, 1], random_vectors(17)
+    queries, positives, negatives = vectors.split([5, 5, 7])
+    ids = DocumentIds(torch.tensor([0, 1, 2, 0, 4]), torch.tensor([5, 6, 1, 7, 8, 9, 10]))
+    alone = objective(tiny_llama_dir, scale=2.0)
+    losses, first, before = [], 0, 0
+    for rank, share in enumerate(shares):
+        own = sum(counts[first : first + share])
+        parts = [queries[first : first + share], positives[first : first + share], negatives[before : before + own]]
+        ranked = replace(alone, world=Told(rank, size, whole=(positives, negatives)))
+        losses.append(ranked.loss_of(torch.cat(parts), counts, ids).item())
+        first, before = first + share, before + own
+    assert sum(losses) == pytest.approx(alone.loss_of(vectors, counts, ids).item(), rel=1e-9)
+    hidden = [(0, 3), (3, 0), (1, 7)]  # one document; the second query's as a negative of the third
+    assert sum(losses) == pytest.approx(plain_loss(vectors, 5, 2.0, hidden=hidden).item(), rel=1e-9)
+
+
+def test_no_attention_dropout_by_default(tiny_llama_dir):
+    found = objective(tiny_llama_dir)
+    plain = SupervisedObjective(found.model, found.adapter, found.rows, seed=7)
+    assert step(plain)[0] == step(replace(found, attention_dropout=0.0))[0] != step(found)[0]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -190,11 +236,12 @@ def test_the_uni_baseline(tiny_llama_dir):
     assert len({round(loss, 6) for loss in losses}) == 4
 
 
-@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("asked", [True, False, None])
 def test_the_instruction_of_symmetric_sets_stands_before_documents_too(tiny_llama_dir, asked):
     triples = [replace(TRIPLES[0], symmetric=True), TRIPLES[1]]
     found = objective(tiny_llama_dir, triples)
-    rows = replace(found.rows, symmetric_instruction=asked)
+    rows = found.rows if asked is None else replace(found.rows, symmetric_instruction=asked)
+    asked = asked is not False  # None: the default
     tokenizer, heads = rows.text_format.tokenizer, []
     for ids, (start, _) in zip(rows.of(2).input_ids, rows.of(2).spans, strict=True):
         heads.append(tokenizer.decode(ids[:start], skip_special_tokens=True).strip())
@@ -208,6 +255,32 @@ def test_a_tokenizer_of_another_model_is_told(tiny_llama_dir):
     rows = replace(objective(tiny_llama_dir).rows, vocab_size=100)
     with pytest.raises(DataError, match="the model's vocabulary ends at 99; they do not belong together"):
         rows.of(0)
+
+
+def test_the_last_id_of_the_vocabulary_is_one(tiny_llama_dir):
+    rows = objective(tiny_llama_dir).rows
+    largest = max(map(max, rows.of(0).input_ids))
+    assert len(replace(rows, vocab_size=largest + 1).of(0).input_ids) == 12
+    with pytest.raises(DataError, match=f"gives the id {largest}, the model's vocabulary ends at {largest - 1};"):
+        replace(rows, vocab_size=largest).of(0)
+
+
+def test_sample_ids_number_the_texts_of_a_step(tiny_llama_dir):
+    """Queries, positives, negatives, over all ranks; a million to a step."""
+    rows = objective(tiny_llama_dir, TRIPLES[:3]).rows
+    triples = rows.batches.triples(2)
+    assert rows.of(2).sample_ids.tolist() == [(2 << 20) + i for i in range(9)]
+    first = [len(triple.negatives) for triple in triples]
+    for rank, mine in enumerate(([0, 1], [2])):
+        own = [6 + i for i in range(sum(first[: mine[0]]), sum(first[: mine[-1] + 1]))]
+        expected = [*mine, *(3 + i for i in mine), *own]
+        assert rows.of(2, world=World(rank, 2)).sample_ids.tolist() == [(2 << 20) + i for i in expected]
+
+
+def test_document_ids_stay_as_they_are(tiny_llama_dir):
+    ids = DocumentIds.of(TRIPLES, "cpu")
+    with pytest.raises(FrozenInstanceError):
+        ids.positives = ids.negatives
 
 
 def test_no_sample_id_comes_twice(tiny_llama_dir):
