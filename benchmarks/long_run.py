@@ -239,7 +239,9 @@ def tables(content: dict[str, Any]) -> str:
         )
         cells = (row["stage"], row["steps"], f"{row['minutes']:.1f}", memory, f"{row['growth_mib_per_hour']:+.1f}")
         rows.append(f"| {' | '.join(map(str, (*cells, files, threads, speed)))} |")
-    note = "Memory and speed: medians of the first and of the last third of a stage without its first fifth."
+    note = "Memory and speed: medians of the first and of the last third of a stage without its first fifth. "
+    note += "MiB an hour is the slope of memory, which in a stage of a few minutes is that of a few MiB. "
+    note += "With triples one file more is open, from which they are read."
     return "\n".join([*rows, "", note])
 
 

@@ -158,7 +158,10 @@ def _figures(text: str, claims: Iterable[Claim]) -> dict[int, dict[tuple[int, st
 
 
 def contradictions(text: str, claims: Iterable[Claim]) -> Iterator[tuple[int, str]]:
-    """Figures that two claims want otherwise: line, and the claims. The text of one is too short to be of one place."""
+    """Figures that two claims want otherwise, or of which one takes the sign in and one does not: line, and the claims.
+
+    The text of one of them is too short to stand in one place alone.
+    """
     for end, figures in sorted(_figures(text, claims).items()):
         if len(figures) > 1:
             told = ", ".join(f"{figure} by {claim.text!r}" for (_, figure), claim in figures.items())

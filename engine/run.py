@@ -124,8 +124,8 @@ class Run:
         elif fields != {key: earlier.get(key) for key in fields}:  # by another --memory
             rewrite_run_file(self.directory, **fields)
         if earlier is not None:  # what a kill has left of unfinished writes; of a stage or of merged/ a whole model
-            for folder in (self.directory, *(one for one in self.directory.iterdir() if one.is_dir())):
-                remove_abandoned(folder)
+            for name in ("", "checkpoints", "merged", *TRAINED):
+                remove_abandoned(self.directory / name)
         self.metrics.path.touch()
 
     def _asked(self) -> dict[str, Any]:

@@ -221,10 +221,12 @@ def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
             raise
         raise CheckpointError(f"{path}: tokenizer.json cannot be read ({error})") from error
     for token in rules.get("added_tokens") or ():
+        if not token["content"]:  # which tokenizers leaves out
+            continue
         if (given := loaded.backend_tokenizer.token_to_id(token["content"])) != token["id"]:
             raise CheckpointError(
                 f"{path}: tokenizer.json says that {token['content'][:80]!r} is {token['id']}, tokenizers gives it "
-                f"{given}: a token is missing, or two have one id; download the file again"
+                f"{given}: a token is missing, or two have one id; download the file again, or save it with tokenizers"
             )
     settings = {name: getattr(loaded, name) for name in SPECIAL_NAMES}
     settings |= {
@@ -238,13 +240,13 @@ def _from_fast_directory(path: Path) -> tuple[Tokenizer, dict[str, Any]]:
 def _checked_rules(file: Path) -> Any:
     """The content of a tokenizer.json, whose numbers tokenizers can be given.
 
-    By the largest it reserves memory; of two tokens of the vocabulary with one id it takes one by chance.
+    By the largest it reserves memory; of two tokens with one id it takes one, by chance or by where they stand.
     """
     try:
         rules = json.loads(file.read_bytes())  # not parse_json: large, its keys are the library's matter
         largest = max(_sizes(rules))
         in_range = 0 <= largest <= LARGEST_ID
-        twice = _id_of_two(rules["model"]["vocab"])
+        twice = _id_of_two(rules)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file.parent}: tokenizer.json cannot be read ({error!r}); download it again") from None
     if not in_range:
@@ -252,16 +254,17 @@ def _checked_rules(file: Path) -> Any:
             f"{file.parent}: tokenizer.json cannot be read (the number {str(largest)[:40]} is out of range); "
             "download it again"
         )
-
     if twice is not None:
         raise CheckpointError(f"{file.parent}: tokenizer.json gives the id {twice} to two tokens; download it again")
     return rules
 
 
-def _id_of_two(vocabulary: Any) -> int | None:
-    """An id that two tokens have; None = there is none, or the tokens are a list."""
-    ids = Counter(vocabulary.values() if isinstance(vocabulary, dict) else ())
-    return next((number for number, count in ids.most_common(1) if count > 1), None)
+def _id_of_two(rules: Any) -> int | None:
+    """An id that two tokens have, of the vocabulary or added; None = there is none. In a list every place is an id."""
+    vocabulary = rules["model"]["vocab"]
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    ids |= {token["content"]: token["id"] for token in rules.get("added_tokens") or ()}
+    return next((number for number, count in Counter(ids.values()).most_common(1) if count > 1), None)
 
 
 def _sizes(rules: Any) -> list[int]:

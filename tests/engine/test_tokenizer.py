@@ -245,19 +245,27 @@ def test_qwen_and_gemma_directories(tmp_path, files):
     assert tokenizer.bos_token == "<bos>" and tokenizer("a").input_ids[0] == 2
 
 
+def add_where_another_stands(rules):
+    """The id that tokenizers gives to a token behind the vocabulary, which one of the vocabulary has too."""
+    vocabulary = rules["model"]["vocab"]
+    vocabulary[next(reversed(vocabulary))] = len(vocabulary)
+    rules["added_tokens"].append(rules["added_tokens"][0] | {"content": "<t>", "id": len(vocabulary)})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda rules: rules["model"]["vocab"].update(odd=2**31), "2147483648 is out of range"),  # would take 32 GiB
         (lambda rules: rules["added_tokens"][0].update(id=-1), "cannot be read"),
         (lambda rules: rules["model"]["vocab"].update(odd=7), "gives the id 7 to two tokens"),
+        (add_where_another_stands, "to two tokens"),
         (
             lambda rules: rules["model"]["vocab"].pop(rules["added_tokens"][0]["content"]),
             "says that .* is .*, tokenizers",
         ),
         (
-            lambda rules: rules["added_tokens"].append(rules["added_tokens"][0] | {"content": "<t>"}),
-            "says that '<t>' is",
+            lambda rules: rules["added_tokens"].append(rules["added_tokens"][0] | {"content": "<t>", "id": 9000}),
+            "says that '<t>' is 9000",
         ),
         (lambda rules: rules.update(padding={"strategy": {"Fixed": 2**40}}), "1099511627776 is out of range"),
         (lambda rules: rules.update(padding={"strategy": {}, "pad_to_multiple_of": 2**40}), "is out of range"),

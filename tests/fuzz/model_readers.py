@@ -255,10 +255,11 @@ def check_tokenizer(source: Path, case: Path, name: str, valid: Any, found: Any)
     except BaseException as error:
         raise Unreadable(f"tokenizers: {error}") from None
     rules = json.loads((case / "tokenizer.json").read_bytes())
-    vocabulary = rules["model"]["vocab"]
-    if isinstance(vocabulary, dict) and len(set(vocabulary.values())) < len(vocabulary):
+    added = [token for token in rules.get("added_tokens") or () if token["content"]]
+    ids = set(dict(rules["model"]["vocab"]).items()) | {(token["content"], token["id"]) for token in added}
+    if len({number for _, number in ids}) < len(ids):
         raise Unreadable("two tokens have one id")
-    for token in rules.get("added_tokens") or ():
+    for token in added:
         if raw.token_to_id(token["content"]) != token["id"]:
             raise Unreadable(f"{str(token)[:80]} has another id in tokenizers")
     raw.no_truncation()
